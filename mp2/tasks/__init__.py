@@ -1,0 +1,37 @@
+"""Tasks: cards, examples, reading-comprehension inputs, few-shot splits, predictions and metrics."""
+
+from mp2.tasks.card import Source, TaskCard, card_names, list_cards, load_card
+from mp2.tasks.check import CheckReport, check_task
+from mp2.tasks.data import Answer, Example, load_examples, parse_lines, read_examples
+from mp2.tasks.decode import decode
+from mp2.tasks.fewshot import FewShotSplit, few_shot_split
+from mp2.tasks.metrics import accuracy, character_f1, score
+from mp2.tasks.mrc import MrcFormatter, MrcInput, filled_template
+from mp2.tasks.problems import AllProblems, FirstProblem, Problem
+
+__all__ = [
+    "AllProblems",
+    "Answer",
+    "CheckReport",
+    "Example",
+    "FewShotSplit",
+    "FirstProblem",
+    "MrcFormatter",
+    "MrcInput",
+    "Problem",
+    "Source",
+    "TaskCard",
+    "accuracy",
+    "card_names",
+    "character_f1",
+    "check_task",
+    "decode",
+    "few_shot_split",
+    "filled_template",
+    "list_cards",
+    "load_card",
+    "load_examples",
+    "parse_lines",
+    "read_examples",
+    "score",
+]

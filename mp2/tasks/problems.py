@@ -1,0 +1,68 @@
+"""What is wrong with a card or its data: one validator serves loading (the first) and checking (all).
+
+The functions that read cards and examples report to a ``Problems`` sink:
+``FirstProblem`` raises at once, ``AllProblems`` keeps a list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from mp2.errors import FormatError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, and where."""
+
+    message: str
+    path: str
+    line: int | None = None
+    field: str | None = None
+
+    def error(self) -> FormatError:
+        """Return the error that loading raises for this problem."""
+        return FormatError(self.message, path=self.path, line=self.line, field=self.field)
+
+    def __str__(self) -> str:
+        return str(self.error())
+
+
+class Problems(Protocol):
+    """Where a validator reports to."""
+
+    def add(
+        self, message: str, path: str | Path, *, line: int | None = None, field: str | None = None
+    ) -> None:
+        """Report one problem."""
+
+
+class FirstProblem:
+    """Raises the first problem as a ``FormatError``."""
+
+    def add(
+        self, message: str, path: str | Path, *, line: int | None = None, field: str | None = None
+    ) -> None:
+        """Raise the problem."""
+        raise Problem(message, str(path), line, field).error()
+
+
+@dataclass
+class AllProblems:
+    """Keeps every problem in the order found."""
+
+    found: list[Problem] = field(default_factory=list)
+
+    def add(
+        self, message: str, path: str | Path, *, line: int | None = None, field: str | None = None
+    ) -> None:
+        """Keep the problem."""
+        self.found.append(Problem(message, str(path), line, field))
+
+
+def shown(value: object, limit: int = 40) -> str:
+    """Return ``value`` as a message shows it: its repr, cut to ``limit`` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,165 @@
+"""What ``mp2 tasks`` and ``mp2 tasks show`` print: the list of tasks, and a task with an example and its lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mp2.errors import UsageError
+from mp2.tasks.card import TaskCard, list_cards, load_card
+from mp2.tasks.data import Example, data_folder, load_examples
+from mp2.tasks.mrc import MrcFormatter, filled_template
+
+if TYPE_CHECKING:
+    from mp2.backbone.tokenizer import Tokenizer
+
+PERCENTILES = (50, 90, 99, 100)
+N_MEASURED = 1000  # examples of the training data whose lengths are measured
+UNCUT = 1_000_000  # tokens: more than any example has
+
+
+def task_rows() -> list[dict[str, Any]]:
+    """Return one record a card: task, type, family, number of labels, track."""
+    return [
+        {
+            "task": c.task,
+            "type": c.type,
+            "family": c.family,
+            "labels": len(c.labels) or None,
+            "track": c.track,
+        }
+        for c in list_cards()
+    ]
+
+
+def task_table() -> str:
+    """Return the package's tasks as a table."""
+    head = ("task", "type", "family", "labels", "track")
+    rows = [tuple(str(value if value is not None else "-") for value in row.values()) for row in task_rows()]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [head, *rows]
+    ]
+    return "\n".join([*lines, f"{len(rows)} tasks; 'mp2 tasks show NAME' shows one"])
+
+
+@dataclass(frozen=True)
+class TaskView:
+    """A card with one example written out and, where there is data, token lengths."""
+
+    card: TaskCard
+    example: str
+    gold: str | None
+    n_template_tokens: int | None
+    token_percentiles: dict[str, int]
+    n_measured: int
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the view as JSON-able values."""
+        card = self.card
+        return {
+            "task": card.task,
+            "family": card.family,
+            "type": card.type,
+            "template": card.template,
+            "metric": card.metric,
+            "track": card.track,
+            "version": card.version,
+            "shots_per_label": card.shots_per_label,
+            "fields": list(card.fields),
+            "labels": card.labels,
+            "hub": card.source.hub if card.source else None,
+            "path": str(card.path),
+            "example": self.example,
+            "gold": self.gold,
+            "template_tokens": self.n_template_tokens,
+            "token_percentiles": self.token_percentiles,
+            "n_measured": self.n_measured,
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        card = self.card
+        lines = [
+            f"{card.task}: {card.family}, {card.type}, {card.track}, scored by {card.metric}, version {card.version}",
+            f"card      {card.path}",
+            f"template  {card.template}",
+            f"fields    {', '.join(card.fields)}",
+        ]
+        if card.labels:
+            lines.append(
+                f"labels    {len(card.labels)}: " + ", ".join(f"{k} = {v}" for k, v in card.labels.items())
+            )
+        if card.source:
+            config = f" ({card.source.config})" if card.source.config else ""
+            lines.append(f"hub       {card.source.hub}{config}")
+        lines += [f"example   {self.example}"]
+        if self.gold is not None:
+            lines.append(f"answer    {self.gold}")
+        if self.n_template_tokens is not None:
+            lines.append(f"tokens    {self.n_template_tokens} for template and options")
+        if self.token_percentiles:
+            shown = ", ".join(f"{n} at {p}" for p, n in self.token_percentiles.items())
+            lines.append(f"          {shown} of {self.n_measured} training examples, uncut")
+        lines += [f"note      {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def view_task(
+    name_or_path: str, data: str | Path | None = None, tokenizer: Tokenizer | None = None
+) -> TaskView:
+    """Return a task's view; without local data the example has placeholders (the hub is not asked)."""
+    card = load_card(name_or_path)
+    notes: list[str] = []
+    examples: list[Example] = []
+    try:
+        if data_folder(card, data) is not None:
+            examples = load_examples(card, "train", data, limit=N_MEASURED)
+        else:
+            notes.append("no local data; --data DIR (or MP2_DATA) shows a real example and the lengths")
+    except UsageError as error:
+        if data is not None:
+            raise
+        notes.append(str(error))
+    n_template, percentiles = None, {}
+    if tokenizer is not None:
+        formatter = MrcFormatter(card, tokenizer, UNCUT)
+        n_template = formatter.n_fixed_tokens
+        percentiles = token_percentiles([formatter.training_input(e, 0).n_tokens for e in examples])
+    return TaskView(
+        card=card,
+        example=filled_template(card, examples[0] if examples else _placeholder(card)),
+        gold=_gold(card, examples[0]) if examples else None,
+        n_template_tokens=n_template,
+        token_percentiles=percentiles,
+        n_measured=len(examples),
+        notes=tuple(notes),
+    )
+
+
+def token_percentiles(lengths: Sequence[int]) -> dict[str, int]:
+    """Return lengths at the percentiles shown, by name ("50 %", ..., "100 %"); empty for none."""
+    if not lengths:
+        return {}
+    values = np.percentile(lengths, PERCENTILES, method="higher")
+    return {f"{p} %": int(value) for p, value in zip(PERCENTILES, values, strict=True)}
+
+
+def _placeholder(card: TaskCard) -> Example:
+    fields = {name: f"〈{name}〉" for name in card.fields}
+    options = ("〈options[0]〉", "〈options[1]〉") if card.type == "multiple_choice" else ()
+    return Example(fields, None, options)
+
+
+def _gold(card: TaskCard, example: Example) -> str:
+    if card.type == "classification":
+        return card.labels[str(example.label)]
+    if card.type == "multiple_choice":
+        return example.options[int(example.label or 0)]
+    return "; ".join(answer.text for answer in example.answers) or "(unanswerable)"

@@ -1,0 +1,28 @@
+"""The frozen encoder, layer by layer, and the checkpoints it can be loaded from."""
+
+from mp2.backbone.config import BackboneConfig
+from mp2.backbone.encoder import Encoder, Layer, Prefix
+from mp2.backbone.load import (
+    Backbone,
+    freeze,
+    load_backbone,
+    random_backbone,
+    save_backbone,
+    weights_sha256,
+)
+from mp2.backbone.tokenizer import Pieces, Tokenizer
+
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "Encoder",
+    "Layer",
+    "Pieces",
+    "Prefix",
+    "Tokenizer",
+    "freeze",
+    "load_backbone",
+    "random_backbone",
+    "save_backbone",
+    "weights_sha256",
+]

@@ -1,0 +1,31 @@
+"""The command line: every command parses, calls one function and prints; no logic lives here.
+
+Exit status: 0 done, 1 the work failed, 2 the command was typed wrong or its input is bad.
+Results go to stdout (``--json`` for machines), progress and log to stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from mp2 import __version__
+from mp2.errors import Mp2Error
+
+
+class _Group(click.Group):
+    """A group that prints ``Mp2Error`` as one message and exits with the error's own status."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except Mp2Error as error:
+            click.echo(f"mp2: {error}", err=True)
+            sys.exit(error.exit_code)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mp2")
+def main() -> None:
+    """Tune a frozen language model for a new task from 32 examples, without gradients."""

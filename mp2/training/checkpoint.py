@@ -1,0 +1,73 @@
+"""Training checkpoints: written whole or not at all, no pickles.
+
+A checkpoint is one safetensors file: parameters, Adam's moments, and a JSON state (step, counters) in its metadata.
+Sampling needs no state: every random draw of step s comes from a generator seeded with (seed, s).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mp2.errors import FormatError
+
+
+def save_atomically(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file beside ``path``, flush it to the disk, then rename it over ``path``."""
+    temporary = path.with_name(path.name + ".part")
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, dict(metadata))
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Save what ``load_checkpoint`` needs to go on bit for bit."""
+    tensors = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
+    names = {p: name for name, p in model.named_parameters()}
+    for parameter, moments in optimizer.state.items():
+        for key, value in moments.items():
+            tensors[f"optimizer.{names[parameter]}.{key}"] = value
+    save_atomically(tensors, path, {"state": json.dumps(dict(state))})
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore parameters and moments in place; return the JSON state.
+
+    Raises:
+        FormatError: damaged file, or a checkpoint of another model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            state: dict[str, Any] = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise FormatError(f"not a training checkpoint: {error}", path=path) from error
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            saved = tensors.get(f"model.{name}")
+            if saved is None or saved.shape != parameter.shape:
+                got = "nothing" if saved is None else f"shape {tuple(saved.shape)}"
+                raise FormatError(
+                    f"parameter '{name}' has {got}, expected shape {tuple(parameter.shape)}: "
+                    "this checkpoint is of another model or configuration",
+                    path=path,
+                )
+            parameter.copy_(saved)
+    for name, parameter in parameters.items():
+        prefix = f"optimizer.{name}."
+        moments = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+        if moments:  # Adam keeps ``step`` on the CPU
+            optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
+            }
+    return state

@@ -1,0 +1,131 @@
+"""Plain text -> a compact vocabulary and packed token sequences for masked language modelling."""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mp2.backbone.tokenizer import SPECIAL_TOKENS, Tokenizer
+from mp2.errors import FormatError, UsageError
+
+_ALWAYS = "abcdefghijklmnopqrstuvwxyz0123456789，。！？：；、“”‘’（）《》【】…—·,.!?:;'\"()<>[]{}-_/\\@#$%&*+=~^|` "
+
+
+def corpus_files(folder: Path) -> list[Path]:
+    """All ``*.txt`` and ``*.txt.xz`` files of a folder, in name order."""
+    files = sorted(p for p in folder.glob("*") if p.name.endswith((".txt", ".txt.xz")))
+    if not files:
+        raise UsageError(f"no *.txt or *.txt.xz files in {folder}, expected UTF-8 text, one paragraph a line")
+    return files
+
+
+def paragraphs(path: Path) -> Iterator[str]:
+    """Non-empty lines of a text file; a blank line (document boundary) is yielded as an empty string."""
+    opener = lzma.open if path.suffix == ".xz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                yield line.strip()
+    except (lzma.LZMAError, UnicodeDecodeError, EOFError) as error:
+        raise FormatError(f"not UTF-8 text: {error}", path=path) from error
+
+
+def build_vocab(files: Sequence[Path], size: int) -> list[str]:
+    """Special tokens, Latin letters and digits (whole and as ``##`` continuations), then the commonest characters."""
+    counts: Counter[str] = Counter()
+    for path in files:
+        for line in paragraphs(path):
+            counts.update(line.lower())
+    vocab = list(SPECIAL_TOKENS.values())
+    latin = [c for c in _ALWAYS if not c.isspace()]
+    vocab += latin + ["##" + c for c in _ALWAYS if c.isalnum()]
+    known = set(vocab)
+    for character, _ in counts.most_common():
+        if len(vocab) >= size:
+            break
+        if character not in known and not character.isspace() and character.isprintable():
+            vocab.append(character)
+    return vocab
+
+
+def pack(files: Sequence[Path], tokenizer: Tokenizer, length: int, cache: Path) -> NDArray[np.uint16]:
+    """Token sequences [n, length], each ``[CLS] text ... [SEP]``, text running on across paragraphs.
+
+    The result is kept in the folder ``cache``, keyed by files, vocabulary and length, and memory-mapped.
+    """
+    if tokenizer.vocab_size > np.iinfo(np.uint16).max:
+        raise UsageError(f"vocabulary of {tokenizer.vocab_size} tokens, expected at most 65535 for packed corpora")
+    key = hashlib.sha256(
+        repr([(p.name, p.stat().st_size) for p in files] + tokenizer.tokens() + [length]).encode()
+    ).hexdigest()[:16]
+    path = cache / f"packed-{key}.npy"
+    if not path.is_file():
+        chunks: list[NDArray[np.uint16]] = []
+        batch: list[str] = []
+        for file in files:
+            for line in paragraphs(file):
+                batch.append(line)
+                if len(batch) == 20_000:
+                    chunks.append(_encode(batch, tokenizer))
+                    batch = []
+        chunks.append(_encode(batch, tokenizer))
+        body = length - 2
+        stream = np.concatenate(chunks)
+        n = len(stream) // body
+        packed = np.empty((n, length), np.uint16)
+        packed[:, 0] = tokenizer.cls_id
+        packed[:, 1:-1] = stream[: n * body].reshape(n, body)
+        packed[:, -1] = tokenizer.sep_id
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".part.npy")
+        np.save(temporary, packed)
+        temporary.replace(path)
+    loaded: NDArray[np.uint16] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return loaded
+
+
+def _encode(lines: Sequence[str], tokenizer: Tokenizer) -> NDArray[np.uint16]:
+    ids = [i for line in tokenizer.encode_ids(lines) for i in line]
+    return np.asarray(ids, np.uint16)
+
+
+def ppmi_embeddings(
+    packed: NDArray[np.uint16], vocab_size: int, dim: int, *, window: int = 4, seed: int = 0
+) -> NDArray[np.float32]:
+    """Token vectors [vocab_size, dim] from positive pointwise mutual information and truncated SVD.
+
+    Levy & Goldberg (2014): factorise max(0, log p(a,b) / (p(a) p(b))) of co-occurrences within ``window``;
+    vectors are U sqrt(S), scaled to the standard deviation 0.02 that BERT starts from.
+    """
+    import torch
+
+    pairs = np.zeros(vocab_size * vocab_size, np.float64)
+    for offset in range(1, window + 1):
+        left, right = packed[:, 1 : -1 - offset], packed[:, 1 + offset : -1]
+        codes = left.astype(np.int64) * vocab_size + right
+        for part in np.array_split(codes.ravel(), max(1, codes.size // 20_000_000)):
+            pairs += np.bincount(part, minlength=vocab_size * vocab_size)
+    joint = pairs.reshape(vocab_size, vocab_size)
+    joint = joint + joint.T
+    row = joint.sum(1)
+    total = max(row.sum(), 1.0)
+    scale = np.maximum(row, 1.0)
+    with np.errstate(divide="ignore"):
+        ppmi = np.maximum(np.log(joint * total / scale[:, None] / scale[None, :]), 0.0)
+    generator_state = torch.random.get_rng_state()
+    torch.manual_seed(seed)  # svd_lowrank takes no generator
+    try:
+        u, s, _ = torch.svd_lowrank(torch.from_numpy(ppmi.astype(np.float32)), q=min(dim, vocab_size), niter=4)
+    finally:
+        torch.random.set_rng_state(generator_state)
+    vectors = (u * s.sqrt()).numpy()
+    vectors = vectors / max(float(vectors.std()), 1e-12) * 0.02
+    if vectors.shape[1] < dim:
+        vectors = np.pad(vectors, ((0, 0), (0, dim - vectors.shape[1])))
+    return np.ascontiguousarray(vectors, dtype=np.float32)

@@ -108,7 +108,7 @@ def _read_splits(card: TaskCard, folder: Path, problems: AllProblems) -> dict[st
 
 
 def _remarks(card: TaskCard, splits: dict[str, list[Example]]) -> list[str]:
-    """Return what is legal but worth knowing: too few examples for few shots, test texts in the training set."""
+    """Return what is legal but worth knowing: too few examples for few shots, test texts in train."""
     remarks = []
     try:
         few_shot_split(card, splits["train"], seed=0)

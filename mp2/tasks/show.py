@@ -1,4 +1,4 @@
-"""What ``mp2 tasks`` and ``mp2 tasks show`` print: the list of tasks, and a task with an example and its lengths."""
+"""What ``mp2 tasks`` and ``mp2 tasks show`` print: the tasks; a task with an example and token lengths."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class TaskView:
     def __str__(self) -> str:
         card = self.card
         lines = [
-            f"{card.task}: {card.family}, {card.type}, {card.track}, scored by {card.metric}, version {card.version}",
+            f"{card.task}: {card.family}, {card.type}, {card.track}, {card.metric}, version {card.version}",
             f"card      {card.path}",
             f"template  {card.template}",
             f"fields    {', '.join(card.fields)}",
@@ -112,9 +112,13 @@ class TaskView:
 
 
 def view_task(
-    name_or_path: str, data: str | Path | None = None, tokenizer: Tokenizer | None = None
+    name_or_path: str, data: str | Path | None = None, backbone: str | Path | None = None
 ) -> TaskView:
-    """Return a task's view; without local data the example has placeholders (the hub is not asked)."""
+    """Return a task's view; without local data the example has placeholders (the hub is not asked).
+
+    Tokens are counted with the tokenizer of ``backbone``, or of the embedded one where none is given.
+    """
+    tokenizer = _tokenizer(backbone)
     card = load_card(name_or_path)
     notes: list[str] = []
     examples: list[Example] = []
@@ -141,6 +145,16 @@ def view_task(
         n_measured=len(examples),
         notes=tuple(notes),
     )
+
+
+def _tokenizer(backbone: str | Path | None) -> Tokenizer | None:
+    from mp2.backbone.load import EMBEDDED, load_backbone
+    from mp2.backbone.tokenizer import Tokenizer
+
+    folder = EMBEDDED["mini"] if backbone is None else EMBEDDED.get(str(backbone), Path(backbone))
+    if folder.is_dir():
+        return Tokenizer.from_folder(folder)  # without the weights, which may be large
+    return load_backbone(backbone).tokenizer if backbone is not None else None
 
 
 def token_percentiles(lengths: Sequence[int]) -> dict[str, int]:

@@ -95,10 +95,16 @@ def read_config(folder: Path, name: str) -> BackboneConfig:
         activation_key = "activation_function"
     elif raw.get("model_type", "bert") not in ("bert", "ernie", "roberta-wwm"):
         raise FormatError(
-            f"model type '{raw['model_type']}' is not supported, expected {_READABLE}", path=path, field="model_type"
+            f"model type '{raw['model_type']}' is not supported, expected {_READABLE}",
+            path=path,
+            field="model_type",
         )
     values = {}
-    for ours, theirs in {**keys, "vocab_size": "vocab_size", "max_positions": "max_position_embeddings"}.items():
+    for ours, theirs in {
+        **keys,
+        "vocab_size": "vocab_size",
+        "max_positions": "max_position_embeddings",
+    }.items():
         value = raw.get(theirs)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise FormatError(f"is {value!r}, expected a positive integer", path=path, field=theirs)
@@ -151,7 +157,9 @@ def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
             try:
                 shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
             except (json.JSONDecodeError, KeyError, AttributeError) as error:
-                raise FormatError(f"not an index of shards: {error}", path=index, field="weight_map") from error
+                raise FormatError(
+                    f"not an index of shards: {error}", path=index, field="weight_map"
+                ) from error
             tensors: dict[str, Tensor] = {}
             for shard in shards:
                 tensors.update(_read_file(folder / shard))
@@ -206,7 +214,9 @@ def encoder_state(config: BackboneConfig, tensors: Mapping[str, Tensor], path: P
             )
         state[ours] = tensor.to(torch.float32)
     task_types = modern.get(prefix + "embeddings.task_type_embeddings.weight")
-    if task_types is not None:  # ERNIE 3: every token has task type 0 unless told otherwise, a constant like type 0
+    if (
+        task_types is not None
+    ):  # ERNIE 3: every token has task type 0 unless told otherwise, a constant like type 0
         state["token_type_embeddings.weight"] = state["token_type_embeddings.weight"] + task_types[0].float()
     return state
 

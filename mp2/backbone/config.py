@@ -28,7 +28,15 @@ class BackboneConfig:
     activation: str = "gelu"
 
     def __post_init__(self) -> None:
-        for field in ("n_layers", "hidden", "n_heads", "ffn", "vocab_size", "max_positions", "type_vocab_size"):
+        for field in (
+            "n_layers",
+            "hidden",
+            "n_heads",
+            "ffn",
+            "vocab_size",
+            "max_positions",
+            "type_vocab_size",
+        ):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise UsageError(f"backbone '{self.name}': {field} is {value!r}, expected a positive integer")

@@ -64,7 +64,9 @@ class Layer(nn.Module):
             values = torch.cat([prefix[1].to(values.dtype).expand(n, -1, -1, -1), values], dim=2)
             if attention_mask is not None:
                 attention_mask = F.pad(attention_mask, (prefix[0].shape[2], 0), value=True)
-        if attention_mask is not None:  # [B, 1, T, m + T]: the fused CPU kernel wants the query axis spelled out
+        if (
+            attention_mask is not None
+        ):  # [B, 1, T, m + T]: the fused CPU kernel wants the query axis spelled out
             attention_mask = attention_mask.expand(-1, -1, hidden.shape[1], -1)
         mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=attention_mask)
         mixed = self.attention_output(mixed.transpose(1, 2).flatten(2))

@@ -125,7 +125,10 @@ def save_backbone(backbone: Backbone, folder: Path, *, dtype: torch.dtype = torc
     (folder / "vocab.txt").write_text("\n".join(backbone.tokenizer.tokens()) + "\n", "utf-8")
     state = backbone.encoder.state_dict()
     names = checkpoint_names(backbone.config.n_layers)
-    save_file({names[ours]: tensor.to(dtype).contiguous() for ours, tensor in state.items()}, folder / "model.safetensors")
+    save_file(
+        {names[ours]: tensor.to(dtype).contiguous() for ours, tensor in state.items()},
+        folder / "model.safetensors",
+    )
 
 
 def _download(repo: str, name: str, revision: str | None) -> Path:
@@ -145,9 +148,13 @@ def _download(repo: str, name: str, revision: str | None) -> Path:
             folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
         return folder
     except RevisionNotFoundError as error:
-        raise UnknownNameError("revision", str(revision), [], f"The hub has no such revision of {repo}.") from error
+        raise UnknownNameError(
+            "revision", str(revision), [], f"The hub has no such revision of {repo}."
+        ) from error
     except RepositoryNotFoundError as error:
-        raise UnknownNameError("backbone", name, [*EMBEDDED, *HUB_NAMES], f"The hub has no {repo}.") from error
+        raise UnknownNameError(
+            "backbone", name, [*EMBEDDED, *HUB_NAMES], f"The hub has no {repo}."
+        ) from error
     except (LocalEntryNotFoundError, EntryNotFoundError, OSError) as error:
         raise MissingDependencyError(
             f"backbone '{name}' is not on this machine and the hub ({repo}) cannot be reached: "

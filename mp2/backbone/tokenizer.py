@@ -11,7 +11,13 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from mp2.errors import FormatError
 
-SPECIAL_TOKENS = {"pad_id": "[PAD]", "unk_id": "[UNK]", "cls_id": "[CLS]", "sep_id": "[SEP]", "mask_id": "[MASK]"}
+SPECIAL_TOKENS = {
+    "pad_id": "[PAD]",
+    "unk_id": "[UNK]",
+    "cls_id": "[CLS]",
+    "sep_id": "[SEP]",
+    "mask_id": "[MASK]",
+}
 
 
 class Pieces(NamedTuple):
@@ -37,7 +43,9 @@ class Tokenizer:
         for field, token in SPECIAL_TOKENS.items():
             token_id = tokenizer.token_to_id(token)
             if token_id is None:
-                raise FormatError(f"the vocabulary has no token '{token}', expected a BERT vocabulary", path=source)
+                raise FormatError(
+                    f"the vocabulary has no token '{token}', expected a BERT vocabulary", path=source
+                )
             ids[field] = token_id
         self.pad_id: int = ids["pad_id"]
         self.unk_id: int = ids["unk_id"]
@@ -75,7 +83,9 @@ class Tokenizer:
             if settings_file.is_file():
                 lowercase = bool(json.loads(settings_file.read_text("utf-8")).get("do_lower_case", True))
             vocab = vocab_file.read_text("utf-8").rstrip("\n").split("\n")
-            return cls.from_vocab([token.rstrip("\r") for token in vocab], lowercase=lowercase, source=vocab_file)
+            return cls.from_vocab(
+                [token.rstrip("\r") for token in vocab], lowercase=lowercase, source=vocab_file
+            )
         if fast_file.is_file():
             try:
                 return cls(_Tokenizer.from_file(str(fast_file)), fast_file)

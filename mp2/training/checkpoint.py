@@ -29,7 +29,9 @@ def save_atomically(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping
     os.replace(temporary, path)
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> None:
     """Save what ``load_checkpoint`` needs to go on bit for bit."""
     tensors = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
     names = {p: name for name, p in model.named_parameters()}

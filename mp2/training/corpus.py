@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from mp2.backbone.tokenizer import SPECIAL_TOKENS, Tokenizer
 from mp2.errors import FormatError, UsageError
 
-_ALWAYS = "abcdefghijklmnopqrstuvwxyz0123456789，。！？：；、“”‘’（）《》【】…—·,.!?:;'\"()<>[]{}-_/\\@#$%&*+=~^|` "
+_ALWAYS = (
+    "abcdefghijklmnopqrstuvwxyz0123456789，。！？：；、“”‘’（）《》【】…—·,.!?:;'\"()<>[]{}-_/\\@#$%&*+=~^|` "
+)
 
 
 def corpus_files(folder: Path) -> list[Path]:
@@ -60,7 +62,9 @@ def pack(files: Sequence[Path], tokenizer: Tokenizer, length: int, cache: Path) 
     The result is kept in the folder ``cache``, keyed by files, vocabulary and length, and memory-mapped.
     """
     if tokenizer.vocab_size > np.iinfo(np.uint16).max:
-        raise UsageError(f"vocabulary of {tokenizer.vocab_size} tokens, expected at most 65535 for packed corpora")
+        raise UsageError(
+            f"vocabulary of {tokenizer.vocab_size} tokens, expected at most 65535 for packed corpora"
+        )
     key = hashlib.sha256(
         repr([(p.name, p.stat().st_size) for p in files] + tokenizer.tokens() + [length]).encode()
     ).hexdigest()[:16]
@@ -121,7 +125,9 @@ def ppmi_embeddings(
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(seed)  # svd_lowrank takes no generator
     try:
-        u, s, _ = torch.svd_lowrank(torch.from_numpy(ppmi.astype(np.float32)), q=min(dim, vocab_size), niter=4)
+        u, s, _ = torch.svd_lowrank(
+            torch.from_numpy(ppmi.astype(np.float32)), q=min(dim, vocab_size), niter=4
+        )
     finally:
         torch.random.set_rng_state(generator_state)
     vectors = (u * s.sqrt()).numpy()

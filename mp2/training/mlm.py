@@ -51,7 +51,9 @@ class MlmConfig:
 
     def __post_init__(self) -> None:
         if self.length > self.max_positions:
-            raise UsageError(f"--length {self.length} exceeds the {self.max_positions} positions of the backbone")
+            raise UsageError(
+                f"--length {self.length} exceeds the {self.max_positions} positions of the backbone"
+            )
         if self.precision not in ("fp32", "bf16"):
             raise UsageError(f"precision '{self.precision}', expected fp32 or bf16")
         if not 0 < self.mask_rate < 1:
@@ -99,7 +101,9 @@ def mask_tokens(
     flat = rows.ravel().copy()
     targets = flat[chosen].copy()
     dice = rng.random(len(chosen))
-    replaced = np.where(dice < 0.8, mask_id, np.where(dice < 0.9, rng.integers(5, vocab_size, len(chosen)), targets))
+    replaced = np.where(
+        dice < 0.8, mask_id, np.where(dice < 0.9, rng.integers(5, vocab_size, len(chosen)), targets)
+    )
     flat[chosen] = replaced
     return flat.reshape(rows.shape), chosen, targets
 
@@ -165,7 +169,9 @@ def train_mlm(
     if checkpoint.is_file():
         state = load_checkpoint(checkpoint, model, optimizer)
         if state["config"] != settings:
-            raise UsageError(f"{checkpoint} was made with another configuration; remove it or choose another --out")
+            raise UsageError(
+                f"{checkpoint} was made with another configuration; remove it or choose another --out"
+            )
         step = int(state["step"])
         log(f"resumed at step {step}")
     elif config.ppmi_init:
@@ -174,7 +180,9 @@ def train_mlm(
         log("token embeddings start from PPMI + SVD")
     per_epoch = len(packed) // config.batch_size
     if not per_epoch:
-        raise UsageError(f"corpus has {len(packed)} sequences, expected at least one batch of {config.batch_size}")
+        raise UsageError(
+            f"corpus has {len(packed)} sequences, expected at least one batch of {config.batch_size}"
+        )
     started = last_save = last_log = time.monotonic()
     first_step = step
     losses = _truncate_losses(out / "mlm_losses.jsonl", step)
@@ -197,7 +205,7 @@ def train_mlm(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            value = float(loss)
+            value = float(loss.detach())
             if math.isfinite(value):
                 optimizer.step()
             step += 1
@@ -208,7 +216,9 @@ def train_mlm(
                 pace = (step - first_step) / (now - started)
                 tokens = pace * config.batch_size * config.length
                 eta = (config.steps - step) / pace
-                log(f"step {step}/{config.steps} loss {np.mean(running):.4f} {tokens:,.0f} tokens/s ETA {eta / 60:.1f} min")
+                log(
+                    f"step {step}/{config.steps} loss {np.mean(running):.4f} {tokens:,.0f} tokens/s ETA {eta / 60:.1f} min"
+                )
                 running, last_log = [], now
             if now - last_save > config.checkpoint_minutes * 60 or step == config.steps:
                 journal.flush()

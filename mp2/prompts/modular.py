@@ -1,0 +1,93 @@
+"""Modular prompts and routers as trainable parameters (paper section 3.2)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mp2.backbone.encoder import Encoder, Prefix
+from mp2.prompts.bernoulli import relaxed_bernoulli
+from mp2.prompts.prompt_set import PromptMeta, PromptSet, fuse
+
+
+def prefix_of(encoder: Encoder, layer: int, prompts: Tensor) -> Prefix:
+    """Projected prefix: prompts [P, m, H] through layer ``layer``'s own key and value projections.
+
+    Returns keys and values, each [P, h, m, d_h].
+    """
+    body = encoder.layers[layer]
+    return body.split_heads(body.key(prompts)), body.split_heads(body.value(prompts))
+
+
+class ModularPrompts(nn.Module):
+    """K intrinsic prompts a layer, a shared projection a layer, a router a task and layer, and the span head.
+
+    Initialisation (authors' code): router logits and z from U(+-1e-3), A from U(+-1/sqrt(m H)).
+    """
+
+    def __init__(self, meta: PromptMeta, generator: torch.Generator) -> None:
+        super().__init__()
+        self.meta = meta
+        shapes = meta.shapes()
+
+        def uniform(name: str, bound: float) -> nn.Parameter:
+            return nn.Parameter((torch.rand(shapes[name], generator=generator) * 2 - 1) * bound)
+
+        self.z = uniform("z", 1e-3)
+        self.projection = uniform("projection", (meta.prompt_tokens * meta.hidden) ** -0.5)
+        self.routers = uniform("routers", 1e-3)
+        self.span_weight = uniform("span_weight", meta.hidden**-0.5)
+        self.span_bias = nn.Parameter(torch.zeros(2))
+
+    def router_weights(
+        self, task: int, *, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Router weights [L', K] of a task: a relaxed sample with a generator, the inference router without."""
+        logits = self.routers[task]
+        if generator is not None:
+            return relaxed_bernoulli(logits, temperature, generator)
+        return (
+            (logits > 0).to(logits.dtype) if self.meta.router_inference == "hard" else torch.sigmoid(logits)
+        )
+
+    def prompts(self, weights: Tensor) -> Tensor:
+        """Fused soft prompts p = z A of every layer: router weights [L', K] -> [L', m, H] (eq. 1)."""
+        z = fuse(self.z, weights, self.meta.router_normalisation)
+        flat = torch.einsum("ld,ldx->lx", z, self.projection)
+        return flat.unflatten(-1, (self.meta.prompt_tokens, self.meta.hidden))
+
+    def forward(
+        self, encoder: Encoder, input_ids: Tensor, mask: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Start and end logits [N, T] each, under router weights [L', K] (the same for the whole batch)."""
+        prompts = self.prompts(weights)
+        if self.meta.kind == "deep":
+            prefixes = [prefix_of(encoder, i, p[None]) for i, p in enumerate(prompts)]
+            hidden = encoder(input_ids, mask, prefixes=prefixes)
+        else:
+            hidden = encoder(input_ids, mask, inline=prompts)
+        logits = nn.functional.linear(hidden.float(), self.span_weight, self.span_bias)
+        return logits[..., 0], logits[..., 1]
+
+    def to_set(self) -> PromptSet:
+        """A frozen float32 copy."""
+        tensors = {name: getattr(self, name).detach().float().cpu().clone() for name in self.meta.shapes()}
+        return PromptSet(meta=self.meta, **tensors)
+
+
+def new_meta(
+    encoder_name: str, sha256: str, encoder: Encoder, kind: Literal["deep", "shallow"], **settings: object
+) -> PromptMeta:
+    """Metadata of fresh prompts for an encoder."""
+    config = encoder.config
+    return PromptMeta(
+        kind=kind,
+        backbone=encoder_name,
+        backbone_sha256=sha256,
+        n_layers=config.n_layers,
+        hidden=config.hidden,
+        n_heads=config.n_heads,
+        **settings,  # type: ignore[arg-type]
+    )

@@ -1,0 +1,261 @@
+"""Trained modular prompts with their routers and span head, and the file they live in.
+
+Shapes: L' layers with prompts (L if deep, 1 if shallow), K modules, m prompt tokens, d intrinsic dimensions, H hidden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mp2.backbone.load import Backbone
+from mp2.errors import FormatError, MismatchError, UnknownNameError
+
+SCHEMA_VERSION = 1
+EMBEDDED = {
+    "mini-deep": Path(__file__).parent / "mini" / "deep.safetensors",
+    "mini-shallow": Path(__file__).parent / "mini" / "shallow.safetensors",
+}
+"""Prompts whose weights ship with the package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptMeta:
+    """What a prompt file says about itself."""
+
+    kind: Literal["deep", "shallow"]
+    backbone: str
+    backbone_sha256: str
+    n_layers: int
+    hidden: int
+    n_heads: int
+    n_modules: int = 8  # K, paper section 4.2
+    prompt_tokens: int = 50  # m, paper section 4.2
+    intrinsic_dim: int = 300  # d, paper Table 3 (BBT: 300 tunable parameters)
+    router_inference: Literal["hard", "soft"] = "hard"
+    router_normalisation: Literal["count", "sum"] = "count"
+    tasks: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        choices = {
+            "kind": ("deep", "shallow"),
+            "router_inference": ("hard", "soft"),
+            "router_normalisation": ("count", "sum"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise FormatError(
+                    f"is {getattr(self, name)!r}, expected one of {', '.join(known)}", field=name
+                )
+        for name in ("n_layers", "hidden", "n_heads", "n_modules", "prompt_tokens", "intrinsic_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise FormatError(f"is {value!r}, expected a positive integer", field=name)
+
+    @property
+    def prompt_layers(self) -> int:
+        """L': number of layers that carry prompts."""
+        return self.n_layers if self.kind == "deep" else 1
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor of the file."""
+        layers, h = self.prompt_layers, self.hidden
+        return {
+            "z": (layers, self.n_modules, self.intrinsic_dim),
+            "projection": (layers, self.intrinsic_dim, self.prompt_tokens * h),
+            "routers": (len(self.tasks), layers, self.n_modules),
+            "span_weight": (2, h),
+            "span_bias": (2,),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSet:
+    """Modular prompts: z [L', K, d], projection A [L', d, m*H], routers (logits) [n_tasks, L', K], span head.
+
+    The span head scores every token as start (row 0) and end (row 1) of the answer: ``span_weight`` [2, H],
+    ``span_bias`` [2].
+    """
+
+    meta: PromptMeta
+    z: Tensor
+    projection: Tensor
+    routers: Tensor
+    span_weight: Tensor
+    span_bias: Tensor
+
+    def __post_init__(self) -> None:
+        for name, shape in self.meta.shapes().items():
+            got = tuple(getattr(self, name).shape)
+            if got != shape:
+                raise FormatError(f"has shape {got}, expected {shape}", field=name)
+
+    @property
+    def kind(self) -> str:
+        """``deep`` or ``shallow``."""
+        return self.meta.kind
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all tensors (float32 bytes) and of the router convention."""
+        digest = hashlib.sha256(f"{self.meta.router_inference}/{self.meta.router_normalisation}".encode())
+        for name, shape in self.meta.shapes().items():
+            digest.update(f"{name}{shape}".encode())
+            digest.update(memoryview(getattr(self, name).contiguous().cpu().numpy()).cast("B"))
+        return digest.hexdigest()
+
+    def fuse(self, router: Tensor) -> Tensor:
+        """Fused intrinsic prompts [..., L', d] under router weights [..., L', K] (eq. 1 applied to z)."""
+        return fuse(self.z, router, self.meta.router_normalisation)
+
+    def router(self, task: str) -> Tensor:
+        """The pre-trained router of an upstream task as it is used at inference: weights [L', K]."""
+        if task not in self.meta.tasks:
+            raise UnknownNameError("pre-trained router", task, self.meta.tasks)
+        logits = self.routers[self.meta.tasks.index(task)]
+        return (logits > 0).float() if self.meta.router_inference == "hard" else torch.sigmoid(logits)
+
+    def check_fits(self, backbone: Backbone) -> None:
+        """Raise ``MismatchError`` unless these prompts were made for exactly this backbone."""
+        meta, config = self.meta, backbone.config
+        shape = (meta.n_layers, meta.hidden, meta.n_heads)
+        if shape != (config.n_layers, config.hidden, config.n_heads):
+            raise MismatchError(
+                f"these prompts are for a {meta.n_layers}-layer backbone of hidden size {meta.hidden} with "
+                f"{meta.n_heads} heads ('{meta.backbone}'), but '{config.name}' has {config.n_layers} layers, hidden "
+                f"size {config.hidden}, {config.n_heads} heads; pass --backbone {meta.backbone}"
+            )
+        if meta.backbone_sha256 != backbone.sha256:
+            raise MismatchError(
+                f"these prompts are for '{meta.backbone}' with weights {meta.backbone_sha256[:12]}, but "
+                f"'{config.name}' has weights {backbone.sha256[:12]}: same shape, another training; "
+                f"pass the backbone the prompts were trained on (--backbone {meta.backbone})"
+            )
+
+
+def fuse(z: Tensor, router: Tensor, normalisation: str) -> Tensor:
+    """Weighted mean of modular (intrinsic) prompts (eq. 1): z [L', K, d], router [..., L', K] -> [..., L', d].
+
+    ``count`` divides by K as the paper does, ``sum`` by the sum of the weights as the authors' code does.
+    """
+    weights = router.to(z.dtype)
+    if normalisation == "count":
+        weights = weights / z.shape[-2]
+    else:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-12)
+    return torch.einsum("...lk,lkd->...ld", weights, z)
+
+
+def save_prompts(prompts: PromptSet, path: Path, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write a prompt file (safetensors; metadata under the key ``mp2_prompts``), whole or not at all."""
+    from mp2.training.checkpoint import save_atomically
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: getattr(prompts, name).to(dtype) for name in prompts.meta.shapes()}
+    save_atomically(tensors, path, {"mp2_prompts": json.dumps(asdict(prompts.meta), ensure_ascii=False)})
+
+
+def load_prompts(source: str | Path, backbone: Backbone | None = None) -> PromptSet:
+    """Read a prompt file or an embedded set by name; float32. With ``backbone``, refuse prompts of another one.
+
+    Raises:
+        UnknownNameError: neither an embedded name nor a file.
+        FormatError: damaged file, unknown schema, wrong shapes; the message names file and field.
+        MismatchError: made for another backbone; the message says which one fits.
+    """
+    text = str(source)
+    path = EMBEDDED.get(text, Path(text))
+    if not path.is_file():
+        raise UnknownNameError("prompts", text, EMBEDDED, "A prompt file (*.safetensors) works too.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise FormatError(f"not a safetensors file: {error}", path=path) from error
+    meta = read_meta(metadata.get("mp2_prompts"), path)
+    missing = [name for name in meta.shapes() if name not in tensors]
+    if missing:
+        raise FormatError(f"no tensor '{missing[0]}' in the file", path=path, field=missing[0])
+    for name, shape in meta.shapes().items():
+        got = tuple(tensors[name].shape)
+        if got != shape:
+            raise FormatError(f"has shape {got}, expected {shape} from the metadata", path=path, field=name)
+    prompts = PromptSet(meta=meta, **{name: tensors[name] for name in meta.shapes()})
+    if backbone is not None:
+        prompts.check_fits(backbone)
+    return prompts
+
+
+def read_meta(text: str | None, path: Path) -> PromptMeta:
+    """Parse and validate the JSON metadata of a prompt file."""
+    if text is None:
+        raise FormatError("no 'mp2_prompts' metadata: this is not a prompt file of mp2", path=path)
+    try:
+        raw: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise FormatError(f"metadata is not JSON: {error}", path=path, field="mp2_prompts") from error
+    version = raw.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise FormatError(
+            f"is {version!r}, this mp2 reads version {SCHEMA_VERSION}", path=path, field="schema_version"
+        )
+    known = {f.name for f in fields(PromptMeta)}
+    for name in raw:
+        if name not in known:
+            raise FormatError("unknown metadata field", path=path, field=name)
+    try:
+        return PromptMeta(**{**raw, "tasks": tuple(raw.get("tasks", ()))})
+    except TypeError as error:
+        raise FormatError(f"incomplete metadata: {error}", path=path, field="mp2_prompts") from error
+    except FormatError as error:
+        raise FormatError(str(error), path=path) from None
+
+
+def random_prompts(
+    backbone: Backbone,
+    kind: Literal["deep", "shallow"],
+    *,
+    n_modules: int = 8,
+    prompt_tokens: int = 50,
+    intrinsic_dim: int = 300,
+    scale: float = 1.0,
+    seed: int = 0,
+    tasks: tuple[str, ...] = (),
+) -> PromptSet:
+    """Untrained prompts of the right shapes: z N(0, scale), A U(+-1/sqrt(m H)), routers and head N(0, 1/sqrt(H))."""
+    config = backbone.config
+    meta = PromptMeta(
+        kind=kind,
+        backbone=config.name,
+        backbone_sha256=backbone.sha256,
+        n_layers=config.n_layers,
+        hidden=config.hidden,
+        n_heads=config.n_heads,
+        n_modules=n_modules,
+        prompt_tokens=prompt_tokens,
+        intrinsic_dim=intrinsic_dim,
+        tasks=tasks,
+        provenance={"made_by": "random_prompts", "seed": seed},
+    )
+    generator = torch.Generator().manual_seed(seed)
+    shapes = meta.shapes()
+    bound = (prompt_tokens * config.hidden) ** -0.5
+    return PromptSet(
+        meta=meta,
+        z=torch.randn(shapes["z"], generator=generator) * scale,
+        projection=(torch.rand(shapes["projection"], generator=generator) * 2 - 1) * bound,
+        routers=torch.randn(shapes["routers"], generator=generator),
+        span_weight=torch.randn(shapes["span_weight"], generator=generator) * config.hidden**-0.5,
+        span_bias=torch.zeros(2),
+    )

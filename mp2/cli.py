@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
+from typing import Any
 
 import click
 
@@ -67,6 +69,103 @@ def tasks_check(card: str, data: str | None, as_json: bool) -> None:
     report = check_task(card, data)
     click.echo(_json(report.as_dict()) if as_json else str(report))
     sys.exit(0 if report.ok else 2)
+
+
+@main.command()
+@click.option("--task", help="A name of 'mp2 tasks', or your own card (a TOML file).")
+@click.option("--data", type=click.Path(), help="Folder with TASK/{train,test}.jsonl; or MP2_DATA.")
+@click.option("--backbone", default="mini", show_default=True, help="mini, cpt-large, a folder, or a hub id.")
+@click.option(
+    "--prompts", help="Modular prompts: a file, mini-deep or mini-shallow.  [default: the backbone's]"
+)
+@click.option("--deep", "kind", flag_value="deep", help="Prompts at every layer.  [default]")
+@click.option("--shallow", "kind", flag_value="shallow", help="Prompts at the input only.")
+@click.option("--iters", default=8000, show_default=True, help="Candidates evaluated, both stages together.")
+@click.option(
+    "--router-search",
+    default="surrogate",
+    show_default=True,
+    metavar="METHOD",
+    help="surrogate, exhaustive, bo, nevergrad:NAME, random or none.",
+)
+@click.option("--router-iters", type=int, help="Iterations of stage I.  [default: 100 deep, 200 shallow]")
+@click.option("--router-only", is_flag=True, help="Stage I only.")
+@click.option("--popsize", default=20, show_default=True, help="Population of CMA-ES.")
+@click.option("--cma", default="full", show_default=True, help="full, or diagonal (cheaper).")
+@click.option("--seed", type=int, help="Draws the few-shot split and drives the search.  [default: 8]")
+@click.option("--seeds", metavar="8,13,...", help="Several seeds, a run each.")
+@click.option("--shots", type=int, help="Examples a label (in all, if the task has no labels).")
+@click.option("--max-tokens", type=int, help="Longest sequence.  [default: what the backbone allows]")
+@click.option("--engine", type=click.Path(), help="Engine folder of 'mp2 export'.")
+@click.option("--runtime", default="auto", show_default=True, help="auto, torch, onnxruntime or tensorrt.")
+@click.option("--precision", default="fp32", show_default=True, help="What the runtime computes in.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@click.option("--threads", type=int, help="Threads of the runtime.  [default: its own choice]")
+@click.option("--no-test", is_flag=True, help="Do not score the test set.")
+@click.option("--test-limit", type=int, help="Score the first N test examples only.")
+@click.option(
+    "--out", type=click.Path(), default="runs", show_default=True, help="Where run folders are made."
+)
+@click.option("--resume", type=click.Path(), metavar="RUNDIR", help="Go on with a run that was cut off.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (a list with --seeds).")
+@click.pass_context
+def bbt(ctx: click.Context, /, **options: Any) -> None:
+    """Tune prompts for a task without gradients: search the router, then CMA-ES layer by layer."""
+    from mp2.optimizers.command import bbt_results, given_options
+    from mp2.optimizers.report import result_table, seeds_line
+
+    results = []
+    try:
+        for result in bbt_results(options, given_options(ctx)):
+            results.append(result)
+            if not options["as_json"]:
+                click.echo(result_table(result))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if options["as_json"]:
+        click.echo(_json(results if options["seeds"] else results[0]))
+    elif len(results) > 1:
+        click.echo(seeds_line(results))
+
+
+@main.command()
+@click.option(
+    "--run", "run_dir", type=click.Path(), required=True, help="Folder of a finished 'mp2 bbt' run."
+)
+@click.option("--input", "source", required=True, metavar="FILE|-", help="JSON lines, or plain text lines.")
+def predict(run_dir: str, source: str) -> None:
+    """Label new text with a tuned prompt; a JSON line each, with its probability."""
+    from mp2.optimizers.predict import predict_file
+
+    for found in predict_file(Path(run_dir), source, sys.stdin.buffer):
+        click.echo(json.dumps(found, ensure_ascii=False))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(as_json: bool) -> None:
+    """Show what this machine has: libraries, runtimes, devices, embedded weights, data."""
+    from mp2.doctor import as_text, examine
+
+    found = examine()
+    click.echo(_json(found) if as_json else as_text(found))
+
+
+@main.command()
+@click.option("--backbone", required=True, help="Backbone: a name (cpt-large, mini ...), a folder or a hub id.")
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Engine folder to write.")
+@click.option("--prompts", help="Prompt file whose span head is baked into the deployment graphs.")
+@click.option("--runtime", default="onnxruntime", show_default=True, help="onnxruntime | tensorrt")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def export(backbone: str, out: str, prompts: str | None, runtime: str, as_json: bool) -> None:
+    """Write an engine folder of ONNX graphs and compare every output with torch (exit 1 if one differs)."""
+    from mp2.export import export_command
+
+    summary = export_command(
+        backbone, out, prompts, runtime, show=(lambda line: None) if as_json else lambda line: click.echo(line)
+    )
+    if as_json:
+        click.echo(_json(summary))
 
 
 def _json(value: object) -> str:

@@ -1,0 +1,168 @@
+"""What this machine has for mp2: runtimes, devices, embedded weights, data."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "mp2",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "cma",
+    "nevergrad",
+    "bayesian-optimization",
+)
+_INSTRUCTIONS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "sve",
+)
+TENSORRT_NOTE = "execution through TensorRT has not been run by the authors of this version"
+
+
+def examine() -> dict[str, Any]:
+    """Everything that ``mp2 doctor`` shows, as JSON values; never raises for something that is missing."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "cpu": _cpu(),
+        "memory_gib": _memory_gib(),
+        "runtimes": {"torch": _torch(), "onnxruntime": _onnxruntime(), "tensorrt": _tensorrt()},
+        "embedded": _embedded(),
+        "data": _data(),
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The findings for people, a line each."""
+    cpu, torch, ort, trt = (
+        found["cpu"],
+        *(found["runtimes"][n] for n in ("torch", "onnxruntime", "tensorrt")),
+    )
+    rows = [
+        ("python", f"{found['python']} on {found['platform']}"),
+        ("packages", ", ".join(f"{n} {v or 'MISSING'}" for n, v in found["packages"].items())),
+        (
+            "cpu",
+            f"{cpu['model']}, {cpu['cores']} cores usable; {', '.join(cpu['instructions']) or 'unknown'}",
+        ),
+        ("memory", f"{found['memory_gib']:.1f} GiB" if found["memory_gib"] else "unknown"),
+    ]
+    if torch["available"]:
+        devices = [f"{d['name']} ({d['memory_gib']:.0f} GiB)" for d in torch["cuda"]] or ["no CUDA device"]
+        rows.append(("torch", f"{torch['version']}, {torch['threads']} threads, {', '.join(devices)}"))
+    else:
+        rows.append(("torch", f"missing: {torch['install']}"))
+    if ort["available"]:
+        rows.append(("onnxruntime", f"{ort['version']}: {', '.join(ort['providers'])}"))
+    else:
+        rows.append(("onnxruntime", f"missing: {ort['install']}"))
+    state = trt["version"] if trt["available"] else f"missing: {trt['install']}"
+    rows.append(("tensorrt", f"{state} ({trt['note']})"))
+    for name, there in found["embedded"].items():
+        rows.append((name, there or "not in this installation"))
+    data = found["data"]
+    rows.append(("data", data["folder"] if data["exists"] else data["hint"]))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    model, flags = platform.processor() or platform.machine(), set[str]()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+            elif key.strip() in ("flags", "Features"):
+                flags.update(value.split())
+                break
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"model": model, "cores": usable, "instructions": [n for n in _INSTRUCTIONS if n in flags]}
+
+
+def _memory_gib() -> float | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _torch() -> dict[str, Any]:
+    if importlib.util.find_spec("torch") is None:
+        return {"available": False, "install": "pip install 'torch>=2.11'"}
+    import torch
+
+    cuda = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        cuda.append({"name": properties.name, "memory_gib": properties.total_memory / 2**30})
+    return {
+        "available": True,
+        "version": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "cuda_build": torch.version.cuda,
+        "cuda": cuda,
+    }
+
+
+def _onnxruntime() -> dict[str, Any]:
+    if importlib.util.find_spec("onnxruntime") is None:
+        return {"available": False, "install": "pip install onnxruntime (onnxruntime-gpu for CUDA)"}
+    import onnxruntime
+
+    providers = [p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers()]
+    return {"available": True, "version": onnxruntime.__version__, "providers": providers}
+
+
+def _tensorrt() -> dict[str, Any]:
+    if importlib.util.find_spec("tensorrt") is None:
+        return {
+            "available": False,
+            "install": "pip install 'mp2[gpu]' on a CUDA machine",
+            "note": TENSORRT_NOTE,
+        }
+    return {"available": True, "version": _version("tensorrt"), "note": TENSORRT_NOTE}
+
+
+def _embedded() -> dict[str, str | None]:
+    package = Path(__file__).parent
+    found: dict[str, str | None] = {}
+    for what, folder in (("backbone mini", "backbone/mini"), ("prompts mini", "prompts/mini")):
+        files = [
+            f for f in sorted((package / folder).glob("*")) if f.is_file() and not f.name.startswith("_")
+        ]
+        size = sum(f.stat().st_size for f in files) / 1e6
+        found[what] = f"{len(files)} files, {size:.1f} MB" if files else None
+    return found
+
+
+def _data() -> dict[str, Any]:
+    folder = os.environ.get("MP2_DATA")
+    exists = bool(folder) and Path(str(folder)).is_dir()
+    hint = (
+        f"MP2_DATA names {folder}, which is no folder" if folder else "MP2_DATA is not set; give --data DIR"
+    )
+    return {"folder": folder, "exists": exists, "hint": None if exists else hint}

@@ -1,0 +1,209 @@
+"""Evaluation through the journal: recorded losses and scores are replayed, new ones computed and journaled.
+
+The driver asks for everything through a :class:`Recorder`, in the same order in a fresh and in a resumed
+run. While there are recorded events, they are handed back and nothing is computed; each carries a hash of
+its candidates, so that a replay which does not follow the recorded run is noticed at the first candidate
+that differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mp2.errors import LossError, MismatchError
+from mp2.optimizers.journal import Journal, Record, finite_or_none
+
+Floats = NDArray[np.float64]
+
+
+class NonFiniteLossWarning(UserWarning):
+    """Some candidates of a generation had NaN or infinite losses."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One evaluation on a split: the task's metric in [0,1] and the mean loss."""
+
+    score: float
+    loss: float
+
+
+class Recorder:
+    """Hands out losses and scores; counts iterations and seconds, recorded ones included.
+
+    ``live`` is false while events are replayed. ``seconds`` are over all sessions of the run;
+    ``suggest_hidden`` is optimizer time that ran beside forwards and cost no wall time.
+    """
+
+    def __init__(self, journal: Journal, records: list[Record]) -> None:
+        self._journal = journal
+        self._records = records
+        self._position = 0
+        self.iteration = 0
+        self.counts = {"train": 0, "dev": 0, "test": 0}
+        names = ("forward1", "forward2", "suggest1", "suggest2", "suggest_hidden", "dev", "test")
+        self.seconds = dict.fromkeys(names, 0.0)
+        self.n_non_finite = 0
+
+    @property
+    def live(self) -> bool:
+        """Whether the next event will be computed."""
+        return self._position >= len(self._records)
+
+    def losses(
+        self,
+        stage: int,
+        layer: int | None,
+        candidates: NDArray[Any],
+        compute: Callable[[], NDArray[np.floating[Any]]],
+        *,
+        suggest_s: float = 0.0,
+        hidden_s: float = 0.0,
+        worst_so_far: float | None = None,
+    ) -> Floats:
+        """Losses [P] of one generation; those that are not finite become the worst finite one.
+
+        Args:
+            stage: 1 or 2.
+            layer: the layer whose prompts the candidates are; ``None`` in stage I.
+            candidates: [P, ...], hashed into the journal.
+            compute: evaluates them; not called in a replay.
+            suggest_s: what was waited for the suggestion, journaled beside the time of the forward.
+            hidden_s: what suggesting took while forwards ran.
+            worst_so_far: what a lone non-finite candidate gets, where a method asks for one at a time.
+
+        Raises:
+            LossError: not one loss is finite; the generation is not journaled.
+            MismatchError: the replayed generation is not the recorded one.
+        """
+        hashes = _hashes(stage, layer, candidates)
+        first = self.iteration
+        record = self._next("losses")
+        if record is None:
+            start = time.perf_counter()
+            losses = np.asarray(compute(), dtype=np.float64)
+            forward_s = time.perf_counter() - start
+            assert losses.shape == (len(candidates),), (
+                f"{losses.shape} losses of {len(candidates)} candidates"
+            )
+            repaired, n_bad = _finite(
+                losses, worst_so_far, f"iterations {first + 1} to {first + len(losses)}"
+            )
+            spent = {"forward_s": forward_s, "suggest_s": suggest_s, "hidden_s": hidden_s}
+            self._journal.append(
+                [
+                    {"event": "losses", "stage": stage}
+                    | ({} if layer is None else {"layer": layer})
+                    | {"iteration": first + 1 + i, "of": [first, first + len(losses)], "candidate": hashes[i]}
+                    | {"loss": finite_or_none(loss)}
+                    | (spent if i == 0 else {})
+                    for i, loss in enumerate(losses)
+                ]
+            )
+        else:
+            recorded = [line.get("candidate") for line in record.lines]
+            if recorded != hashes or record.lines[0].get("of", [None])[0] != first:
+                self._refuse(first + 1)
+            values = [line["loss"] for line in record.lines]
+            losses = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+            repaired, n_bad = _finite(
+                losses, worst_so_far, f"iterations {first + 1} to {first + len(losses)}"
+            )
+            spent = {n: float(record.lines[0].get(n, 0.0)) for n in ("forward_s", "suggest_s", "hidden_s")}
+        self.n_non_finite += n_bad
+        self.iteration = first + len(losses)
+        self.counts["train"] = self.iteration
+        self.seconds[f"forward{stage}"] += spent["forward_s"]
+        self.seconds[f"suggest{stage}"] += spent["suggest_s"]
+        self.seconds["suggest_hidden"] += spent["hidden_s"]
+        return repaired
+
+    def scores(self, split: str, at: str, prompt: NDArray[Any], compute: Callable[[], Scores]) -> Scores:
+        """Score and loss of the prompt [L', d] on ``dev`` or ``test``, after the stage ``at``."""
+        digest = _digest(prompt, split, at)
+        record = self._next("scores")
+        if record is None:
+            start = time.perf_counter()
+            scores = compute()
+            spent = time.perf_counter() - start
+            self._journal.append(
+                [
+                    {
+                        "event": "scores",
+                        "split": split,
+                        "at": at,
+                        "iteration": self.iteration,
+                        "prompt": digest,
+                    }
+                    | {"score": scores.score, "loss": finite_or_none(scores.loss), "seconds": round(spent, 6)}
+                ]
+            )
+        else:
+            line = record.lines[0]
+            if line.get("prompt") != digest or line.get("iteration") != self.iteration:
+                self._refuse(self.iteration)
+            loss = line["loss"]
+            scores = Scores(float(line["score"]), float("nan") if loss is None else float(loss))
+            spent = float(line.get("seconds", 0.0))
+        self.counts[split] += 1
+        self.seconds[split] += spent
+        return scores
+
+    def _next(self, event: str) -> Record | None:
+        if self.live:
+            return None
+        record = self._records[self._position]
+        if record.event != event:
+            self._refuse(self.iteration)
+        self._position += 1
+        return record
+
+    def _refuse(self, iteration: int) -> None:
+        raise MismatchError(
+            f"the replay leaves the recorded run at iteration {iteration} of {self._journal.path}: the data, "
+            "the code or a library's version is not the one that wrote it (the journal's first line has the "
+            "versions); go back to those, or start a new run"
+        )
+
+
+def _finite(losses: Floats, worst_so_far: float | None, what: str) -> tuple[Floats, int]:
+    finite = np.isfinite(losses)
+    n_bad = int(np.count_nonzero(~finite))
+    if n_bad == 0:
+        return losses, 0
+    if finite.any():
+        worst = float(losses[finite].max())
+    elif worst_so_far is not None and len(losses) == 1:
+        worst = worst_so_far
+    else:
+        raise LossError(
+            f"all {len(losses)} losses of {what} are NaN or infinite; the journal is whole up to there. "
+            "Half precision often overflows: try --precision fp32"
+        )
+    warnings.warn(
+        f"{n_bad} of {len(losses)} losses of {what} were NaN or infinite; "
+        f"they count as the worst finite one, {worst:.4f}",
+        NonFiniteLossWarning,
+        stacklevel=3,
+    )
+    return np.where(finite, losses, worst), n_bad
+
+
+def _hashes(stage: int, layer: int | None, candidates: NDArray[Any]) -> list[str]:
+    if candidates.dtype == bool:  # a router is short enough to be written out: bits, most significant first
+        return [np.packbits(c.reshape(-1)).tobytes().hex() for c in candidates]
+    return [_digest(c, str(stage), str(layer)) for c in candidates]
+
+
+def _digest(array: NDArray[Any], *context: str) -> str:
+    h = hashlib.sha256("/".join(context).encode())
+    h.update(np.ascontiguousarray(array).tobytes())
+    return h.hexdigest()[:16]

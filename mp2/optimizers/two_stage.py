@@ -1,0 +1,264 @@
+"""The two stages (paper section 3.3): search the router, fuse, then move the fused prompts layer by layer.
+
+The driver knows the backbone only as a function from candidates to losses (:class:`Objective`), and
+evaluates only through a :class:`~mp2.optimizers.recorder.Recorder`, so that a resumed run replays its
+journal and goes on.
+
+*Iterations* are candidates evaluated on the whole few-shot training set. The first is the untuned prompt
+(every module on); stage I has the first 200 (shallow) or 100 (deep) with it, stage II what is left. The
+last generation of a stage is smaller when the budget asks for it: it may still improve the incumbent,
+CMA-ES is not told of it. Dev evaluations are counted and timed apart.
+
+*Selection.* Dev is evaluated for the untuned prompt, after stage I, then once a round of layer visits
+(deep) or every 100 iterations (shallow) and at the end, whenever the incumbent has changed. The best dev
+score wins; ties go to the lower dev loss, then to the earlier checkpoint. So tuning never returns something
+that dev ranks below the untuned prompt.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mp2.optimizers.cma_layers import LayerSearches
+from mp2.optimizers.config import BbtConfig, Kind
+from mp2.optimizers.recorder import Recorder, Scores
+from mp2.optimizers.router_search import Routers, create_router_search, stage_one_iterations
+
+Prompt = NDArray[np.float32]  # fused intrinsic prompts z, [L', d]
+
+
+class Objective(Protocol):
+    """The few-shot training loss (see ``mp2.engine.objective``)."""
+
+    def router_losses(self, routers: Routers) -> NDArray[np.float64]:
+        """Losses [P] of routers [P, L', K]."""
+        ...
+
+    def set_incumbent(self, z: Prompt) -> None:
+        """Every layer's prompt [L', d]."""
+        ...
+
+    def layer_losses(self, layer: int, z: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Losses [P] with ``layer`` at each of z [P, d] and the others at the incumbent."""
+        ...
+
+    def commit(self, layer: int, z: NDArray[np.float32]) -> None:
+        """The incumbent's ``layer`` becomes z [d]."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """What is searched: the pre-trained modular prompts as arrays."""
+
+    kind: Kind
+    n_layers: int  # L': 1 if shallow
+    n_modules: int
+    n_dims: int
+    fuse: Callable[[Routers], Prompt]  # router [L', K] -> z [L', d], eq. 1
+    warm: Routers  # [n_tasks, L', K]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A prompt that dev has scored."""
+
+    at: str  # untuned | stage1 | stage2
+    iteration: int
+    z: Prompt
+    train_loss: float
+    dev: Scores
+
+    def rank(self) -> tuple[float, float]:
+        """Smaller is better: dev score, then dev loss."""
+        return (-self.dev.score, self.dev.loss if math.isfinite(self.dev.loss) else math.inf)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is."""
+
+    stage: int
+    iteration: int
+    iters: int
+    train_loss: float
+    dev_score: float
+    live: bool
+
+
+@dataclass
+class Outcome:
+    """What tuning found."""
+
+    untuned: Checkpoint
+    stage1: Checkpoint
+    final: Checkpoint
+    router: Routers
+    incumbent_loss: float  # the best training loss; ``final`` may be an earlier prompt that dev prefers
+    loss_curve: list[tuple[int, float]] = field(default_factory=list)
+    dev_curve: list[tuple[int, float]] = field(default_factory=list)
+
+
+class TwoStage:
+    """One run of both stages; :meth:`run` once."""
+
+    def __init__(
+        self,
+        config: BbtConfig,
+        objective: Objective,
+        space: Space,
+        dev: Callable[[Prompt], Scores],
+        recorder: Recorder,
+        observe: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        self._config, self._objective, self._space = config, objective, space
+        self._dev, self._recorder, self._observe = dev, recorder, observe
+        self._shape = (space.n_layers, space.n_modules)
+        self._stage1_iters = stage_one_iterations(
+            config.router.method, config.router.iterations, space.kind, self._shape, config.iters
+        )
+        self._loss = math.inf
+        self._worst_router_loss = -math.inf
+        self._checkpoints: list[Checkpoint] = []
+        self._loss_curve: list[tuple[int, float]] = []
+
+    def run(self) -> Outcome:
+        """Tune; raises ``LossError`` when a whole generation has no finite loss."""
+        router_seed, layer_seed = np.random.SeedSequence(self._config.seed).spawn(2)
+        every_module = np.ones(self._shape, dtype=bool)
+        self._evaluate_routers(every_module[None], 0.0)
+        untuned = self._checkpoint("untuned", self._space.fuse(every_module))
+        router = self._search_router(every_module, np.random.default_rng(router_seed))
+        z = self._space.fuse(router)
+        stage1 = self._checkpoint("stage1", z)
+        if not self._config.router_only and self._recorder.iteration < self._config.iters:
+            self._search_layers(z, layer_seed)
+        final = min(self._checkpoints, key=Checkpoint.rank)  # the earliest of equals
+        return Outcome(
+            untuned=untuned,
+            stage1=stage1,
+            final=final,
+            router=router,
+            incumbent_loss=self._loss,
+            loss_curve=self._loss_curve,
+            dev_curve=[(c.iteration, c.dev.score) for c in self._checkpoints],
+        )
+
+    def _evaluate_routers(self, routers: Routers, suggest_s: float) -> NDArray[np.float64]:
+        """Losses of a stage-I population; the first call is the untuned router."""
+        losses = self._recorder.losses(
+            1,
+            None,
+            routers,
+            lambda: self._objective.router_losses(routers),
+            suggest_s=suggest_s,
+            worst_so_far=self._worst_router_loss if self._loss_curve else None,
+        )
+        self._worst_router_loss = max(float(losses.max()), self._worst_router_loss)
+        self._loss = min(self._loss, float(losses.min()))
+        self._loss_curve.append((self._recorder.iteration, self._loss))
+        return losses
+
+    def _search_router(self, untuned: Routers, rng: np.random.Generator) -> Routers:
+        """Stage I: the router [L', K] with the lowest training loss, the untuned one included."""
+        best, best_loss = untuned, self._loss
+        search = create_router_search(
+            self._config.router.method, self._shape, self._stage1_iters, self._space.warm, rng
+        )
+        start = time.perf_counter()
+        search.tell(untuned[None], np.array([best_loss]))
+        while (left := self._stage1_iters - self._recorder.iteration) > 0:
+            routers = search.ask(left)
+            if not len(routers):
+                break
+            losses = self._evaluate_routers(routers, time.perf_counter() - start)
+            start = time.perf_counter()
+            search.tell(routers, losses)
+            if losses.min() < best_loss:
+                best, best_loss = routers[int(np.argmin(losses))], float(losses.min())
+            self._report(1)
+        return best
+
+    def _search_layers(self, fused: Prompt, seed: np.random.SeedSequence) -> None:
+        """Stage II from the fused prompt [L', d]."""
+        config, recorder, space = self._config, self._recorder, self._space
+        sigmas = [config.layers.sigma(layer, space.kind) for layer in range(space.n_layers)]
+        searches = LayerSearches(sigmas, space.n_dims, config.layers, seed)
+        round_iters = space.n_layers * config.layers.popsize
+        dev_every = config.dev_every or (round_iters if space.kind == "deep" else 100)
+        incumbent = _Incumbent(fused, self._objective)
+        last_dev = recorder.iteration
+        try:
+            layer = 0
+            while (left := config.iters - recorder.iteration) > 0:
+                population = searches.ask(layer)
+                offsets = population[:left]
+                candidates = (fused[layer] + offsets).astype(np.float32)
+                losses = recorder.losses(
+                    2,
+                    layer,
+                    candidates,
+                    lambda layer=layer, z=candidates: incumbent.synced().layer_losses(layer, z),  # type: ignore[misc]
+                    suggest_s=searches.waited_s,
+                    hidden_s=searches.hidden_s,
+                )
+                best = int(np.argmin(losses))
+                if losses[best] < self._loss:
+                    self._loss = float(losses[best])
+                    incumbent.commit(layer, candidates[best])
+                if len(offsets) == len(population):
+                    searches.tell(layer, offsets, losses)
+                self._loss_curve.append((recorder.iteration, self._loss))
+                if recorder.iteration - last_dev >= dev_every or recorder.iteration == config.iters:
+                    self._checkpoint("stage2", incumbent.z.copy())
+                    last_dev = recorder.iteration
+                self._report(2)
+                layer = (layer + 1) % space.n_layers
+        finally:
+            searches.close()
+
+    def _checkpoint(self, at: str, z: Prompt) -> Checkpoint:
+        """Score z on dev, unless the last checkpoint was the same prompt."""
+        last = self._checkpoints[-1] if self._checkpoints else None
+        if last is not None and np.array_equal(last.z, z):
+            dev = last.dev
+        else:
+            dev = self._recorder.scores("dev", at, z, lambda: self._dev(z))
+        checkpoint = Checkpoint(at, self._recorder.iteration, z, self._loss, dev)
+        self._checkpoints.append(checkpoint)
+        self._report(2 if at == "stage2" else 1)
+        return checkpoint
+
+    def _report(self, stage: int) -> None:
+        dev = self._checkpoints[-1].dev.score if self._checkpoints else math.nan
+        iters = self._stage1_iters if self._config.router_only else self._config.iters
+        self._observe(Progress(stage, self._recorder.iteration, iters, self._loss, dev, self._recorder.live))
+
+
+class _Incumbent:
+    """The current prompt [L', d]; the objective hears of it only once something must be computed."""
+
+    def __init__(self, z: Prompt, objective: Objective) -> None:
+        self.z = z.copy()
+        self._objective: Any = objective
+        self._synced = False
+
+    def synced(self) -> Objective:
+        """The objective, at this incumbent."""
+        if not self._synced:
+            self._objective.set_incumbent(self.z.copy())
+            self._synced = True
+        return self._objective  # type: ignore[no-any-return]
+
+    def commit(self, layer: int, z: NDArray[np.float32]) -> None:
+        """The incumbent's ``layer`` becomes z [d]."""
+        self.z[layer] = z
+        if self._synced:
+            self._objective.commit(layer, z.copy())

@@ -18,6 +18,7 @@ SPLITS = ("train", "dev", "test")
 DEFAULT_MAX_ANSWER_TOKENS = 64
 DEFAULT_HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 
+_QUOTES = "\"'"
 _REQUIRED = {
     "task": str,
     "family": str,
@@ -62,19 +63,20 @@ class CardRules:
         self.problems.add(message, self.path, line=self.line(*keys), field=".".join(keys) or None)
 
     def line(self, *keys: str) -> int | None:
-        """Return the line (from 1) where a key, or else the table it stands in, is written."""
-        table = ""
-        best = None
-        for number, line in enumerate(self.lines, 1):
-            if header := re.match(r"\s*\[\s*([^\]]+?)\s*\]", line):
-                table = header[1]
-                if table == ".".join(keys) or (len(keys) > 1 and table == ".".join(keys[:-1])):
-                    best = number
-            elif (assigned := re.match(r"""\s*("(?:[^"\\]|\\.)*"|'[^']*'|[\w-]+)\s*=""", line)) and keys:
-                inside = f"{table}.".lstrip(".") + assigned[1].strip("\"'")
-                if inside == ".".join(keys):
-                    return number
-        return best
+        """Return the line (from 1) where a key, or else the innermost table around it, is written."""
+        for depth in range(len(keys), 0, -1):
+            name = ".".join(keys[:depth])
+            table = ""
+            for number, line in enumerate(self.lines, 1):
+                if header := re.match(r"\s*\[\s*([^\]]+?)\s*\]", line):
+                    table = header[1]
+                    if table == name:
+                        return number
+                elif assigned := re.match(r"""\s*("(?:[^"\\]|\\.)*"|'[^']*'|[\w-]+)\s*=""", line):
+                    key = f"{table}.{assigned[1].strip(_QUOTES)}".lstrip(".")
+                    if key == name:
+                        return number
+        return None
 
     def check(self, raw: dict[str, Any]) -> None:
         """Report everything that is wrong with the card's table."""

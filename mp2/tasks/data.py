@@ -20,6 +20,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def load_examples(
             have = ", ".join(sorted(p.name for p in folder.glob("*.jsonl"))) or "no .jsonl file"
             raise UsageError(f"task '{card.task}' has no {path}; the folder has {have}")
         found = read_examples(card, path, FirstProblem())
-    examples = list(_take(found, limit))
+    examples = list(islice(found, limit))
     if not examples:
         raise UsageError(f"the {split} data of task '{card.task}' is empty")
     return examples
@@ -98,7 +99,7 @@ def data_folder(card: TaskCard, data: str | Path | None = None) -> Path | None:
         raise UsageError(f"{given}: there is no folder {root}")
     deeper = sorted(p.parent for p in Path(root).glob(f"*/{card.task}") if p.is_dir())
     if deeper:
-        hint = "; did you mean " + " or ".join(f"--data {p}" for p in deeper) + "?"
+        hint = "; did you mean " + " or ".join(f"--data {p}" for p in deeper[:3]) + "?"
     else:
         tasks = sorted(p.name for p in Path(root).iterdir() if p.is_dir())
         hint = (
@@ -163,13 +164,6 @@ def _is_text(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _take(examples: Iterable[Example], limit: int | None) -> Iterator[Example]:
-    for index, example in enumerate(examples):
-        if limit is not None and index >= limit:
-            return
-        yield example
 
 
 class _Parser:

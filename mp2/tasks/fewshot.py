@@ -70,9 +70,10 @@ def _draw(
     if short:
         most = min(len(pool) for pool in pools.values()) // 2
         hint = f"--shots {most} is the most this data allows" if most else "add examples"
+        listed = "; ".join(short[:5]) + (f"; and {len(short) - 5} labels more" if len(short) > 5 else "")
         what = "examples" if None in pools else "examples a label"
         raise UsageError(
-            f"task '{card.task}' has too few {what} to draw train and dev from: {'; '.join(short)}; {hint}"
+            f"task '{card.task}' has too few {what} to draw train and dev from: {listed}; {hint}"
         )
     train, dev = [], []
     for label, pool in pools.items():

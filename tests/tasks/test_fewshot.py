@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from mp2.errors import UsageError
+from mp2.tasks import Answer, Example, TaskCard, few_shot_split, load_card
+
+MakeCard = Callable[..., TaskCard]
+
+
+def pool(card: TaskCard, each: int) -> list[Example]:
+    return [Example({"text": f"{label}-{i}"}, label, (), (), i) for i in range(each) for label in card.labels]
+
+
+def counts(examples: list[Example]) -> Counter[object]:
+    return Counter(example.label for example in examples)
+
+
+@pytest.mark.parametrize(
+    ("task", "sizes"), [("chnsent", [16, 16]), ("cmnli", [10, 11, 11]), ("amazon", [6, 6, 6, 7, 7])]
+)
+def test_up_to_five_labels_share_32(task: str, sizes: list[int]) -> None:
+    card = load_card(task)
+    for seed in (8, 13, 21, 42, 100):
+        split = few_shot_split(card, pool(card, 40), seed)
+        assert sorted(counts(split.train).values()) == sizes
+        assert counts(split.train) == counts(split.dev)
+
+
+def test_what_does_not_divide_goes_to_labels_drawn_by_the_seed() -> None:
+    card = load_card("amazon")
+    lucky = {
+        frozenset(
+            label for label, n in counts(few_shot_split(card, pool(card, 20), seed).train).items() if n == 7
+        )
+        for seed in range(30)
+    }
+    assert len(lucky) > 5
+    assert set().union(*lucky) == set(card.labels)
+
+
+def test_more_than_five_labels_get_8_each(make_card: MakeCard) -> None:
+    for task in ("tnews", "thucnews"):
+        card = load_card(task)
+        split = few_shot_split(card, pool(card, 20), 1)
+        assert set(counts(split.train).values()) == set(counts(split.dev).values()) == {8}
+    six = make_card("classification", ('c = "房"', 'c = "房"\nd = "一"\ne = "二"\nf = "三"'))
+    assert set(counts(few_shot_split(six, pool(six, 16), 1).train).values()) == {8}
+
+
+def test_train_and_dev_are_disjoint_and_drawn_from_the_pool() -> None:
+    card = load_card("tnews")
+    examples = pool(card, 16)
+    split = few_shot_split(card, examples, 8)
+    train, dev = ({e.fields["text"] for e in part} for part in (split.train, split.dev))
+    assert not train & dev
+    assert train | dev == {e.fields["text"] for e in examples}
+
+
+def test_copies_of_an_example_cannot_be_in_both_halves() -> None:
+    card = load_card("chnsent")
+    examples = pool(card, 32)
+    for seed in range(5):
+        split = few_shot_split(card, examples * 3, seed)
+        train, dev = ({e.fields["text"] for e in part} for part in (split.train, split.dev))
+        assert len(train) == len(dev) == 32
+        assert not train & dev
+
+
+def test_the_same_seed_draws_the_same_and_another_one_not() -> None:
+    card = load_card("chnsent")
+    examples = pool(card, 100)
+    assert few_shot_split(card, examples, 13) == few_shot_split(card, examples, 13)
+    assert few_shot_split(card, examples, 13) != few_shot_split(card, examples, 21)
+
+
+def test_extraction_and_choice_draw_32_or_the_shots_given() -> None:
+    card = load_card("cote_mfw")
+    examples = [Example({"context": f"上海{i}"}, None, (), (Answer("上海", 0),), i) for i in range(80)]
+    assert [len(part) for part in vars(few_shot_split(card, examples, 1)).values()] == [32, 32]
+    assert len(few_shot_split(card, examples, 1, shots=5).dev) == 5
+    card = load_card("ccpm")
+    examples = [Example({"context": f"{i}"}, i % 2, ("一", "二"), (), i) for i in range(64)]
+    assert len(few_shot_split(card, examples, 1).train) == 32
+
+
+def test_shots_count_a_label(make_card: MakeCard) -> None:
+    card = load_card("tnews")
+    assert set(counts(few_shot_split(card, pool(card, 9), 1, shots=3).train).values()) == {3}
+    card = make_card("classification", ("version = 1", "version = 1\nshots_per_label = 4"))
+    assert set(counts(few_shot_split(card, pool(card, 9), 1).train).values()) == {4}
+
+
+def test_too_few_examples_name_the_labels_and_what_would_fit() -> None:
+    card = load_card("chnsent")
+    examples = [e for e in pool(card, 40) if e.label == "0" or e.source_line < 11]
+    with pytest.raises(UsageError, match="11 of 32 with label '1'; --shots 5 is the most"):
+        few_shot_split(card, examples, 1)
+    with pytest.raises(UsageError, match="0 of 32 with label '1'; add examples"):
+        few_shot_split(card, [e for e in examples if e.label == "0"], 1)
+    with pytest.raises(UsageError, match="got 0 shots"):
+        few_shot_split(card, examples, 1, shots=0)

@@ -1,0 +1,149 @@
+"""Forwards of populations of prompts through the layers, in micro-batches that fit the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from mp2.backbone import Backbone, Layer
+from mp2.engine.batches import Bucket, pieces
+from mp2.engine.runtime import Prefix, Runtime, is_out_of_memory
+from mp2.errors import OutOfMemoryError
+from mp2.prompts import PrefixProjector, PromptSet
+
+Run = Callable[[slice, slice, "torch.Tensor | None", Bucket], torch.Tensor]
+"""(candidates, examples, mask of these examples, bucket) -> last hidden states [p, n, T, H]."""
+
+# Tokens a micro-batch, before memory says otherwise. On CPUs: enough to fill the cores, few enough that a
+# feed-forward's rows stay in the last-level cache. On GPUs: enough to hide launches.
+MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
+
+
+class PopulationForward:
+    """Runs candidates over buckets; ``micro_batch_tokens`` is halved, and kept so, when memory runs out."""
+
+    def __init__(
+        self, runtime: Runtime, backbone: Backbone, prompts: PromptSet, micro_batch_tokens: int | None
+    ) -> None:
+        """Run ``prompts``' kind of candidates on ``runtime``; None: the device's usual micro-batch."""
+        self.runtime = runtime
+        self.micro_batch_tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[torch.device(runtime.device).type]
+        self.deep = prompts.kind == "deep"
+        self.n_inline = 0 if self.deep else prompts.meta.prompt_tokens
+        self._config = backbone.config
+        self._encoder = backbone.encoder
+        self._projector = PrefixProjector(backbone.encoder, prompts)
+        self._span = (prompts.span_weight.detach().float(), prompts.span_bias.detach().float())
+
+    def prefix(self, layer: int, z: torch.Tensor) -> Prefix:
+        """Return the keys and values [P, 1, h, m, d_h] of intrinsic prompts ``z`` [P, d] at ``layer``."""
+        keys, values = (x.detach().to(self.runtime.device) for x in self._projector.keys_values(layer, z))
+        return keys.unsqueeze(1), values.unsqueeze(1)
+
+    def every_layer(self, z: torch.Tensor) -> Run:
+        """Return the forward of candidates ``z`` [P, L', d] through all layers."""
+        return self._deep_run(z) if self.deep else self._inline_run(z)
+
+    def _deep_run(self, z: torch.Tensor) -> Run:
+        prefixes = [self.prefix(i, z[:, i]) for i in range(self._config.n_layers)]
+
+        def run(
+            candidates: slice, examples: slice, mask: torch.Tensor | None, bucket: Bucket
+        ) -> torch.Tensor:
+            hidden = self.runtime.embed(bucket.input_ids[examples])
+            for i, (keys, values) in enumerate(prefixes):
+                hidden = self.runtime.layer(i, hidden, mask, (keys[candidates], values[candidates]))
+            return hidden
+
+        return run
+
+    def _inline_run(self, z: torch.Tensor) -> Run:
+        prompts = self._projector.inline(z[:, 0]).detach().to(self.runtime.device)
+        rows = self.runtime.embed_inline(prompts)  # [P, 1, m, H]
+        m, last = self.n_inline, self._config.n_layers - 1
+
+        def run(
+            candidates: slice, examples: slice, mask: torch.Tensor | None, bucket: Bucket
+        ) -> torch.Tensor:
+            text = self.runtime.embed(bucket.input_ids[examples], m)
+            own = rows[candidates]
+            p, (_, n, t, width) = own.shape[0], text.shape
+            hidden = text.new_empty(p, n, m + t, width)
+            hidden[:, :, :1], hidden[:, :, m + 1 :] = text[:, :, :1], text[:, :, 1:]
+            hidden[:, :, 1 : m + 1] = own
+            # [CLS] and the rows are always real, so that their order in the mask is moot
+            seen = None if mask is None else torch.cat([mask.new_ones(n, m), mask], 1)
+            for i in range(last):
+                hidden = self.runtime.layer(i, hidden, seen, None)
+            # nothing reads the rows' last hidden states: only their keys and values count, which is a prefix
+            prefix = self._rows_prefix(last, hidden[:, :, 1 : m + 1])
+            hidden = torch.cat([hidden[:, :, :1], hidden[:, :, m + 1 :]], 2)
+            return self.runtime.layer(last, hidden, mask, prefix)
+
+        return run
+
+    @torch.inference_mode()
+    def _rows_prefix(self, layer: int, rows: torch.Tensor) -> Prefix:
+        """Return the keys and values [P, N, h, m, d_h] of hidden rows [P, N, m, H]."""
+        module = self._encoder.layers[layer]
+        assert isinstance(module, Layer)
+
+        def project(linear: torch.nn.Linear) -> torch.Tensor:
+            weight, bias = (x.to(rows.device, rows.dtype) for x in (linear.weight, linear.bias))
+            heads = (*rows.shape[:-1], self._config.n_heads, self._config.head_size)
+            return F.linear(rows, weight, bias).view(heads).transpose(2, 3)
+
+        return project(module.key), project(module.value)
+
+    def cross_entropy(self, run: Run, bucket: Bucket, n_candidates: int) -> np.ndarray:
+        """Return [P, N] float64: (CE of the start + CE of the end) / 2 of every candidate and example."""
+        result = np.empty((n_candidates, bucket.n_examples))
+        for candidates, examples, logp in self.log_probs(run, bucket, n_candidates):
+            rows = torch.arange(logp.shape[1], device=logp.device)
+            start = logp[:, rows, bucket.start[examples], 0]
+            end = logp[:, rows, bucket.end[examples], 1]
+            result[candidates, examples] = (-(start + end) / 2).cpu().numpy()
+        return result
+
+    def log_probs(
+        self, run: Run, bucket: Bucket, n_candidates: int
+    ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        """Yield (candidates, examples, float64 log-probabilities [p, n, T, 2]) for pieces of the bucket.
+
+        Raises OutOfMemoryError if one candidate on one example does not fit.
+        """
+        length = bucket.n_tokens + self.n_inline
+        todo = list(pieces(n_candidates, bucket.n_examples, length, self.micro_batch_tokens))[::-1]
+        while todo:
+            candidates, examples = todo.pop()
+            mask = None if bucket.mask is None else bucket.mask[examples]
+            try:
+                logp = self._log_softmax(run(candidates, examples, mask, bucket), mask)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                p, n = candidates.stop - candidates.start, examples.stop - examples.start
+                if p * n == 1:
+                    raise OutOfMemoryError(
+                        f"one example of {bucket.n_tokens} tokens does not fit the memory of "
+                        f"{self.runtime.device} with runtime '{self.runtime.name}'; "
+                        "shorten the examples (--max-tokens) or use another device"
+                    ) from error
+                self.micro_batch_tokens = p * n * length // 2
+                smaller = list(pieces(p, n, length, self.micro_batch_tokens))[::-1]
+                todo += [(_shift(c, candidates.start), _shift(e, examples.start)) for c, e in smaller]
+                continue
+            yield candidates, examples, logp
+
+    def _log_softmax(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        logits = self.runtime.head(hidden, *self._span).double()
+        if mask is not None:
+            logits = logits.masked_fill(~mask[None, :, :, None], float("-inf"))
+        return torch.log_softmax(logits, 2)
+
+
+def _shift(part: slice, by: int) -> slice:
+    return slice(part.start + by, part.stop + by)

@@ -1,0 +1,209 @@
+"""The few-shot objective: losses of whole populations of prompts, by the shortest exact way.
+
+A loss is the mean over the training examples of (CE of the start + CE of the end) / 2, each over the
+example's real token positions. What makes it fast changes no loss: deep prompts enter as prefixes; while
+one layer is under visit only it and the layers above run, from cached inputs; all candidates run at once
+over buckets of equal length; what is the same for all candidates (the text's projections and attention at
+the layer under visit) or for all examples (the prefixes) is computed once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from mp2.backbone import Backbone
+from mp2.engine.batches import Bucket, make_buckets
+from mp2.engine.cache import ActivationCache
+from mp2.engine.forward import PopulationForward, Run
+from mp2.engine.runtime import Prefix, Runtime
+from mp2.errors import UsageError
+from mp2.prompts import PromptSet
+
+if TYPE_CHECKING:
+    from mp2.tasks import MrcInput
+
+CACHE_BYTES = 2 << 30
+_PREFIX_BYTES = 512 << 20  # keys and values of all layers held at once; more candidates take turns
+_POPULATION = 20  # the cache's buckets suit the paper's population; another one only changes the time
+
+
+class Objective:
+    """Losses of candidates on the few-shot training set, and log-probabilities under one prompt.
+
+    ``n_evaluations`` counts candidates, each on the whole training set (the paper's forward computes);
+    ``seconds`` is the time spent on them. Deterministic: the same call returns the same bits. NaN and
+    infinite losses are returned as they are.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        backbone: Backbone,
+        prompts: PromptSet,
+        train: Sequence[MrcInput],
+        *,
+        micro_batch_tokens: int | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        """Get ready for ``train``; a batch holds at most ``micro_batch_tokens`` (None: as suits the device).
+
+        Raises UsageError without examples, MismatchError for prompts of another backbone.
+        """
+        if not train:
+            raise UsageError("no training examples, expected at least 1; check the task's data and --shots")
+        prompts.check_fits(backbone)
+        self.runtime = runtime
+        self.n_evaluations = 0
+        self.seconds = 0.0
+        self._backbone = backbone
+        self._prompts = prompts
+        self._shape = (prompts.z.shape[0], prompts.z.shape[-1])  # L', d
+        self._forward = PopulationForward(runtime, backbone, prompts, micro_batch_tokens)
+        self._train = list(train)
+        self._buckets: dict[int, list[Bucket]] = {}
+        self._z: torch.Tensor | None = None  # the incumbent, [L', d]
+        self._incumbent: dict[int, Prefix] = {}
+        self._cached_buckets = self._make_buckets(self._train, _POPULATION)
+        self._cache = ActivationCache(self._advance, self._embed, cache_bytes)
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens a batch may hold now."""
+        return self._forward.micro_batch_tokens
+
+    def router_losses(self, routers: np.ndarray) -> np.ndarray:
+        """Return float64 [P] losses of the prompts fused by ``routers`` [P, L', K] bool (stage I, eq. 1)."""
+        fused = self._prompts.fuse(torch.from_numpy(np.asarray(routers)))
+        return self.full_losses(fused.detach().numpy())
+
+    def full_losses(self, z: np.ndarray) -> np.ndarray:
+        """Return float64 [P] losses of intrinsic prompts ``z`` [P, L', d], with every layer run."""
+        candidates = self._intrinsic(z, ("P", *self._shape))
+        started = time.perf_counter()
+        ce = np.empty((len(candidates), len(self._train)))
+        for chunk in self._chunks(len(candidates)):
+            part = candidates[chunk]
+            run = self._forward.every_layer(part)
+            for bucket in self._buckets_for(len(part)):
+                ce[chunk, bucket.indices] = self._forward.cross_entropy(run, bucket, len(part))
+        return self._finish(ce, started)
+
+    def set_incumbent(self, z: np.ndarray) -> None:
+        """Take ``z`` [L', d] as the prompt that `layer_losses` varies one layer of; drops the cache."""
+        self._z = self._intrinsic(z, self._shape).clone()
+        self._incumbent.clear()
+        self._cache.clear()
+
+    def layer_losses(self, layer: int, z: np.ndarray) -> np.ndarray:
+        """Return float64 [P] losses when ``layer`` takes ``z[p]`` [P, d] and all others keep the incumbent.
+
+        Shallow prompts have one layer, 0, and the whole encoder runs. Raises UsageError without an incumbent.
+        """
+        self._need_incumbent(layer)
+        candidates = self._intrinsic(z, ("P", self._shape[1]))
+        if not self._forward.deep:
+            return self.full_losses(candidates.unsqueeze(1).numpy())
+        started = time.perf_counter()
+        ce = np.empty((len(candidates), len(self._train)))
+        for chunk in self._chunks(len(candidates)):
+            prefix = self._forward.prefix(layer, candidates[chunk])
+            for number, bucket in enumerate(self._cached_buckets):
+                run = self._layers_above(layer, self._cache.at(number, layer), prefix)
+                ce[chunk, bucket.indices] = self._forward.cross_entropy(run, bucket, len(prefix[0]))
+        return self._finish(ce, started)
+
+    def commit(self, layer: int, z: np.ndarray) -> None:
+        """Make ``z`` [d] the incumbent's prompt of ``layer``; drops the cached inputs of the layers above."""
+        incumbent = self._need_incumbent(layer)
+        incumbent[layer] = self._intrinsic(z, (self._shape[1],))
+        self._incumbent.pop(layer, None)
+        self._cache.drop_above(layer)
+
+    def log_probs(
+        self, z: np.ndarray, inputs: Sequence[MrcInput]
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Return float64 start and end log-probabilities, [T] each, of ``inputs`` in their order under ``z``.
+
+        ``z`` is [L', d]. Not counted in ``n_evaluations`` and ``seconds``.
+        """
+        run = self._forward.every_layer(self._intrinsic(z, self._shape).unsqueeze(0))
+        logps: list[np.ndarray] = [np.empty((0, 2))] * len(inputs)
+        for bucket in self._make_buckets(inputs, 1):
+            for _, examples, logp in self._forward.log_probs(run, bucket, 1):
+                for row, k in zip(logp[0].cpu().numpy(), range(examples.start, examples.stop), strict=True):
+                    logps[bucket.indices[k]] = row[: bucket.lengths[k]]
+        return [logp[:, 0] for logp in logps], [logp[:, 1] for logp in logps]
+
+    def _layers_above(self, layer: int, text: torch.Tensor, prefix: Prefix) -> Run:
+        """Return the forward from ``layer``, whose input is ``text`` [1, N, T, H], under P prefixes."""
+
+        def run(
+            candidates: slice, examples: slice, mask: torch.Tensor | None, bucket: Bucket
+        ) -> torch.Tensor:
+            own = (prefix[0][candidates], prefix[1][candidates])
+            hidden = self.runtime.layer(layer, text[:, examples], mask, own)
+            for i in range(layer + 1, self._backbone.config.n_layers):
+                hidden = self.runtime.layer(i, hidden, mask, self._incumbent_prefix(i))
+            return hidden
+
+        return run
+
+    def _incumbent_prefix(self, layer: int) -> Prefix:
+        if layer not in self._incumbent:
+            z = self._need_incumbent(layer)
+            self._incumbent[layer] = self._forward.prefix(layer, z[layer : layer + 1])
+        return self._incumbent[layer]
+
+    def _embed(self, number: int) -> torch.Tensor:
+        return self.runtime.embed(self._cached_buckets[number].input_ids)
+
+    def _advance(self, number: int, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        return self.runtime.layer(
+            layer, hidden, self._cached_buckets[number].mask, self._incumbent_prefix(layer)
+        )
+
+    def _make_buckets(self, inputs: Sequence[MrcInput], n_candidates: int) -> list[Bucket]:
+        return make_buckets(
+            inputs,
+            n_candidates=n_candidates,
+            limit_tokens=self.micro_batch_tokens,
+            pad_id=self._backbone.tokenizer.pad_id,
+            device=self.runtime.device,
+        )
+
+    def _buckets_for(self, n_candidates: int) -> list[Bucket]:
+        if n_candidates not in self._buckets:
+            self._buckets[n_candidates] = self._make_buckets(self._train, n_candidates)
+        return self._buckets[n_candidates]
+
+    def _chunks(self, n_candidates: int) -> list[slice]:
+        meta = self._prompts.meta
+        floats = 2 * meta.n_layers * meta.prompt_tokens * meta.hidden
+        step = max(1, _PREFIX_BYTES // (4 * floats))
+        return [slice(a, min(a + step, n_candidates)) for a in range(0, n_candidates, step)]
+
+    def _need_incumbent(self, layer: int) -> torch.Tensor:
+        if self._z is None:
+            raise UsageError("no incumbent prompt yet; call set_incumbent(z) first")
+        if not 0 <= layer < len(self._z):
+            expected = f"0 to {len(self._z) - 1} for {self._prompts.kind} prompts"
+            raise UsageError(f"layer {layer}, expected {expected}")
+        return self._z
+
+    def _intrinsic(self, z: np.ndarray, shape: tuple[int | str, ...]) -> torch.Tensor:
+        got = tuple(np.shape(z))
+        if len(got) != len(shape) or any(s != g for s, g in zip(shape, got, strict=True) if s != "P"):
+            expected = ", ".join(map(str, shape))
+            raise UsageError(f"intrinsic prompts z have shape {got}, expected ({expected})")
+        return torch.from_numpy(np.ascontiguousarray(z, dtype=np.float32))
+
+    def _finish(self, ce: np.ndarray, started: float) -> np.ndarray:
+        losses: np.ndarray = ce.mean(axis=1)  # float64, examples in their own order, whatever the buckets
+        self.seconds += time.perf_counter() - started
+        self.n_evaluations += len(ce)
+        return losses

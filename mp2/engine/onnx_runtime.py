@@ -1,0 +1,85 @@
+"""The ONNX Runtime runtime: the chain graphs of an engine folder, one session a stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mp2.backbone import Backbone
+from mp2.engine.runtime import Prefix
+from mp2.errors import MismatchError, UsageError
+from mp2.export.folder import EngineFolder, layer_file
+from mp2.export.onnx_session import OnnxSession
+
+
+class OnnxRuntime:
+    """`Runtime` on ONNX Runtime's CPU provider; a stage's session is opened when it is first used."""
+
+    name = "onnxruntime"
+    device = "cpu"
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        engine_dir: Path,
+        *,
+        threads: int | None = None,
+        precision: str = "fp32",
+        reason: str = "",
+    ) -> None:
+        """Verify ``engine_dir`` against ``backbone``; FormatError or MismatchError if it does not fit."""
+        self._folder = EngineFolder.open(engine_dir, backbone)
+        if self._folder.manifest.precision != precision:
+            raise MismatchError(
+                f"engine folder {engine_dir} holds {self._folder.manifest.precision}, expected {precision}; "
+                f"pass --precision {self._folder.manifest.precision}"
+            )
+        self.precision = precision
+        self.reason = reason or "asked for"
+        self._threads = threads
+        self._config = backbone.config
+        self._sessions: dict[str, OnnxSession] = {}
+
+    def embed(self, input_ids: torch.Tensor, n_inline: int = 0) -> torch.Tensor:
+        """See `Runtime.embed`."""
+        n, t = input_ids.shape
+        if t + n_inline > self._config.max_positions:
+            raise UsageError(
+                f"sequence of {t} tokens and {n_inline} inline prompt rows, expected at most "
+                f"{self._config.max_positions} positions; shorten the examples"
+            )
+        feeds = {"input_ids": input_ids, "n_inline": torch.tensor(n_inline)}
+        return self._run("embed.onnx", feeds, (1, n, t, self._config.hidden))
+
+    def embed_inline(self, prompts: torch.Tensor) -> torch.Tensor:
+        """See `Runtime.embed_inline`."""
+        p, m, width = prompts.shape
+        return self._run("embed_inline.onnx", {"prompts": prompts}, (p, 1, m, width))
+
+    def layer(
+        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefix | None
+    ) -> torch.Tensor:
+        """See `Runtime.layer`."""
+        p, n, t, width = hidden.shape
+        if mask is None:
+            mask = torch.ones(n, t, dtype=torch.bool)
+        if prefix is None:
+            empty = torch.empty(1, 1, self._config.n_heads, 0, self._config.head_size)
+            prefix = (empty, empty)
+        feeds = {"hidden": hidden, "mask": mask, "prefix_keys": prefix[0], "prefix_values": prefix[1]}
+        return self._run(
+            layer_file(index, "onnx"), feeds, (max(p, prefix[0].shape[0]), n, t, width), "hidden_out"
+        )
+
+    def head(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """See `Runtime.head`."""
+        feeds = {"hidden": hidden, "span_weight": weight, "span_bias": bias}
+        return self._run("head.onnx", feeds, (*hidden.shape[:-1], 2), "logits")
+
+    def _run(
+        self, graph: str, feeds: dict[str, torch.Tensor], shape: tuple[int, ...], output: str = "hidden_out"
+    ) -> torch.Tensor:
+        if graph not in self._sessions:
+            self._sessions[graph] = OnnxSession(self._folder.file(graph), threads=self._threads)
+        return self._sessions[graph].run(feeds, {output: shape})[0]

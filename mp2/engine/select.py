@@ -1,0 +1,112 @@
+"""Make a runtime by name, or the fastest one that works here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from mp2.backbone import Backbone
+from mp2.engine.onnx_runtime import OnnxRuntime
+from mp2.engine.runtime import PRECISIONS, Runtime
+from mp2.engine.torch_runtime import TorchRuntime
+from mp2.errors import Mp2Error, UnknownNameError, UsageError
+from mp2.export.export import tensorrt_missing
+
+RUNTIMES = ("auto", "torch", "onnxruntime", "tensorrt")
+
+
+def create_runtime(
+    name: str,
+    backbone: Backbone,
+    *,
+    engine_dir: str | Path | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    precision: str = "fp32",
+) -> Runtime:
+    """Return runtime ``name``; ``auto`` times one layer on each that works here and takes the fastest.
+
+    ``engine_dir`` is an engine folder (`mp2 export`), which ``onnxruntime`` needs. ``threads`` sets torch's
+    threads for the whole process, too. ``.reason`` of the result says why it was chosen.
+
+    Raises UnknownNameError (runtime or precision), MissingDependencyError (tensorrt, CUDA), UsageError (no
+    engine folder), FormatError or MismatchError (an engine folder that is damaged or another backbone's).
+    """
+    if name not in RUNTIMES:
+        raise UnknownNameError("runtime", name, RUNTIMES)
+    if precision not in PRECISIONS:
+        raise UnknownNameError("precision", precision, PRECISIONS)
+    if name == "tensorrt":
+        raise tensorrt_missing()
+    if threads is not None:
+        if threads < 1:
+            raise UsageError(f"threads is {threads}, expected at least 1")
+        torch.set_num_threads(threads)
+
+    def on_torch(reason: str = "") -> Runtime:
+        return TorchRuntime(backbone, device=device, precision=precision, reason=reason)
+
+    def on_onnx(reason: str = "") -> Runtime:
+        if engine_dir is None:
+            raise UsageError(
+                "runtime 'onnxruntime' needs an engine folder; "
+                f"run 'mp2 export --backbone {backbone.config.name} --out DIR' and pass --engine DIR"
+            )
+        if torch.device(device).type != "cpu":
+            raise UsageError(
+                f"runtime 'onnxruntime' runs on the CPU only, got device '{device}'; use --runtime torch"
+            )
+        return OnnxRuntime(backbone, Path(engine_dir), threads=threads, precision=precision, reason=reason)
+
+    if name == "torch":
+        return on_torch()
+    if name == "onnxruntime":
+        return on_onnx()
+    if engine_dir is None:
+        return on_torch("auto: torch, the only runtime without an engine folder")
+    return _fastest(backbone, {"torch": on_torch, "onnxruntime": on_onnx})
+
+
+def _fastest(backbone: Backbone, makers: dict[str, Callable[[str], Runtime]]) -> Runtime:
+    seconds: dict[str, float] = {}
+    runtimes: dict[str, Runtime] = {}
+    unusable: dict[str, str] = {}
+    first: Mp2Error | None = None
+    for name, make in makers.items():
+        try:
+            runtimes[name] = make("")
+            seconds[name] = layer_seconds(runtimes[name], backbone)
+        except Mp2Error as error:
+            first = first or error
+            unusable[name] = str(error).split(";")[0]
+    if not seconds:
+        assert first is not None
+        raise first
+    best = min(seconds, key=lambda name: seconds[name])
+    measured = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in seconds.items())
+    reason = f"auto: {best}, the fastest for one layer of 8 x 64 tokens ({measured})"
+    for name, why in unusable.items():
+        reason += f"; not {name}: {why}"
+    runtimes[best].reason = reason
+    return runtimes[best]
+
+
+def layer_seconds(runtime: Runtime, backbone: Backbone, *, n_runs: int = 3) -> float:
+    """Return the shortest of ``n_runs`` times of one layer: 8 sequences of 64 tokens, 16 prefix rows."""
+    config = backbone.config
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (8, min(64, config.max_positions)), generator=rng)
+    prefix = torch.randn(1, 1, config.n_heads, 16, config.head_size, generator=rng).to(runtime.device)
+    hidden = runtime.embed(ids.to(runtime.device))
+    middle = config.n_layers // 2
+    times = []
+    for _ in range(n_runs + 1):  # the first prepares
+        started = time.perf_counter()
+        runtime.layer(middle, hidden, None, (prefix, prefix))
+        if torch.device(runtime.device).type == "cuda":
+            torch.cuda.synchronize(runtime.device)
+        times.append(time.perf_counter() - started)
+    return min(times[1:])

@@ -1,0 +1,239 @@
+"""``mp2 export``: write an engine folder, compare it with torch, then give it its name."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx
+import torch
+
+from mp2 import __version__
+from mp2.backbone import Backbone, Layer
+from mp2.errors import MissingDependencyError, Mp2Error, UnknownNameError, UsageError
+from mp2.export import graphs
+from mp2.export.folder import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    BackboneEntry,
+    EngineFolder,
+    Manifest,
+    file_sha256,
+    layer_file,
+)
+from mp2.export.parity import REPORT_HEADER, Comparison, compare_folder, failed
+from mp2.export.weights import WeightStore
+
+if TYPE_CHECKING:
+    from mp2.prompts import PromptSet
+
+EXPORT_RUNTIMES = ("onnxruntime", "tensorrt")
+
+
+def export_engine(
+    backbone: Backbone,
+    out: str | Path,
+    *,
+    prompts: PromptSet | None = None,
+    runtime: str = "onnxruntime",
+    report: Callable[[Comparison], None] = lambda comparison: None,
+) -> EngineFolder:
+    """Write ``backbone``'s engine folder to ``out``, which must be new, empty or an older engine folder.
+
+    ``prompts``: bake their span head into the deployment graphs. ``report`` sees every comparison with
+    torch as it is made. The folder is built under another name and renamed at the end: a killed export
+    leaves nothing that looks whole.
+
+    Raises Mp2Error if an output differs from torch (nothing is left at ``out``), UsageError if ``out`` holds
+    something else, MissingDependencyError for a runtime that is not there.
+    """
+    if runtime not in EXPORT_RUNTIMES:
+        raise UnknownNameError("runtime", runtime, EXPORT_RUNTIMES)
+    if runtime == "tensorrt":
+        raise tensorrt_missing()
+    out = Path(out)
+    _check_target(out)
+    partial = out.with_name(f".{out.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        _write_files(backbone, partial, prompts)
+        head = None if prompts is None else (prompts.span_weight.float(), prompts.span_bias.float())
+        comparisons = []
+        for comparison in compare_folder(partial, backbone, head):
+            comparisons.append(comparison)
+            report(comparison)
+        bad = failed(comparisons)
+        if bad:
+            raise Mp2Error(
+                f"{len(bad)} of {len(comparisons)} outputs differ from torch, first '{bad[0].name}': "
+                f"{bad[0].max_rel:.1e} relative, expected at most {bad[0].tolerance:.0e}; "
+                f"nothing was written to {out}"
+            )
+        manifest = _manifest(backbone, partial, prompts, runtime)
+        (partial / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        _rename(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return EngineFolder(out, manifest)
+
+
+def export_command(
+    backbone: str,
+    out: str,
+    prompts: str | None,
+    runtime: str,
+    show: Callable[[str], None] = lambda line: None,
+) -> dict[str, object]:
+    """Do what ``mp2 export`` does: load by name, export, ``show`` the parity report; return it as JSON."""
+    from mp2.backbone import load_backbone
+
+    if runtime not in EXPORT_RUNTIMES:
+        raise UnknownNameError("runtime", runtime, EXPORT_RUNTIMES)
+    if runtime == "tensorrt":
+        raise tensorrt_missing()
+    _check_target(Path(out))
+    loaded = load_backbone(backbone)
+    prompt_set = None
+    if prompts is not None:
+        from mp2.prompts import load_prompts
+
+        prompt_set = load_prompts(prompts, loaded)
+    comparisons: list[Comparison] = []
+
+    def report(comparison: Comparison) -> None:
+        if not comparisons:
+            show(REPORT_HEADER)
+        comparisons.append(comparison)
+        show(comparison.line())
+
+    folder = export_engine(loaded, out, prompts=prompt_set, runtime=runtime, report=report)
+    n_bytes = sum(path.stat().st_size for path in folder.path.iterdir())
+    show(
+        f"{len(comparisons)} outputs equal torch's within tolerance; "
+        f"engine of '{loaded.config.name}' in {folder.path} "
+        f"({len(folder.manifest.files)} files, {n_bytes / 1e6:.1f} MB)"
+    )
+    return {
+        "out": str(folder.path),
+        "bytes": n_bytes,
+        "manifest": json.loads(folder.manifest.to_json()),
+        "parity": [{**asdict(c), "ok": c.ok} for c in comparisons],
+    }
+
+
+def tensorrt_missing() -> MissingDependencyError:
+    """Return the error for the runtime whose place is kept but which is not there yet."""
+    return MissingDependencyError(
+        "runtime 'tensorrt' needs an NVIDIA GPU, the package 'tensorrt' (pip install 'mp2[gpu]') and a "
+        "version of mp2 that builds plans: this one does not yet; use --runtime onnxruntime"
+    )
+
+
+def _check_target(out: Path) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UsageError(f"{out} is a file, expected a folder to write the engine to; choose another --out")
+    if any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise UsageError(f"{out} is not empty and not an engine folder; choose another --out")
+
+
+def _write_files(backbone: Backbone, folder: Path, prompts: PromptSet | None) -> None:
+    config, store = backbone.config, WeightStore(folder)
+    _store_embeddings(backbone, store)
+    _save(graphs.embed_model(config, store), folder / "embed.onnx")
+    _save(graphs.embed_inline_model(config, store), folder / "embed_inline.onnx")
+    for i in range(config.n_layers):
+        _store_layer(backbone, store, i)
+        _save(graphs.layer_model(config, store, i), folder / layer_file(i, "onnx"))
+    _save(graphs.head_model(config, store), folder / "head.onnx")
+    if prompts is not None:
+        store.add("span_head.bin", "span_weight", prompts.span_weight.detach().numpy())
+        store.add("span_head.bin", "span_bias", prompts.span_bias.detach().numpy())
+    baked = prompts is not None
+    _save(graphs.backbone_model(config, store, baked_head=baked), folder / "backbone.onnx")
+    _save(graphs.backbone_inline_model(config, store, baked_head=baked), folder / "backbone_inline.onnx")
+
+
+def _store_embeddings(backbone: Backbone, store: WeightStore) -> None:
+    encoder = backbone.encoder
+    for name, tensor in (
+        ("word_embeddings", encoder.word_embeddings.weight),
+        ("position_embeddings", encoder.position_embeddings.weight),
+        ("token_type_embedding", encoder.token_type_embeddings.weight[0]),
+        ("embedding_norm.weight", encoder.embedding_norm.weight),
+        ("embedding_norm.bias", encoder.embedding_norm.bias),
+    ):
+        store.add("embed.bin", name, tensor.detach().numpy())
+
+
+def _store_layer(backbone: Backbone, store: WeightStore, index: int) -> None:
+    layer, file, name = backbone.encoder.layers[index], layer_file(index, "bin"), f"layers.{index}"
+    assert isinstance(layer, Layer)
+    scale = backbone.config.head_size**-0.5  # folded into the query's weights: one pass over the scores less
+    parts = ((layer.query, scale), (layer.key, 1.0), (layer.value, 1.0))
+    with torch.no_grad():
+        weight = torch.cat([part.weight * factor for part, factor in parts])
+        bias = torch.cat([part.bias * factor for part, factor in parts])
+        store.add(file, f"{name}.qkv.weight", weight.T.numpy())
+        store.add(file, f"{name}.qkv.bias", bias.numpy())
+        for part in ("attention_output", "intermediate", "output"):
+            module = getattr(layer, part)
+            store.add(file, f"{name}.{part}.weight", module.weight.T.numpy())
+            store.add(file, f"{name}.{part}.bias", module.bias.numpy())
+        for part in ("attention_norm", "output_norm"):
+            module = getattr(layer, part)
+            store.add(file, f"{name}.{part}.weight", module.weight.numpy())
+            store.add(file, f"{name}.{part}.bias", module.bias.numpy())
+
+
+def _save(model: onnx.ModelProto, path: Path) -> None:
+    path.write_bytes(model.SerializeToString())
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+def _manifest(backbone: Backbone, folder: Path, prompts: PromptSet | None, runtime: str) -> Manifest:
+    config = backbone.config
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        backbone=BackboneEntry(
+            name=config.name,
+            sha256=backbone.sha256,
+            n_layers=config.n_layers,
+            hidden=config.hidden,
+            n_heads=config.n_heads,
+            ffn=config.ffn,
+            vocab_size=config.vocab_size,
+            activation=config.activation,
+        ),
+        max_tokens=config.max_positions,
+        precision="fp32",
+        opset=graphs.OPSET,
+        runtime=runtime,
+        prompts_sha256=None if prompts is None else prompts.sha256,
+        versions={
+            "mp2": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "onnx", "onnxruntime")},
+        },
+        files={path.name: file_sha256(path) for path in sorted(folder.iterdir())},
+    )
+
+
+def _rename(partial: Path, out: Path) -> None:
+    """Put ``partial`` at ``out``; an older engine folder there gives way only once the new one is whole."""
+    old = out.with_name(f".{out.name}.old")
+    if old.exists():
+        shutil.rmtree(old)
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,193 @@
+"""The engine folder: a manifest beside graphs and weights, verified before any runtime sees a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mp2.backbone import Backbone
+from mp2.errors import FormatError, MismatchError
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneEntry:
+    """The backbone that the folder was exported from."""
+
+    name: str
+    sha256: str
+    n_layers: int
+    hidden: int
+    n_heads: int
+    ffn: int
+    vocab_size: int
+    activation: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """``manifest.json``: what is in the folder, and what it was made from."""
+
+    schema_version: int
+    backbone: BackboneEntry
+    max_tokens: int  # prompt rows of inline injection count too
+    precision: str
+    opset: int
+    runtime: str
+    prompts_sha256: str | None  # whose head is baked into the deployment graphs
+    versions: Mapping[str, str]
+    files: Mapping[str, str]  # name -> sha256
+
+    def to_json(self) -> str:
+        """Return the file's text."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+
+def layer_file(index: int, suffix: str) -> str:
+    """Return the name of layer ``index``'s file, ``layer_07.onnx``."""
+    return f"layer_{index:02d}.{suffix}"
+
+
+def graph_files(n_layers: int) -> list[str]:
+    """Return the names of all graphs of an engine folder."""
+    chain = [
+        "embed.onnx",
+        "embed_inline.onnx",
+        *(layer_file(i, "onnx") for i in range(n_layers)),
+        "head.onnx",
+    ]
+    return [*chain, "backbone.onnx", "backbone_inline.onnx"]
+
+
+def file_sha256(path: Path) -> str:
+    """Return the hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class EngineFolder:
+    """A verified engine folder."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path, backbone: Backbone | None = None) -> EngineFolder:
+        """Read and verify ``path``: the manifest's form, every file's hash, the backbone it was made from.
+
+        Raises FormatError for a folder that is incomplete or damaged, MismatchError for another backbone's.
+        """
+        folder = cls(Path(path), read_manifest(Path(path) / MANIFEST))
+        if backbone is not None:
+            folder._check_backbone(backbone)
+        folder._check_files()
+        return folder
+
+    def file(self, name: str) -> Path:
+        """Return the path of one of the manifest's files."""
+        if name not in self.manifest.files:
+            raise FormatError(
+                f"'{name}' is not listed; export the engine again", path=self._at, field="files"
+            )
+        return self.path / name
+
+    @property
+    def _at(self) -> Path:
+        return self.path / MANIFEST
+
+    def _check_backbone(self, backbone: Backbone) -> None:
+        entry = self.manifest.backbone
+        if entry.sha256 != backbone.sha256:
+            raise MismatchError(
+                f"engine folder {self.path} was exported from backbone '{entry.name}' "
+                f"(weights {entry.sha256[:12]}), expected '{backbone.config.name}' "
+                f"(weights {backbone.sha256[:12]}); "
+                f"run 'mp2 export --backbone {backbone.config.name} --out {self.path}' "
+                "or pass the folder that fits"
+            )
+
+    def _check_files(self) -> None:
+        again = "the folder is damaged or incomplete: export the engine again"
+        n_layers = self.manifest.backbone.n_layers
+        needed = [*graph_files(n_layers), "embed.bin", *(layer_file(i, "bin") for i in range(n_layers))]
+        for name in needed:
+            if name not in self.manifest.files:
+                raise FormatError(
+                    f"no entry for '{name}', which an engine needs; {again}", path=self._at, field="files"
+                )
+        for name, expected in self.manifest.files.items():
+            if Path(name).name != name:
+                raise FormatError(f"'{name}' is not a plain file name; {again}", path=self._at, field="files")
+            file = self.path / name
+            if not file.is_file():
+                raise FormatError(f"'{name}' is listed but missing; {again}", path=self._at, field="files")
+            got = file_sha256(file)
+            if got != expected:
+                raise FormatError(f"sha256 is {got[:12]}, expected {expected[:12]}; {again}", path=file)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Return the manifest at ``path``; FormatError names the field that is not as expected."""
+    if not path.is_file():
+        raise FormatError(
+            f"no {MANIFEST}: not an engine folder, or its export did not finish; "
+            f"make one with 'mp2 export --backbone NAME --out {path.parent}'",
+            path=path.parent,
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FormatError(f"not JSON ({error}); export the engine again", path=path) from error
+    if not isinstance(raw, dict):
+        raise FormatError(f"a {type(raw).__name__}, expected an object; export the engine again", path=path)
+    version = raw.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise FormatError(
+            f"{version!r}, expected {SCHEMA_VERSION}: written by another mp2; export the engine again",
+            path=path,
+            field="schema_version",
+        )
+    entry = _get(raw, "backbone", dict, path)
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        backbone=BackboneEntry(
+            **{
+                name: _get(entry, name, int if kind == "int" else str, path, "backbone.")
+                for name, kind in BackboneEntry.__annotations__.items()
+            }
+        ),
+        max_tokens=_get(raw, "max_tokens", int, path),
+        precision=_get(raw, "precision", str, path),
+        opset=_get(raw, "opset", int, path),
+        runtime=_get(raw, "runtime", str, path),
+        prompts_sha256=None if raw.get("prompts_sha256") is None else _get(raw, "prompts_sha256", str, path),
+        versions=_strings(raw, "versions", path),
+        files=_strings(raw, "files", path),
+    )
+
+
+def _get(raw: Mapping[str, Any], name: str, kind: type, path: Path, where: str = "") -> Any:
+    value = raw.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        got = "missing" if name not in raw else repr(value)
+        raise FormatError(
+            f"{got}, expected {kind.__name__}; export the engine again", path=path, field=where + name
+        )
+    return value
+
+
+def _strings(raw: Mapping[str, Any], name: str, path: Path) -> dict[str, str]:
+    values = _get(raw, name, dict, path)
+    for key, value in values.items():
+        if not isinstance(value, str):
+            raise FormatError(
+                f"{value!r}, expected str; export the engine again", path=path, field=f"{name}.{key}"
+            )
+    return dict(values)

@@ -1,0 +1,157 @@
+"""Stage-I methods on functions of bits whose optimum is not all ones."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mp2.errors import UnknownNameError, UsageError
+from mp2.optimizers.router_search import (
+    Routers,
+    check_method,
+    create_router_search,
+    stage_one_iterations,
+)
+
+
+class HiddenBits:
+    """Weighted disagreement with a hidden router, with pairwise terms; some upstream routers are near it."""
+
+    def __init__(self, shape: tuple[int, int], seed: int, n_tasks: int = 12, noise: float = 0.25):
+        rng = np.random.default_rng(seed)
+        self.shape = shape
+        tasks = rng.random((n_tasks, *shape)) < 0.5
+        self.hidden = tasks[-1] ^ (rng.random(shape) < noise)
+        self.warm = tasks
+        n_bits = shape[0] * shape[1]
+        self.weights = rng.gamma(1.0, 1.0, n_bits)
+        self.pairs = rng.normal(size=(n_bits, n_bits)) * (rng.random((n_bits, n_bits)) < 0.05) * 0.2
+
+    def __call__(self, routers: Routers) -> np.ndarray:
+        wrong = (routers != self.hidden).reshape(len(routers), -1).astype(float)
+        return (wrong @ self.weights + ((wrong @ self.pairs) * wrong).sum(1)) / len(self.weights)
+
+
+def search(method: str, problem: HiddenBits, iterations: int, seed: int = 0, warm: bool = True) -> np.ndarray:
+    """All losses [n] that a method met, the untuned router's first."""
+    routers = problem.warm if warm else problem.warm[:0]
+    found = create_router_search(method, problem.shape, iterations, routers, np.random.default_rng(seed))
+    first = np.ones((1, *problem.shape), dtype=bool)
+    losses = [problem(first)]
+    found.tell(first, losses[0])
+    n = 1
+    while n < iterations and len(routers := found.ask(iterations - n)):
+        assert routers.dtype == bool
+        assert routers.shape[1:] == problem.shape
+        assert len(routers) <= iterations - n
+        losses.append(problem(routers))
+        found.tell(routers, losses[-1])
+        n += len(routers)
+    return np.concatenate(losses)
+
+
+CHEAP = ["surrogate", "random", "nevergrad:DiscreteOnePlusOne", "nevergrad:CMA", "exhaustive"]
+
+
+@pytest.mark.parametrize("method", CHEAP)
+def test_same_generator_same_candidates(method: str) -> None:
+    problem = HiddenBits((2, 4), 0)
+    runs = [search(method, problem, 40, seed=seed) for seed in (1, 1, 2)]
+    assert np.array_equal(runs[0], runs[1])
+    if method != "exhaustive":
+        assert not np.array_equal(runs[0], runs[2])
+
+
+def test_bo_is_deterministic_random_first_and_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [search("bo", HiddenBits((1, 4), 0), 23) for _ in range(2)]
+    assert np.array_equal(*runs)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("layers", [4, 24])
+@pytest.mark.parametrize("warm", [True, False])
+def test_surrogate_beats_random_at_equal_budget(layers: int, warm: bool) -> None:
+    ours, random = [], []
+    for seed in range(6):
+        problem = HiddenBits((layers, 8), seed)
+        ours.append(search("surrogate", problem, 100, seed, warm).min())
+        random.append(search("random", problem, 100, seed).min())
+    assert np.mean(ours) < 0.8 * np.mean(random), (np.mean(ours), np.mean(random))
+    assert sum(a < b for a, b in zip(ours, random, strict=True)) >= 5
+
+
+def test_surrogate_takes_under_a_second_for_100_iterations_of_24_layers() -> None:
+    start = time.process_time()
+    search("surrogate", HiddenBits((24, 8), 0), 100)
+    assert time.process_time() - start < 1.0
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 4)),
+    n_tasks=st.integers(0, 9),
+    iterations=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
+def test_surrogate_never_asks_twice_and_ends_when_all_are_known(
+    shape: tuple[int, int], n_tasks: int, iterations: int, seed: int
+) -> None:
+    problem = HiddenBits(shape, seed, n_tasks=max(1, n_tasks))
+    seen: list[bytes] = []
+    inner = problem.__call__
+    losses = []
+
+    class Watched(HiddenBits):
+        def __init__(self) -> None:
+            self.__dict__ = problem.__dict__
+
+        def __call__(self, routers: Routers) -> np.ndarray:
+            seen.extend(r.tobytes() for r in routers)
+            return inner(routers)
+
+    losses = search("surrogate", Watched(), iterations, seed, warm=n_tasks > 0)
+    assert len(set(seen)) == len(seen) == len(losses) == min(iterations, 2 ** (shape[0] * shape[1]))
+
+
+def test_surrogate_with_equal_losses_goes_on() -> None:
+    class Flat(HiddenBits):
+        def __call__(self, routers: Routers) -> np.ndarray:
+            return np.zeros(len(routers))
+
+    assert len(search("surrogate", Flat((4, 8), 0), 60)) == 60
+
+
+def test_exhaustive_finds_the_best_of_all_256() -> None:
+    problem = HiddenBits((1, 8), 3)
+    losses = search("exhaustive", problem, stage_one_iterations("exhaustive", None, "shallow", (1, 8), 8000))
+    bits = (np.arange(256)[:, None] >> np.arange(8)) & 1
+    brute = problem(bits.astype(bool).reshape(256, 1, 8))
+    assert len(losses) == 256
+    assert np.allclose(np.sort(losses), np.sort(brute))
+
+
+def test_exhaustive_of_a_space_over_the_budget_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"needs 2\^192 iterations .* got 8000"):
+        stage_one_iterations("exhaustive", None, "deep", (24, 8), 8000)
+    with pytest.raises(UsageError, match=r"needs 2\^8 iterations .* got 200"):
+        stage_one_iterations("exhaustive", 200, "shallow", (1, 8), 8000)
+
+
+def test_default_budgets_are_the_papers() -> None:
+    assert stage_one_iterations("bo", None, "deep", (24, 8), 8000) == 100
+    assert stage_one_iterations("surrogate", None, "shallow", (1, 8), 8000) == 200
+    assert stage_one_iterations("surrogate", None, "deep", (24, 8), 20) == 20
+
+
+def test_unknown_names_come_with_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match=r"'surogate'.*Did you mean 'surrogate'"):
+        check_method("surogate")
+    with pytest.raises(
+        UnknownNameError, match=r"nevergrad optimizer 'OnePlusOn'.*Did you mean .*'OnePlusOne'"
+    ):
+        check_method("nevergrad:OnePlusOn")
+    assert check_method("default") == "surrogate"

@@ -1,0 +1,402 @@
+"""`mp2 bbt`, `mp2 predict` and `mp2 doctor` end to end on a tiny random backbone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.numpy import load_file
+from tuning_world import World, make_world
+
+from mp2.backbone import Backbone
+from mp2.cli import main
+from mp2.optimizers.config import BbtConfig
+from mp2.optimizers.journal import Journal
+
+FIELDS = {
+    "task",
+    "method",
+    "seed",
+    "backbone",
+    "iterations",
+    "train_loss",
+    "dev_score",
+    "test_score",
+    "metric",
+    "seconds",
+    "engine",
+    "run_dir",
+}
+SHORT = ["--iters", "70", "--router-iters", "20", "--popsize", "8", "--shots", "4", "--seed", "13"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> World:
+    return make_world(tmp_path_factory.mktemp("world"), tiny_backbone)
+
+
+def mp2(*arguments: str | Path, input: str | None = None) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments], input=input)
+
+
+def bbt(*arguments: str | Path) -> dict[str, Any]:
+    done = mp2("bbt", *arguments, "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    return json.loads(done.stdout)
+
+
+def comparable(result: dict[str, Any]) -> dict[str, Any]:
+    """The result without times and places."""
+    return {k: v for k, v in result.items() if k not in ("seconds", "run_dir")}
+
+
+@pytest.fixture(scope="module")
+def unbroken(world: World) -> dict[str, Any]:
+    return bbt(*world.options(), *SHORT)
+
+
+def test_result_has_the_promised_fields_and_files(unbroken: dict[str, Any]) -> None:
+    assert set(unbroken) >= FIELDS
+    assert set(unbroken["seconds"]) >= {"stage1", "stage2", "forward", "suggest", "dev"}
+    assert set(unbroken["engine"]) == {"runtime", "precision", "device"}
+    assert unbroken["iterations"] == 70
+    assert unbroken["method"] == "mp2-deep"
+    run_dir = Path(unbroken["run_dir"])
+    files = {p.name for p in run_dir.iterdir()} - {"lock"}
+    wanted = {"config.json", "card.toml", "journal.jsonl", "prompt.safetensors", "result.json", "curve.png"}
+    assert files == wanted
+    assert json.loads((run_dir / "result.json").read_text()) == unbroken
+    assert (run_dir / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert unbroken["stages"]["untuned"]["train_loss"] >= unbroken["best_train_loss"]
+
+
+def test_config_json_can_be_read_back(unbroken: dict[str, Any]) -> None:
+    path = Path(unbroken["run_dir"]) / "config.json"
+    values = json.loads(path.read_text())
+    config = BbtConfig.from_json(values["config"])
+    assert config.to_json() == values["config"]
+    assert config.sha256() == values["config_sha256"]
+    assert (config.seed, config.runtime, config.threads) == (13, "torch", 1)
+
+
+def test_same_seed_gives_the_same_result_bit_for_bit(world: World, unbroken: dict[str, Any]) -> None:
+    again = bbt(*world.options(), *SHORT)
+    assert comparable(again) == comparable(unbroken)
+    prompts = [Path(r["run_dir"], "prompt.safetensors").read_bytes() for r in (again, unbroken)]
+    assert prompts[0] == prompts[1]
+
+
+@pytest.mark.parametrize("kind", ["deep", "shallow"])
+def test_killed_at_every_journal_write_and_resumed_is_bit_identical(
+    world: World, unbroken: dict[str, Any], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """In this process, with the real engine: the journal's n-th write is torn and the run dies there."""
+    short = ["--iters", "38", "--router-iters", "9", "--popsize", "8", "--shots", "2", "--test-limit", "5"]
+    options = [*world.options(kind=kind), *short]
+    whole = bbt(*options)
+    write, left = Journal._write, 0
+
+    def dies(self: Journal, data: bytes) -> None:
+        nonlocal left
+        left -= 1
+        write(self, data if left else data[: len(data) // 2])
+        if not left:
+            raise KeyboardInterrupt
+
+    n_events = len(_events(Path(whole["run_dir"])))
+    for n_writes in range(2, n_events + 2):
+        left = n_writes
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "_write", dies)
+            before = set((world.root / "runs").iterdir())
+            stopped = mp2("bbt", *options)
+        assert stopped.exit_code == 130
+        (run_dir,) = set((world.root / "runs").iterdir()) - before
+        assert f"mp2 bbt --resume {run_dir}" in stopped.stderr
+        resumed = bbt("--resume", run_dir)
+        assert comparable(resumed) == comparable(whole), f"killed at write {n_writes} of {n_events}"
+        assert (run_dir / "prompt.safetensors").read_bytes() == Path(
+            whole["run_dir"], "prompt.safetensors"
+        ).read_bytes()
+
+
+def _events(run_dir: Path) -> list[dict[str, Any]]:
+    """First lines of the journal's events, without the header."""
+    lines = [json.loads(line) for line in (run_dir / "journal.jsonl").read_text().splitlines()[1:]]
+    return [line for line in lines if line["event"] == "scores" or line["iteration"] == line["of"][0] + 1]
+
+
+def _start(world: World, out: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-c",
+        "from mp2.cli import main; main()",
+        "bbt",
+        *world.options(),
+        *arguments,
+        "--out",
+        str(out),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def _wait_for_lines(out: Path, n: int, process: subprocess.Popen[str]) -> Path:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        for journal in out.glob("*/journal.jsonl"):
+            if journal.read_bytes().count(b"\n") >= n:
+                return journal.parent
+        time.sleep(0.002)
+    raise AssertionError(f"no {n} journal lines: {process.communicate()}")
+
+
+LONG = ["--iters", "400", "--router-iters", "40", "--popsize", "8", "--shots", "4", "--test-limit", "6"]
+
+
+@pytest.mark.slow
+def test_sigkill_in_a_process_of_its_own_and_resumed_is_bit_identical(world: World, tmp_path: Path) -> None:
+    whole = bbt(*world.options(), *LONG)
+    for n_lines in (1, 60, 250):
+        out = tmp_path / str(n_lines)
+        process = _start(world, out, *LONG)
+        run_dir = _wait_for_lines(out, n_lines, process)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not (run_dir / "result.json").exists()
+        resumed = bbt("--resume", run_dir)
+        assert comparable(resumed) == comparable(whole)
+        prompts = [Path(r["run_dir"], "prompt.safetensors").read_bytes() for r in (resumed, whole)]
+        assert prompts[0] == prompts[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_print_the_resume_command(
+    world: World, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    process = _start(world, tmp_path, *LONG)
+    run_dir = _wait_for_lines(tmp_path, 100, process)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert f"go on with: mp2 bbt --resume {run_dir}" in stderr
+    assert "Traceback" not in stderr
+    assert bbt("--resume", run_dir)["iterations"] == 400
+
+
+@pytest.fixture
+def locked(unbroken: dict[str, Any]) -> Iterator[Path]:
+    """The finished run's folder, held by another process."""
+    folder = Path(unbroken["run_dir"])
+    code = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(1, flush=True); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    yield folder
+    holder.kill()
+    holder.communicate()
+
+
+def test_a_second_process_in_one_folder_is_refused(locked: Path) -> None:
+    done = mp2("bbt", "--resume", locked)
+    assert done.exit_code == 2
+    assert "another process works in" in done.stderr
+
+
+def test_resuming_a_finished_run_reads_its_result_back(unbroken: dict[str, Any]) -> None:
+    assert bbt("--resume", unbroken["run_dir"]) == unbroken
+
+
+def test_resume_refuses_other_options_and_folders_that_are_no_runs(
+    unbroken: dict[str, Any], tmp_path: Path
+) -> None:
+    done = mp2("bbt", "--resume", unbroken["run_dir"], "--iters", "9")
+    assert (done.exit_code, "drop --iters" in done.stderr) == (2, True)
+    done = mp2("bbt", "--resume", tmp_path)
+    assert (done.exit_code, "no config.json" in done.stderr) == (2, True)
+
+
+def test_resume_refuses_changed_data(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "data" / "mood"
+    data.mkdir(parents=True)
+    for split in ("train", "test"):
+        (data / f"{split}.jsonl").write_bytes((world.data / "mood" / f"{split}.jsonl").read_bytes())
+    options = [*world.options(), *SHORT, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "runs")]
+
+    def dies(self: Journal, data: bytes) -> None:
+        write(self, data)
+        if b'"stage": 2' in data:
+            raise KeyboardInterrupt
+
+    write = Journal._write
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "_write", dies)
+        assert mp2("bbt", *options).exit_code == 130
+    lines = (data / "train.jsonl").read_text("utf-8").splitlines()
+    (data / "train.jsonl").write_text("\n".join(lines[::-1][:60]), "utf-8")
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    done = mp2("bbt", "--resume", run_dir)
+    assert done.exit_code == 2
+    assert "data_sha256" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "tnewz"], "Did you mean 'tnews'"),
+        (["--backbone", "./nowhere"], "nowhere"),
+        (["--runtime", "torhc"], "Did you mean 'torch'"),
+        (["--router-search", "exhaustiv"], "Did you mean 'exhaustive'"),
+        (["--router-search", "nevergrad:NGOptt"], "Did you mean 'NGOpt"),
+        (["--router-search", "exhaustive", "--iters", "50"], "exhaustive search needs 2^12 iterations"),
+        (["--runtime", "tensorrt"], "tensorrt"),
+        (["--cma", "diagonl"], "Did you mean 'diagonal'"),
+        (["--prompts", "mini-depe"], "Did you mean 'mini-deep'"),
+        (["--shallow"], "prompts of"),
+        (["--iters", "0"], "iters is 0, expected at least 1"),
+        (["--seeds", "8,x"], "expected whole numbers with commas"),
+        (["--shots", "500"], "too few examples"),
+        (["--max-tokens", "500"], "max_tokens is 500, expected at most 96"),
+        (["--max-tokens", "12"], "does not fit 12 tokens"),
+    ],
+)
+def test_what_cannot_be_done_exits_2_and_makes_no_folder(
+    world: World, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    done = mp2("bbt", *world.options(), *arguments, "--out", tmp_path / "runs")
+    assert done.exit_code == 2, (done.output, done.exception)
+    assert message in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_malformed_data_names_file_line_and_field(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "mood"
+    folder.mkdir()
+    text = (world.data / "mood" / "train.jsonl").read_text("utf-8").replace('"pos"', '"good"', 1)
+    (folder / "train.jsonl").write_text(text, "utf-8")
+    done = mp2("bbt", *world.options(), "--data", tmp_path)
+    assert done.exit_code == 2
+    assert "train.jsonl:" in done.stderr
+    assert "unknown label 'good'" in done.stderr
+
+
+def test_several_seeds_give_a_run_each_and_a_mean(world: World) -> None:
+    short = ["--iters", "12", "--router-iters", "6", "--popsize", "4", "--shots", "2", "--seeds", "8,13"]
+    done = mp2("bbt", *world.options(), *short)
+    assert done.exit_code == 0, done.stderr
+    assert "2 seeds (8, 13)" in done.stdout
+    results = bbt(*world.options(), *short)
+    assert [r["seed"] for r in results] == [8, 13]
+    assert len({r["run_dir"] for r in results}) == 2
+
+
+@pytest.mark.parametrize("method", ["exhaustive", "random", "none", "nevergrad:DiscreteOnePlusOne"])
+def test_every_router_search_runs_on_shallow_prompts(world: World, method: str) -> None:
+    short = ["--iters", "24", "--popsize", "4", "--shots", "2", "--no-test", "--router-search", method]
+    limit = [] if method == "exhaustive" else ["--router-iters", "10"]
+    result = bbt(*world.options(kind="shallow"), *short, *limit)
+    assert result["test_score"] is None
+    assert result["method"] == "mp2-shallow"
+    assert result["iterations"] == 24
+    stage_one = {"exhaustive": 16, "none": 1}.get(method, 10)
+    assert result["stages"]["stage1"]["iteration"] == stage_one
+
+
+def test_router_only(world: World) -> None:
+    result = bbt(*world.options(), "--router-only", "--router-iters", "9", "--shots", "2")
+    assert (result["iterations"], result["method"]) == (9, "mp2-deep-router")
+    assert set(result["stages"]) == {"untuned", "stage1"}
+
+
+def test_the_table_shows_three_stages(world: World) -> None:
+    done = mp2(
+        "bbt", *world.options(), "--iters", "12", "--router-iters", "6", "--popsize", "4", "--shots", "2"
+    )
+    assert done.exit_code == 0, done.stderr
+    for part in ("untuned", "stage I (router)", "stage II", "dev accuracy", "test accuracy", "12 iterations"):
+        assert part in done.stdout
+    assert "stage II  12/12  train loss" in done.stderr
+
+
+def test_a_tuned_prompt_is_one_vector_a_layer(unbroken: dict[str, Any], world: World) -> None:
+    tensors = load_file(Path(unbroken["run_dir"]) / "prompt.safetensors")
+    assert {n: (t.shape, t.dtype) for n, t in tensors.items()} == {"z": ((3, 5), np.dtype(np.float32))}
+
+
+def test_predictions_on_the_test_set_reproduce_the_test_score(unbroken: dict[str, Any], world: World) -> None:
+    path = world.data / "mood" / "test.jsonl"
+    done = mp2("predict", "--run", unbroken["run_dir"], "--input", path)
+    assert done.exit_code == 0, (done.output, done.exception)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    gold = [json.loads(line)["label"] for line in path.read_text("utf-8").splitlines()]
+    assert np.mean([f["label"] == g for f, g in zip(found, gold, strict=True)]) == unbroken["test_score"]
+    assert all(0.5 <= f["probability"] <= 1 for f in found)
+
+
+def test_predict_reads_plain_text_from_standard_input(unbroken: dict[str, Any]) -> None:
+    text = "真的很好\n\n太差了\n"
+    done = mp2("predict", "--run", unbroken["run_dir"], "--input", "-", input=text)
+    assert done.exit_code == 0, (done.output, done.exception)
+    as_json = "\n".join(json.dumps({"text": t}) for t in text.split())
+    other = mp2("predict", "--run", unbroken["run_dir"], "--input", "-", input=as_json)
+    assert done.stdout == other.stdout
+    assert len(done.stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize("task", ["find", "pick"])
+def test_extraction_and_multiple_choice_tune_and_predict(world: World, task: str) -> None:
+    card = world.question_card if task == "find" else world.choice_card
+    short = ["--iters", "20", "--router-iters", "8", "--popsize", "4"]
+    result = bbt(*world.options(card=card), *short)
+    path = world.data / task / "test.jsonl"
+    done = mp2("predict", "--run", result["run_dir"], "--input", path)
+    assert done.exit_code == 0, (done.output, done.exception)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    examples = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert len(found) == len(examples)
+    for prediction, example in zip(found, examples, strict=True):
+        assert 0 <= prediction["probability"] <= 1
+        if task == "find":
+            assert prediction["answer"] in example["context"]
+        else:
+            assert prediction["option"] == example["options"][prediction["label"]]
+
+
+def test_predict_says_what_is_wrong(unbroken: dict[str, Any], world: World, tmp_path: Path) -> None:
+    run = unbroken["run_dir"]
+    done = mp2("predict", "--run", run, "--input", tmp_path / "no.jsonl")
+    assert (done.exit_code, "there is no file" in done.stderr) == (2, True)
+    done = mp2("predict", "--run", run, "--input", "-", input='{"txt": "好"}')
+    assert (done.exit_code, "<stdin>:1: field 'text'" in done.stderr) == (2, True)
+    unfinished = tmp_path / "run"
+    unfinished.mkdir()
+    (unfinished / "config.json").write_bytes((Path(run) / "config.json").read_bytes())
+    done = mp2("predict", "--run", unfinished, "--input", "-", input="好")
+    assert (done.exit_code, "the run has not ended" in done.stderr) == (2, True)
+
+
+def test_doctor_names_what_there_is_and_what_is_missing() -> None:
+    done = mp2("doctor", "--json")
+    assert done.exit_code == 0
+    found = json.loads(done.stdout)
+    assert found["runtimes"]["torch"]["available"]
+    assert "has not been run" in found["runtimes"]["tensorrt"]["note"]
+    text = mp2("doctor").stdout
+    for part in ("python", "onnxruntime", "tensorrt", "cores", "memory", "data"):
+        assert part in text

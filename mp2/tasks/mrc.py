@@ -27,7 +27,7 @@ MIN_TEXT_TOKENS = 8  # room that template and options must leave to the text
 SEPARATOR, CLOSING = "，", "。"  # between options and after the last (paper, Table 7)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no truth value to compare by
 class MrcInput:
     """One token sequence with its gold span and the spans that may be predicted. All positions are inclusive.
 
@@ -117,6 +117,19 @@ class MrcFormatter:
     def _ids(self, text: str) -> list[int]:
         return self._encode(text).ids if text else []
 
+    def _head(self, text: str, room: int) -> list[int]:
+        """Return the ids of a text, or of a beginning with at least ``room`` tokens: articles are long.
+
+        The beginning stops before a Chinese character, so that its tokens are those of the whole text: such a
+        character is always a word of its own.
+        """
+        limit = room + room // 4
+        if room > 0 and len(text) > limit + 100:
+            stop = next((i for i in range(limit, limit + 100) if "\u4e00" <= text[i] <= "\u9fff"), None)
+            if stop is not None and len(ids := self._ids(text[:stop])) >= room:
+                return ids
+        return self._ids(text)
+
     def _label_words(self) -> list[list[int]]:
         words = [self._ids(word) for word in self.card.labels.values()]
         unspelled = [
@@ -146,8 +159,9 @@ class MrcFormatter:
     def _room(self, example: Example, options: Sequence[list[int]]) -> int | None:
         """Return the tokens left for the text fields, None if the options leave too few."""
         room = self.max_tokens - self._n_template - self._n_option_tokens(options)
-        need = min(MIN_TEXT_TOKENS, sum(len(self._ids(text)) for text in example.fields.values()))
-        return room if room >= need else None
+        if room >= MIN_TEXT_TOKENS or room >= sum(len(self._ids(text)) for text in example.fields.values()):
+            return room
+        return None
 
     def _with_options(self, example: Example, index: int) -> MrcInput:
         if self.card.type == "classification":
@@ -164,7 +178,7 @@ class MrcFormatter:
                 )
             room = room_or_none
             gold = int(example.label) if example.label is not None else None
-        fields = {name: self._ids(text) for name, text in example.fields.items()}
+        fields = {name: self._head(text, room) for name, text in example.fields.items()}
         caps = fair_lengths([len(ids) for ids in fields.values()], room)
         cut = {name: ids[:cap] for (name, ids), cap in zip(fields.items(), caps, strict=True)}
         ids, _, spans = self._assemble(cut, options)

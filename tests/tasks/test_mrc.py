@@ -122,6 +122,18 @@ def test_the_longest_field_is_cut_first(tokenizer: Tokenizer) -> None:
     assert text.count("天") == 220 - formatter.n_fixed_tokens - 12
 
 
+@pytest.mark.parametrize("unit", ["今天看电影", "read1 ", "a" * 150 + "天", "今" + "ab1 " * 40, " 　"])
+def test_a_very_long_text_gives_the_tokens_of_its_beginning(tokenizer: Tokenizer, unit: str) -> None:
+    card = load_card("tnews")
+    text = "今" + unit * (4000 // len(unit))
+    formatter = MrcFormatter(card, tokenizer, 100)
+    item = formatter.training_input(Example({"text": text}, "news_car"), 0)
+    shown = min(100 - formatter.n_fixed_tokens, len(tokenizer.encode(text).ids))
+    at = 1 + len(tokenizer.encode("主题识别：“").ids)
+    assert item.input_ids[at : at + shown].tolist() == tokenizer.encode(text).ids[:shown]
+    assert item.n_tokens == formatter.n_fixed_tokens + shown
+
+
 def slow_fair_lengths(lengths: list[int], room: int) -> list[int]:
     """Take one token at a time from the longest (the last of equals)."""
     kept = list(lengths)

@@ -1,7 +1,8 @@
 """Published checkpoint formats -> the encoder's own parameter names.
 
-Two layouts are read: the BERT family's (BERT, RoBERTa-wwm, MacBERT, ERNIE) and CPT's (Shao et al., 2021), where
-one 24-layer (12-layer) BERT body lies under ``model.encoder.*`` and generation decoders beside it are ignored.
+Two layouts are read: the BERT family's (BERT, RoBERTa-wwm, MacBERT, ERNIE) and CPT's (Shao et al., 2021),
+where one 24-layer (12-layer) BERT body lies under ``model.encoder.*`` and the generation decoder beside it is
+ignored.
 """
 
 from __future__ import annotations

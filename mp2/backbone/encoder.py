@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from mp2.backbone.config import BackboneConfig
 
@@ -46,7 +46,7 @@ class Layer(nn.Module):
 
     def split_heads(self, x: Tensor) -> Tensor:
         """[B, T, H] -> [B, h, T, d_h]."""
-        return x.unflatten(-1, (self.n_heads, self.head_size)).transpose(1, 2)
+        return x.view(*x.shape[:-1], self.n_heads, self.head_size).transpose(1, 2)
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None, prefix: Prefix | None = None) -> Tensor:
         """Hidden states [B, T, H] -> [B, T, H].
@@ -79,7 +79,7 @@ class Layer(nn.Module):
 class Encoder(nn.Module):
     """The frozen body: embed, layer 0 .. L-1, each callable alone.
 
-    Every token has token type 0. There is no dropout: the backbone is only ever evaluated, or trained without.
+    Every token has token type 0. There is no dropout, in training neither.
     """
 
     def __init__(self, config: BackboneConfig) -> None:
@@ -124,8 +124,14 @@ class Encoder(nn.Module):
         self, i: int, hidden: Tensor, mask: Tensor | None = None, prefix: Prefix | None = None
     ) -> Tensor:
         """Run layer ``i`` alone; see ``Layer.forward``."""
-        out: Tensor = self.layers[i](hidden, mask, prefix)
+        out: Tensor = self.body(i)(hidden, mask, prefix)
         return out
+
+    def body(self, i: int) -> Layer:
+        """Return layer ``i`` itself."""
+        layer = self.layers[i]
+        assert isinstance(layer, Layer)
+        return layer
 
     def forward(
         self,

@@ -36,7 +36,7 @@ _FILES = ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json")
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen encoder with its tokenizer; ``sha256`` identifies the weights (names, shapes, float32 bytes)."""
+    """A frozen encoder with its tokenizer; ``sha256`` covers the weights' names, shapes and bytes."""
 
     config: BackboneConfig
     encoder: Encoder
@@ -107,7 +107,7 @@ def weights_sha256(encoder: Encoder) -> str:
 
 
 def random_backbone(config: BackboneConfig, vocab: Sequence[str], seed: int) -> Backbone:
-    """A backbone with random weights (BERT's N(0, 0.02), random biases and gains so that nothing is trivial)."""
+    """A backbone with random weights (N(0, 0.02); biases and gains random too: nothing is trivial)."""
     generator = torch.Generator().manual_seed(seed)
     encoder = Encoder(config)
     with torch.no_grad():
@@ -158,6 +158,6 @@ def _download(repo: str, name: str, revision: str | None) -> Path:
     except (LocalEntryNotFoundError, EntryNotFoundError, OSError) as error:
         raise MissingDependencyError(
             f"backbone '{name}' is not on this machine and the hub ({repo}) cannot be reached: "
-            f"{type(error).__name__}. Pass a local checkpoint folder (config.json, vocab.txt, model.safetensors or "
-            "pytorch_model.bin), or '--backbone mini', which ships with mp2."
+            f"{type(error).__name__}. Pass a local checkpoint folder (config.json, vocab.txt, "
+            "model.safetensors or pytorch_model.bin), or '--backbone mini', which ships with mp2."
         ) from error

@@ -1,4 +1,7 @@
-"""The relaxed Bernoulli (binary concrete) distribution of the routers (paper, eqs. 2-5; Maddison et al., 2017)."""
+"""The relaxed Bernoulli (binary concrete) distribution of the routers.
+
+Paper, eqs. 2-5; Maddison et al. (2017).
+"""
 
 from __future__ import annotations
 

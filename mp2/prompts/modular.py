@@ -17,7 +17,7 @@ def prefix_of(encoder: Encoder, layer: int, prompts: Tensor) -> Prefix:
 
     Returns keys and values, each [P, h, m, d_h].
     """
-    body = encoder.layers[layer]
+    body = encoder.body(layer)
     return body.split_heads(body.key(prompts)), body.split_heads(body.value(prompts))
 
 
@@ -44,7 +44,7 @@ class ModularPrompts(nn.Module):
     def router_weights(
         self, task: int, *, temperature: float = 1.0, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Router weights [L', K] of a task: a relaxed sample with a generator, the inference router without."""
+        """Router weights [L', K] of a task: a relaxed sample with a generator, else hard."""
         logits = self.routers[task]
         if generator is not None:
             return relaxed_bernoulli(logits, temperature, generator)
@@ -56,7 +56,7 @@ class ModularPrompts(nn.Module):
         """Fused soft prompts p = z A of every layer: router weights [L', K] -> [L', m, H] (eq. 1)."""
         z = fuse(self.z, weights, self.meta.router_normalisation)
         flat = torch.einsum("ld,ldx->lx", z, self.projection)
-        return flat.unflatten(-1, (self.meta.prompt_tokens, self.meta.hidden))
+        return flat.view(-1, self.meta.prompt_tokens, self.meta.hidden)
 
     def forward(
         self, encoder: Encoder, input_ids: Tensor, mask: Tensor, weights: Tensor

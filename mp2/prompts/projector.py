@@ -12,8 +12,8 @@ from mp2.prompts.prompt_set import PromptSet
 class PrefixProjector:
     """z -> prefix keys/values of a layer (deep) or inline prompts (shallow).
 
-    p = z A is linear in z, and so are the keys and values W p + b of its m rows: both projections are folded into
-    one matrix [d, 2 h m d_h] a layer, made when the layer is first asked for (float32).
+    p = z A is linear in z, and so are the keys and values W p + b of its m rows: both projections are folded
+    into one matrix [d, 2 h m d_h] a layer, made when the layer is first asked for (float32).
     """
 
     def __init__(self, encoder: Encoder, prompts: PromptSet) -> None:
@@ -42,7 +42,7 @@ class PrefixProjector:
     def _fold(self, layer: int) -> tuple[Tensor, Tensor]:
         if layer not in self._folded:
             meta = self.prompts.meta
-            body = self.encoder.layers[layer]
+            body = self.encoder.body(layer)
             # A of this layer as d*m rows of H, through both projections at once: [d*m, 2H]
             rows = self.prompts.projection[layer].view(-1, meta.hidden)
             weight = torch.cat([body.key.weight, body.value.weight])

@@ -1,6 +1,7 @@
 """Trained modular prompts with their routers and span head, and the file they live in.
 
-Shapes: L' layers with prompts (L if deep, 1 if shallow), K modules, m prompt tokens, d intrinsic dimensions, H hidden.
+Shapes: L' layers with prompts (L if deep, 1 if shallow), K modules, m prompt tokens, d intrinsic dimensions,
+H hidden.
 """
 
 from __future__ import annotations
@@ -132,8 +133,8 @@ class PromptSet:
         if shape != (config.n_layers, config.hidden, config.n_heads):
             raise MismatchError(
                 f"these prompts are for a {meta.n_layers}-layer backbone of hidden size {meta.hidden} with "
-                f"{meta.n_heads} heads ('{meta.backbone}'), but '{config.name}' has {config.n_layers} layers, hidden "
-                f"size {config.hidden}, {config.n_heads} heads; pass --backbone {meta.backbone}"
+                f"{meta.n_heads} heads ('{meta.backbone}'), but '{config.name}' has {config.n_layers} layers, "
+                f"hidden size {config.hidden}, {config.n_heads} heads; pass --backbone {meta.backbone}"
             )
         if meta.backbone_sha256 != backbone.sha256:
             raise MismatchError(
@@ -144,7 +145,7 @@ class PromptSet:
 
 
 def fuse(z: Tensor, router: Tensor, normalisation: str) -> Tensor:
-    """Weighted mean of modular (intrinsic) prompts (eq. 1): z [L', K, d], router [..., L', K] -> [..., L', d].
+    """Weighted mean of intrinsic prompts (eq. 1): z [L', K, d], router [..., L', K] -> [..., L', d].
 
     ``count`` divides by K as the paper does, ``sum`` by the sum of the weights as the authors' code does.
     """
@@ -166,7 +167,7 @@ def save_prompts(prompts: PromptSet, path: Path, *, dtype: torch.dtype = torch.f
 
 
 def load_prompts(source: str | Path, backbone: Backbone | None = None) -> PromptSet:
-    """Read a prompt file or an embedded set by name; float32. With ``backbone``, refuse prompts of another one.
+    """Read a prompt file, or an embedded set by name, as float32; with ``backbone``, refuse another's.
 
     Raises:
         UnknownNameError: neither an embedded name nor a file.
@@ -233,7 +234,7 @@ def random_prompts(
     seed: int = 0,
     tasks: tuple[str, ...] = (),
 ) -> PromptSet:
-    """Untrained prompts of the right shapes: z N(0, scale), A U(+-1/sqrt(m H)), routers and head N(0, 1/sqrt(H))."""
+    """Untrained prompts: z N(0, scale), A U(+-1/sqrt(m H)), routers N(0, 1), head N(0, 1/sqrt(H))."""
     config = backbone.config
     meta = PromptMeta(
         kind=kind,

@@ -1,6 +1,7 @@
 """Training checkpoints: written whole or not at all, no pickles.
 
-A checkpoint is one safetensors file: parameters, Adam's moments, and a JSON state (step, counters) in its metadata.
+A checkpoint is one safetensors file: parameters, Adam's moments, and a JSON state (step, counters) in its
+metadata.
 Sampling needs no state: every random draw of step s comes from a generator seeded with (seed, s).
 """
 
@@ -34,10 +35,10 @@ def save_checkpoint(
 ) -> None:
     """Save what ``load_checkpoint`` needs to go on bit for bit."""
     tensors = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
-    names = {p: name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in model.named_parameters()}
     for parameter, moments in optimizer.state.items():
         for key, value in moments.items():
-            tensors[f"optimizer.{names[parameter]}.{key}"] = value
+            tensors[f"optimizer.{names[id(parameter)]}.{key}"] = value
     save_atomically(tensors, path, {"state": json.dumps(dict(state))})
 
 

@@ -39,7 +39,7 @@ def paragraphs(path: Path) -> Iterator[str]:
 
 
 def build_vocab(files: Sequence[Path], size: int) -> list[str]:
-    """Special tokens, Latin letters and digits (whole and as ``##`` continuations), then the commonest characters."""
+    """Special tokens, Latin letters and digits (whole and as ``##...``), then the commonest characters."""
     counts: Counter[str] = Counter()
     for path in files:
         for line in paragraphs(path):

@@ -1,6 +1,7 @@
 """Step 1 of the paper's Figure 1: self-supervised training of a backbone by masked language modelling.
 
-15 % of the characters are predicted; of these 80 % are masked, 10 % replaced, 10 % kept (Devlin et al., 2019).
+15 % of the characters are predicted; of these 80 % are masked, 10 % replaced, 10 % kept (Devlin et al.,
+2019).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from mp2.backbone.config import BackboneConfig
 from mp2.backbone.encoder import Encoder
@@ -25,6 +26,7 @@ from mp2.backbone.tokenizer import Tokenizer
 from mp2.errors import UsageError
 from mp2.training.checkpoint import load_checkpoint, save_checkpoint
 from mp2.training.corpus import build_vocab, corpus_files, pack, ppmi_embeddings
+from mp2.training.journal import drop_lines_after
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +187,8 @@ def train_mlm(
         )
     started = last_save = last_log = time.monotonic()
     first_step = step
-    losses = _truncate_losses(out / "mlm_losses.jsonl", step)
+    losses = out / "mlm_losses.jsonl"
+    drop_lines_after(losses, step)
     running: list[float] = []
     with losses.open("a") as journal:
         while step < config.steps:
@@ -217,7 +220,8 @@ def train_mlm(
                 tokens = pace * config.batch_size * config.length
                 eta = (config.steps - step) / pace
                 log(
-                    f"step {step}/{config.steps} loss {np.mean(running):.4f} {tokens:,.0f} tokens/s ETA {eta / 60:.1f} min"
+                    f"step {step}/{config.steps} loss {np.mean(running):.4f} {tokens:,.0f} tokens/s "
+                    f"ETA {eta / 60:.1f} min"
                 )
                 running, last_log = [], now
             if now - last_save > config.checkpoint_minutes * 60 or step == config.steps:
@@ -228,11 +232,3 @@ def train_mlm(
     save_backbone(backbone, out)
     (out / "mlm_config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
     return backbone
-
-
-def _truncate_losses(path: Path, step: int) -> Path:
-    """Drop journal lines after ``step`` (they are written again) and a torn last line."""
-    if path.is_file():
-        kept = path.read_text().split("\n")[:step]
-        path.write_text("".join(line + "\n" for line in kept if line))
-    return path

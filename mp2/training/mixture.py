@@ -1,0 +1,113 @@
+"""The multi-task mixture: formatted upstream examples and the sampling of batches from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mp2.backbone.tokenizer import Tokenizer
+from mp2.errors import UsageError
+from mp2.tasks import Example, MrcFormatter, MrcInput, TaskCard, load_examples
+
+_POOL = 4  # batches drawn together and cut by length, so that padding stays small
+
+
+@dataclass(frozen=True)
+class MixtureTask:
+    """One task: its card, training inputs with a gold span, and dev examples with all their inputs."""
+
+    card: TaskCard
+    train: Sequence[MrcInput]
+    dev_examples: Sequence[Example]
+    dev: Sequence[MrcInput]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids and mask [N, T] and gold spans [N], all of one task."""
+
+    task: int
+    input_ids: Tensor
+    mask: Tensor
+    start: Tensor
+    end: Tensor
+
+
+def load_mixture(
+    cards: Sequence[TaskCard],
+    data: Path | None,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    *,
+    dev_limit: int,
+    log: Callable[[str], None],
+) -> list[MixtureTask]:
+    """Format every task's training split; a task whose options cannot fit ``max_tokens`` is left out.
+
+    Raises:
+        UsageError: no task is left.
+    """
+    tasks = []
+    for card in cards:
+        try:
+            formatter = MrcFormatter(card, tokenizer, max_tokens)
+        except UsageError as error:
+            log(f"left out: {error}")
+            continue
+        train = [
+            formatter.training_input(example, i)
+            for i, example in enumerate(load_examples(card, "train", data))
+            if formatter.fits(example)
+        ]
+        dev = [e for e in load_examples(card, "dev", data, dev_limit) if formatter.fits(e)]
+        inputs = [x for i, example in enumerate(dev) for x in formatter.inputs(example, i)]
+        if train and dev:
+            tasks.append(MixtureTask(card, train, dev, inputs))
+        else:
+            log(f"left out: task '{card.task}' has no example that fits {max_tokens} tokens")
+    if not tasks:
+        raise UsageError(f"none of the {len(cards)} tasks can be trained on within {max_tokens} tokens")
+    return tasks
+
+
+def pad(inputs: Sequence[MrcInput], pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Token ids [N, T] and mask [N, T], padded to the longest."""
+    ids = np.full((len(inputs), max(x.n_tokens for x in inputs)), pad_id, np.int64)
+    mask = np.zeros(ids.shape, bool)
+    for row, item in enumerate(inputs):
+        ids[row, : item.n_tokens] = item.input_ids
+        mask[row, : item.n_tokens] = True
+    return ids, mask
+
+
+def sample_batch(
+    tasks: Sequence[MixtureTask], step: int, *, batch_size: int, seed: int, pad_id: int, device: torch.device
+) -> Batch:
+    """The batch of a step: a task drawn uniformly, then examples of it (paper section 3.3).
+
+    Depends on (seed, step) alone, so that a resumed run draws what the unbroken one would have. A pool of
+    four batches is drawn and split by length; every example has the same chance.
+    """
+    rng = np.random.default_rng([seed, 3, step])
+    task = int(rng.integers(len(tasks)))
+    train = tasks[task].train
+    size = min(batch_size, len(train))
+    n_parts = min(_POOL, len(train) // size)
+    pool = rng.choice(len(train), size * n_parts, replace=False)
+    pool = pool[np.argsort([train[i].n_tokens for i in pool], kind="stable")]
+    part = int(rng.integers(n_parts))
+    chosen = [train[i] for i in pool[part * size : (part + 1) * size]]
+    ids, mask = pad(chosen, pad_id)
+    return Batch(
+        task,
+        torch.from_numpy(ids).to(device),
+        torch.from_numpy(mask).to(device),
+        torch.tensor([x.start for x in chosen], device=device),
+        torch.tensor([x.end for x in chosen], device=device),
+    )

@@ -83,10 +83,10 @@ def tasks_check(card: str, data: str | None, as_json: bool) -> None:
 @click.option("--iters", default=8000, show_default=True, help="Candidates evaluated, both stages together.")
 @click.option(
     "--router-search",
-    default="surrogate",
+    default="flips",
     show_default=True,
     metavar="METHOD",
-    help="surrogate, exhaustive, bo, nevergrad:NAME, random or none.",
+    help="flips, exhaustive, bo, nevergrad:NAME, random or none.",
 )
 @click.option("--router-iters", type=int, help="Iterations of stage I.  [default: 100 deep, 200 shallow]")
 @click.option("--router-only", is_flag=True, help="Stage I only.")
@@ -166,6 +166,77 @@ def export(backbone: str, out: str, prompts: str | None, runtime: str, as_json: 
     )
     if as_json:
         click.echo(_json(summary))
+
+
+@main.command("pretrain-backbone")
+@click.option("--corpus", required=True, type=click.Path(), help="Folder of *.txt or *.txt.xz files.")
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder to write; resumes there.")
+@click.option("--layers", "n_layers", default=4, show_default=True, help="Layers L.")
+@click.option("--hidden", default=128, show_default=True, help="Hidden size H.")
+@click.option("--heads", "n_heads", default=4, show_default=True, help="Attention heads h.")
+@click.option("--vocab-size", default=5300, show_default=True, help="Tokens of the character vocabulary.")
+@click.option("--max-positions", default=256, show_default=True, help="Longest sequence of the backbone.")
+@click.option("--length", default=128, show_default=True, help="Tokens a training sequence.")
+@click.option("--steps", default=3600, show_default=True, help="Optimizer steps.")
+@click.option("--batch-size", default=32, show_default=True, help="Sequences a step.")
+@click.option("--lr", "learning_rate", default=1e-3, show_default=True, help="Peak learning rate.")
+@click.option("--precision", default="bf16", show_default=True, help="fp32 or bf16 (autocast).")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--threads", type=int, help="CPU threads.  [default: torch's choice]")
+def pretrain_backbone(corpus: str, out: str, threads: int | None, **options: Any) -> None:
+    """Train a backbone by masked language modelling on plain text; restartable."""
+    from mp2.training import MlmConfig, train_mlm
+
+    config = MlmConfig(ffn=4 * options["hidden"], **options)
+    backbone = train_mlm(Path(corpus), Path(out), config, log=_note, threads=threads)
+    click.echo(f"{out}: {backbone.name}, {backbone.sha256[:12]}")
+
+
+@main.command()
+@click.option("--tasks", "names", multiple=True, help="A name or a TOML card; again for more.  [default: all]")
+@click.option("--data", type=click.Path(), help="Folder with TASK/{train,dev}.jsonl; or MP2_DATA.")
+@click.option("--backbone", default="mini", show_default=True, help="mini, cpt-large, a folder, or a hub id.")
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder to write; resumes there.")
+@click.option("--deep", "kind", flag_value="deep", default="deep", help="Prompts at every layer.  [default]")
+@click.option("--shallow", "kind", flag_value="shallow", help="Prompts at the input only.")
+@click.option("--init", type=click.Path(), help="Prompt file to start from.")
+@click.option("--modules", "n_modules", default=8, show_default=True, help="Modules K.")
+@click.option("--prompt-tokens", default=50, show_default=True, help="Prompt tokens m.")
+@click.option("--intrinsic-dim", default=300, show_default=True, help="Intrinsic dimensions d.")
+@click.option("--steps", default=1_000_000, show_default=True, help="Optimizer steps.")
+@click.option("--batch-size", default=32, show_default=True, help="Examples a step, all of one task.")
+@click.option("--router-lr", type=float, help="Learning rate of routers.  [default: 5e-4 deep, 1e-3 shallow]")
+@click.option("--prompt-lr", type=float, help="Learning rate of z, A, head.  [default: 1e-4 deep, 1e-3 shallow]")
+@click.option("--backbone-lr", default=0.0, show_default=True, help="Above 0: train the backbone too.")
+@click.option("--schedule", default="constant", show_default=True, type=click.Choice(["constant", "linear"]))
+@click.option("--warmup-steps", default=0, show_default=True, help="Linear warm-up.")
+@click.option("--temperature", default=1.0, show_default=True, help="Of the relaxed Bernoulli routers.")
+@click.option("--max-tokens", default=512, show_default=True, help="Longest sequence.")
+@click.option("--precision", default="fp32", show_default=True, help="fp32 or bf16 (autocast).")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@click.option("--dev-limit", default=300, show_default=True, help="Dev examples scored a task.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--threads", type=int, help="CPU threads.  [default: torch's choice]")
+def pretrain(
+    names: tuple[str, ...],
+    data: str | None,
+    backbone: str,
+    out: str,
+    init: str | None,
+    device: str,
+    threads: int | None,
+    **options: Any,
+) -> None:
+    """Pre-train modular prompts and routers on many tasks by gradient; restartable."""
+    from mp2.training import PretrainConfig, pretrain_command, score_table
+
+    config = PretrainConfig(**options)
+    result = pretrain_command(names, backbone, config, out, data, init, device, threads, log=_note)
+    click.echo(score_table(result))
+
+
+def _note(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _json(value: object) -> str:

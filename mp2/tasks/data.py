@@ -110,6 +110,12 @@ def data_folder(card: TaskCard, data: str | Path | None = None) -> Path | None:
     raise UsageError(f"{given} {root} has no folder '{card.task}' (expected {folder}/train.jsonl){hint}")
 
 
+def has_split(card: TaskCard, split: str, data: str | Path | None = None) -> bool:
+    """Tell whether the data folder (``data`` or MP2_DATA) holds a split of the task."""
+    root = data if data is not None else os.environ.get("MP2_DATA")
+    return bool(root) and (Path(str(root)) / card.task / f"{split}.jsonl").is_file()
+
+
 def read_examples(
     card: TaskCard, path: Path, problems: Problems, *, labelled: bool = True
 ) -> Iterator[Example]:

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mp2.backbone.encoder import Encoder
-from mp2.backbone.load import Backbone, freeze, save_backbone, weights_sha256
+from mp2.backbone.load import Backbone, freeze, load_backbone, save_backbone, weights_sha256
 from mp2.errors import LossError, MismatchError, UsageError
-from mp2.prompts import ModularPrompts, PromptMeta, PromptSet, new_meta, save_prompts
-from mp2.tasks import TaskCard, decode, score
+from mp2.prompts import ModularPrompts, PromptMeta, PromptSet, load_prompts, new_meta, save_prompts
+from mp2.tasks import TaskCard, decode, list_cards, load_card, score
+from mp2.tasks.data import has_split
 from mp2.training.checkpoint import load_checkpoint, save_checkpoint
 from mp2.training.journal import drop_lines_after
 from mp2.training.mixture import MixtureTask, load_mixture, pad, sample_batch
@@ -359,3 +360,44 @@ def pretrain(
     n_train = sum(len(t.train) for t in tasks)
     log(f"{len(tasks)} tasks, {n_train:,} training sequences")
     return Pretrainer(backbone, tasks, config, out, init=init, device=torch.device(device), log=log).run()
+
+
+def pretrain_command(
+    names: Sequence[str],
+    backbone_name: str,
+    config: PretrainConfig,
+    out: str,
+    data: str | None,
+    init: str | None,
+    device: str,
+    threads: int | None,
+    *,
+    log: Callable[[str], None],
+) -> PretrainResult:
+    """What ``mp2 pretrain`` does: resolve names, load, train.
+
+    Without names, every task that has training data in the data folder.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    backbone = load_backbone(backbone_name)
+    root = Path(data) if data else None
+    cards = [load_card(name) for name in names]
+    if not cards:
+        cards = [card for card in list_cards() if has_split(card, "train", root)]
+        if not cards:
+            raise UsageError("no task has training data; pass --data DIR with DIR/<task>/train.jsonl, or --tasks")
+    prompts = load_prompts(init) if init else None
+    return pretrain(cards, backbone, config, Path(out), data=root, init=prompts, device=device, log=log)
+
+
+def score_table(result: PretrainResult) -> str:
+    """Dev scores before and after, a line a task, best gain first."""
+    rows = sorted(result.scores.items(), key=lambda item: item[1]["before"] - item[1]["after"])
+    lines = [f"{'task':20} {'before':>7} {'after':>7}"]
+    lines += [f"{name:20} {100 * s['before']:7.1f} {100 * s['after']:7.1f}" for name, s in rows]
+    mean = [float(np.mean([s[key] for _, s in rows])) for key in ("before", "after")]
+    lines.append(f"{'mean':20} {100 * mean[0]:7.1f} {100 * mean[1]:7.1f}")
+    if result.skipped_steps:
+        lines.append(f"{result.skipped_steps} steps had a non-finite loss and were skipped")
+    return "\n".join(lines)

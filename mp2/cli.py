@@ -152,7 +152,7 @@ def doctor(as_json: bool) -> None:
 
 
 @main.command()
-@click.option("--backbone", required=True, help="Backbone: a name (cpt-large, mini ...), a folder or a hub id.")
+@click.option("--backbone", required=True, help="A name (cpt-large, mini ...), a folder or a hub id.")
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Engine folder to write.")
 @click.option("--prompts", help="Prompt file whose span head is baked into the deployment graphs.")
 @click.option("--runtime", default="onnxruntime", show_default=True, help="onnxruntime | tensorrt")
@@ -161,16 +161,15 @@ def export(backbone: str, out: str, prompts: str | None, runtime: str, as_json: 
     """Write an engine folder of ONNX graphs and compare every output with torch (exit 1 if one differs)."""
     from mp2.export import export_command
 
-    summary = export_command(
-        backbone, out, prompts, runtime, show=(lambda line: None) if as_json else lambda line: click.echo(line)
-    )
+    show = (lambda line: None) if as_json else click.echo
+    summary = export_command(backbone, out, prompts, runtime, show=show)
     if as_json:
         click.echo(_json(summary))
 
 
 @main.command("pretrain-backbone")
 @click.option("--corpus", required=True, type=click.Path(), help="Folder of *.txt or *.txt.xz files.")
-@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder to write; resumes there.")
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder to write and resume in.")
 @click.option("--layers", "n_layers", default=4, show_default=True, help="Layers L.")
 @click.option("--hidden", default=128, show_default=True, help="Hidden size H.")
 @click.option("--heads", "n_heads", default=4, show_default=True, help="Attention heads h.")
@@ -193,10 +192,10 @@ def pretrain_backbone(corpus: str, out: str, threads: int | None, **options: Any
 
 
 @main.command()
-@click.option("--tasks", "names", multiple=True, help="A name or a TOML card; again for more.  [default: all]")
+@click.option("--tasks", "names", multiple=True, help="A name or a card; again for more.  [default: all]")
 @click.option("--data", type=click.Path(), help="Folder with TASK/{train,dev}.jsonl; or MP2_DATA.")
 @click.option("--backbone", default="mini", show_default=True, help="mini, cpt-large, a folder, or a hub id.")
-@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder to write; resumes there.")
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder to write and resume in.")
 @click.option("--deep", "kind", flag_value="deep", default="deep", help="Prompts at every layer.  [default]")
 @click.option("--shallow", "kind", flag_value="shallow", help="Prompts at the input only.")
 @click.option("--init", type=click.Path(), help="Prompt file to start from.")
@@ -205,8 +204,8 @@ def pretrain_backbone(corpus: str, out: str, threads: int | None, **options: Any
 @click.option("--intrinsic-dim", default=300, show_default=True, help="Intrinsic dimensions d.")
 @click.option("--steps", default=1_000_000, show_default=True, help="Optimizer steps.")
 @click.option("--batch-size", default=32, show_default=True, help="Examples a step, all of one task.")
-@click.option("--router-lr", type=float, help="Learning rate of routers.  [default: 5e-4 deep, 1e-3 shallow]")
-@click.option("--prompt-lr", type=float, help="Learning rate of z, A, head.  [default: 1e-4 deep, 1e-3 shallow]")
+@click.option("--router-lr", type=float, help="Rate of the routers.  [default: 5e-4 deep, 1e-3 shallow]")
+@click.option("--prompt-lr", type=float, help="Rate of z, A, head.  [default: 1e-4 deep, 1e-3 shallow]")
 @click.option("--backbone-lr", default=0.0, show_default=True, help="Above 0: train the backbone too.")
 @click.option("--schedule", default="constant", show_default=True, type=click.Choice(["constant", "linear"]))
 @click.option("--warmup-steps", default=0, show_default=True, help="Linear warm-up.")

@@ -3,8 +3,8 @@
 Paper section 3.3, appendix A.1.
 
 With ``backbone_lr`` above zero the backbone's own weights are trained too, beside the prompts: the second
-backbone stage that a small masked language model needs before prompts alone can steer it. Whoever uses it says
-so in the model card; the result is a new backbone with its own hash.
+backbone stage that a small masked language model needs before prompts alone can steer it. Whoever uses it
+says so in the model card; the result is a new backbone with its own hash.
 """
 
 from __future__ import annotations
@@ -386,7 +386,7 @@ def pretrain_command(
     if not cards:
         cards = [card for card in list_cards() if has_split(card, "train", root)]
         if not cards:
-            raise UsageError("no task has training data; pass --data DIR with DIR/<task>/train.jsonl, or --tasks")
+            raise UsageError("no task has training data; pass --data DIR (DIR/<task>/train.jsonl) or --tasks")
     prompts = load_prompts(init) if init else None
     return pretrain(cards, backbone, config, Path(out), data=root, init=prompts, device=device, log=log)
 

@@ -20,6 +20,7 @@ from tuning_world import World, make_world
 
 from mp2.backbone import Backbone
 from mp2.cli import main
+from mp2.optimizers import run
 from mp2.optimizers.config import BbtConfig
 from mp2.optimizers.journal import Journal
 
@@ -198,11 +199,33 @@ def test_ctrl_c_and_sigterm_print_the_resume_command(
     assert bbt("--resume", run_dir)["iterations"] == 400
 
 
+@pytest.mark.parametrize("what", ["_write", "save_tuned"])
+def test_a_full_disk_exits_1_and_loses_nothing(
+    world: World, unbroken: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str
+) -> None:
+    def full(self: object, data: object, *rest: object) -> None:
+        if what == "save_tuned" or b'"stage": 2' in data:  # type: ignore[operator]
+            raise OSError(28, "No space left on device")
+        write(self, data)  # type: ignore[arg-type]
+
+    write = Journal._write
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal if what == "_write" else run, what, full)
+        done = mp2("bbt", *world.options(), *SHORT, "--out", tmp_path)
+    assert done.exit_code == 1
+    (run_dir,) = tmp_path.iterdir()
+    assert "No space left on device" in done.stderr
+    assert f"mp2 bbt --resume {run_dir}" in done.stderr
+    assert comparable(bbt("--resume", run_dir)) == comparable(unbroken)
+
+
 @pytest.fixture
 def locked(unbroken: dict[str, Any]) -> Iterator[Path]:
     """The finished run's folder, held by another process."""
     folder = Path(unbroken["run_dir"])
-    code = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(1, flush=True); input()"
+    code = (
+        "import filelock as f, sys; x = f.FileLock(sys.argv[1]); x.acquire(); print(1, flush=True); input()"
+    )
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(folder / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

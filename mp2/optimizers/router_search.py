@@ -17,8 +17,8 @@ from mp2.errors import UnknownNameError, UsageError
 Routers = NDArray[np.bool_]
 Losses = NDArray[np.float64]
 
-METHODS = ("surrogate", "exhaustive", "bo", "nevergrad:<optimizer>", "random", "none")
-DEFAULT_METHOD = "surrogate"
+METHODS = ("flips", "exhaustive", "bo", "nevergrad:<optimizer>", "random", "none")
+DEFAULT_METHOD = "flips"
 DEFAULT_ITERATIONS = {"shallow": 200, "deep": 100}  # table 10
 MAX_EXHAUSTIVE_BITS = 20
 
@@ -90,14 +90,14 @@ def create_router_search(
         method: one of ``METHODS``.
         shape: (L', K).
         iterations: how many candidates it will be asked for in all.
-        warm: hard routers of the pre-training tasks [n_tasks, L', K]; only ``surrogate`` uses them.
+        warm: hard routers of the pre-training tasks [n_tasks, L', K]; only ``flips`` uses them.
         rng: the method's own generator.
     """
     method = check_method(method)
-    if method == "surrogate":
-        from mp2.optimizers.router_surrogate import SurrogateSearch
+    if method == "flips":
+        from mp2.optimizers.router_flips import FlipSearch
 
-        return SurrogateSearch(shape, iterations, warm, rng)
+        return FlipSearch(shape, iterations, warm, rng)
     if method == "exhaustive":
         from mp2.optimizers.router_exhaustive import ExhaustiveSearch
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mp2.errors import FormatError, LossError, MismatchError, RunLockedError, UsageError
+from mp2.errors import FormatError, LossError, MismatchError, Mp2Error, RunLockedError, UsageError
 from mp2.optimizers.config import SCHEMA_VERSION, BbtConfig
 from mp2.optimizers.few_shot_problem import (
     FewShotProblem,
@@ -145,10 +145,11 @@ def _tune(run_dir: Path, problem: FewShotProblem, observe: Observe) -> dict[str,
     finally:
         journal.close()
     result = _result(run_dir, problem, outcome, recorder, tests)
-    save_tuned(run_dir / "prompt.safetensors", outcome.final.z, _tuned_meta(problem, outcome))
     title = f"{result['task']}  {result['method']}  seed {result['seed']}"
-    draw_curve(run_dir / "curve.png", outcome, title, problem.card.metric)
-    _write_json(run_dir / "result.json", result)  # last: it says that the run has ended
+    with _says_how_to_go_on(run_dir):
+        save_tuned(run_dir / "prompt.safetensors", outcome.final.z, _tuned_meta(problem, outcome))
+        draw_curve(run_dir / "curve.png", outcome, title, problem.card.metric)
+        _write_json(run_dir / "result.json", result)  # last: it says that the run has ended
     return result
 
 
@@ -307,6 +308,18 @@ def _locked(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def _says_how_to_go_on(run_dir: Path) -> Iterator[None]:
+    """A full disk at the very end loses nothing either: the journal is whole."""
+    try:
+        yield
+    except OSError as error:
+        raise Mp2Error(
+            f"cannot write {error.filename or run_dir}: {error.strerror or error}. All iterations are journaled: "
+            f"make room, then write the results with: {resume_command(run_dir)}"
+        ) from error
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class HiddenPrompt:
     def dev(self, z: np.ndarray) -> Scores:
         self.calls.append("dev")
         loss = float(self._losses(z[None])[0])
-        return Scores(round(1 / (1 + loss), 2), loss)
+        return Scores(round(1 / (1 + loss), 2) if np.isfinite(loss) else 0.0, loss)
 
     def _losses(self, z: np.ndarray) -> np.ndarray:
         return np.array([float(((self._chain(one[None])[0] - self.target) ** 2).mean()) for one in z])

@@ -54,7 +54,7 @@ def search(method: str, problem: HiddenBits, iterations: int, seed: int = 0, war
     return np.concatenate(losses)
 
 
-CHEAP = ["surrogate", "random", "nevergrad:DiscreteOnePlusOne", "nevergrad:CMA", "exhaustive"]
+CHEAP = ["flips", "random", "nevergrad:DiscreteOnePlusOne", "nevergrad:CMA", "exhaustive"]
 
 
 @pytest.mark.parametrize("method", CHEAP)
@@ -74,19 +74,19 @@ def test_bo_is_deterministic_random_first_and_quiet(capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("layers", [4, 24])
 @pytest.mark.parametrize("warm", [True, False])
-def test_surrogate_beats_random_at_equal_budget(layers: int, warm: bool) -> None:
+def test_flips_beats_random_at_equal_budget(layers: int, warm: bool) -> None:
     ours, random = [], []
     for seed in range(6):
         problem = HiddenBits((layers, 8), seed)
-        ours.append(search("surrogate", problem, 100, seed, warm).min())
+        ours.append(search("flips", problem, 100, seed, warm).min())
         random.append(search("random", problem, 100, seed).min())
     assert np.mean(ours) < 0.8 * np.mean(random), (np.mean(ours), np.mean(random))
     assert sum(a < b for a, b in zip(ours, random, strict=True)) >= 5
 
 
-def test_surrogate_takes_under_a_second_for_100_iterations_of_24_layers() -> None:
+def test_flips_takes_under_a_second_for_100_iterations_of_24_layers() -> None:
     start = time.process_time()
-    search("surrogate", HiddenBits((24, 8), 0), 100)
+    search("flips", HiddenBits((24, 8), 0), 100)
     assert time.process_time() - start < 1.0
 
 
@@ -97,7 +97,7 @@ def test_surrogate_takes_under_a_second_for_100_iterations_of_24_layers() -> Non
     iterations=st.integers(1, 40),
     seed=st.integers(0, 99),
 )
-def test_surrogate_never_asks_twice_and_ends_when_all_are_known(
+def test_flips_never_asks_twice_and_ends_when_all_are_known(
     shape: tuple[int, int], n_tasks: int, iterations: int, seed: int
 ) -> None:
     problem = HiddenBits(shape, seed, n_tasks=max(1, n_tasks))
@@ -113,16 +113,16 @@ def test_surrogate_never_asks_twice_and_ends_when_all_are_known(
             seen.extend(r.tobytes() for r in routers)
             return inner(routers)
 
-    losses = search("surrogate", Watched(), iterations, seed, warm=n_tasks > 0)
+    losses = search("flips", Watched(), iterations, seed, warm=n_tasks > 0)
     assert len(set(seen)) == len(seen) == len(losses) == min(iterations, 2 ** (shape[0] * shape[1]))
 
 
-def test_surrogate_with_equal_losses_goes_on() -> None:
+def test_flips_with_equal_losses_goes_on() -> None:
     class Flat(HiddenBits):
         def __call__(self, routers: Routers) -> np.ndarray:
             return np.zeros(len(routers))
 
-    assert len(search("surrogate", Flat((4, 8), 0), 60)) == 60
+    assert len(search("flips", Flat((4, 8), 0), 60)) == 60
 
 
 def test_exhaustive_finds_the_best_of_all_256() -> None:
@@ -143,15 +143,15 @@ def test_exhaustive_of_a_space_over_the_budget_is_refused() -> None:
 
 def test_default_budgets_are_the_papers() -> None:
     assert stage_one_iterations("bo", None, "deep", (24, 8), 8000) == 100
-    assert stage_one_iterations("surrogate", None, "shallow", (1, 8), 8000) == 200
-    assert stage_one_iterations("surrogate", None, "deep", (24, 8), 20) == 20
+    assert stage_one_iterations("flips", None, "shallow", (1, 8), 8000) == 200
+    assert stage_one_iterations("flips", None, "deep", (24, 8), 20) == 20
 
 
 def test_unknown_names_come_with_the_nearest() -> None:
-    with pytest.raises(UnknownNameError, match=r"'surogate'.*Did you mean 'surrogate'"):
-        check_method("surogate")
+    with pytest.raises(UnknownNameError, match=r"'flps'.*Did you mean 'flips'"):
+        check_method("flps")
     with pytest.raises(
         UnknownNameError, match=r"nevergrad optimizer 'OnePlusOn'.*Did you mean .*'OnePlusOne'"
     ):
         check_method("nevergrad:OnePlusOn")
-    assert check_method("default") == "surrogate"
+    assert check_method("default") == "flips"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ def read_config(folder: Path, name: str) -> BackboneConfig:
         raise FormatError("no such file, expected the configuration of " + _READABLE, path=path) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FormatError(f"not JSON: {error}", path=path) from error
+    if not isinstance(raw, dict):
+        raise FormatError(f"is a JSON {type(raw).__name__}, expected an object", path=path)
     if raw.get("position_embedding_type", "absolute") != "absolute":
         raise FormatError(
             f"'{raw['position_embedding_type']}' positions are not supported, expected 'absolute'",
@@ -110,6 +113,13 @@ def read_config(folder: Path, name: str) -> BackboneConfig:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise FormatError(f"is {value!r}, expected a positive integer", path=path, field=theirs)
         values[ours] = value
+    type_vocab_size, eps = raw.get("type_vocab_size", 2), raw.get("layer_norm_eps", 1e-12)
+    if not isinstance(type_vocab_size, int) or isinstance(type_vocab_size, bool) or type_vocab_size < 1:
+        raise FormatError(
+            f"is {type_vocab_size!r}, expected a positive integer", path=path, field="type_vocab_size"
+        )
+    if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 <= eps < 1:
+        raise FormatError(f"is {eps!r}, expected a small positive number", path=path, field="layer_norm_eps")
     activation = str(raw.get(activation_key, "gelu"))
     if activation not in _ACTIVATIONS:
         raise FormatError(
@@ -120,8 +130,8 @@ def read_config(folder: Path, name: str) -> BackboneConfig:
     return BackboneConfig(
         name=name,
         **values,
-        type_vocab_size=int(raw.get("type_vocab_size", 2)),
-        layer_norm_eps=float(raw.get("layer_norm_eps", 1e-12)),
+        type_vocab_size=type_vocab_size,
+        layer_norm_eps=float(eps),
         activation=_ACTIVATIONS[activation],
     )
 
@@ -173,14 +183,30 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        zipped = zipfile.is_zipfile(path)  # many published bins are older than torch's zip format
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except FileNotFoundError:
         raise FormatError("no such file, but the index of shards names it", path=path) from None
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error):  # names of code, not tensors
+            raise FormatError(
+                f"holds more than tensors and was not opened: {_refused(error)}; "
+                "convert it to safetensors where you trust it",
+                path=path,
+            ) from None
+        raise FormatError(f"not a readable weights file: {_refused(error)}", path=path) from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, LookupError, AttributeError) as error:
         raise FormatError(f"not a readable weights file: {error}", path=path) from error
     if not isinstance(loaded, Mapping):
         raise FormatError(f"holds a {type(loaded).__name__}, expected a dictionary of tensors", path=path)
     return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def _refused(error: pickle.UnpicklingError) -> str:
+    """The reason inside torch's message, without its advice to open the file all the same."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if line.startswith(("Trying to load", "Unsupported"))]
+    return (telling or lines[-1:] or ["not a pickle"])[0].rstrip(".")
 
 
 def encoder_state(config: BackboneConfig, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

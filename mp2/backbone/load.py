@@ -136,6 +136,7 @@ def _download(repo: str, name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -147,6 +148,10 @@ def _download(repo: str, name: str, revision: str | None) -> Path:
             patterns = [*_FILES, "pytorch_model*.bin*"]
             folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
         return folder
+    except HFValidationError as error:
+        raise UnknownNameError(
+            "backbone", name, [*EMBEDDED, *HUB_NAMES], "It is no folder here and no possible hub id either."
+        ) from error
     except RevisionNotFoundError as error:
         raise UnknownNameError(
             "revision", str(revision), [], f"The hub has no such revision of {repo}."

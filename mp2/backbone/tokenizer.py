@@ -81,8 +81,16 @@ class Tokenizer:
             settings_file = folder / "tokenizer_config.json"
             lowercase = True
             if settings_file.is_file():
-                lowercase = bool(json.loads(settings_file.read_text("utf-8")).get("do_lower_case", True))
-            vocab = vocab_file.read_text("utf-8").rstrip("\n").split("\n")
+                try:
+                    lowercase = bool(json.loads(settings_file.read_text("utf-8")).get("do_lower_case", True))
+                except (ValueError, AttributeError) as error:
+                    raise FormatError(f"not a JSON object: {error}", path=settings_file) from error
+            try:
+                vocab = vocab_file.read_text("utf-8").rstrip("\n").split("\n")
+            except UnicodeDecodeError as error:
+                raise FormatError(
+                    f"not UTF-8 text: {error}; expected one token a line", path=vocab_file
+                ) from error
             return cls.from_vocab(
                 [token.rstrip("\r") for token in vocab], lowercase=lowercase, source=vocab_file
             )

@@ -133,8 +133,8 @@ class PromptSet:
         if shape != (config.n_layers, config.hidden, config.n_heads):
             raise MismatchError(
                 f"these prompts are for a {meta.n_layers}-layer backbone of hidden size {meta.hidden} with "
-                f"{meta.n_heads} heads ('{meta.backbone}'), but '{config.name}' has {config.n_layers} layers, "
-                f"hidden size {config.hidden}, {config.n_heads} heads; pass --backbone {meta.backbone}"
+                f"{meta.n_heads} heads ('{meta.backbone}'), but '{config.name}' has "
+                f"{config.n_layers} layers, hidden size {config.hidden}, {config.n_heads} heads; pass --backbone {meta.backbone}"
             )
         if meta.backbone_sha256 != backbone.sha256:
             raise MismatchError(
@@ -206,6 +206,10 @@ def read_meta(text: str | None, path: Path) -> PromptMeta:
         raw: dict[str, Any] = json.loads(text)
     except json.JSONDecodeError as error:
         raise FormatError(f"metadata is not JSON: {error}", path=path, field="mp2_prompts") from error
+    if not isinstance(raw, dict):
+        raise FormatError(
+            f"metadata is a JSON {type(raw).__name__}, expected an object", path=path, field="mp2_prompts"
+        )
     version = raw.get("schema_version")
     if version != SCHEMA_VERSION:
         raise FormatError(

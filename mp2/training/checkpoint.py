@@ -66,11 +66,16 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
                     path=path,
                 )
             parameter.copy_(saved)
+    fused = {
+        id(p) for g in optimizer.param_groups if g.get("fused") or g.get("capturable") for p in g["params"]
+    }
     for name, parameter in parameters.items():
         prefix = f"optimizer.{name}."
         moments = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-        if moments:  # Adam keeps ``step`` on the CPU
+        if moments:  # Adam keeps ``step`` on the CPU, unless it is fused
+            on_device = id(parameter) in fused
             optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
+                key: value.to(parameter.device) if key != "step" or on_device else value
+                for key, value in moments.items()
             }
     return state

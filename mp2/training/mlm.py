@@ -56,6 +56,8 @@ class MlmConfig:
             raise UsageError(
                 f"--length {self.length} exceeds the {self.max_positions} positions of the backbone"
             )
+        if self.length < 3:
+            raise UsageError(f"--length {self.length}, expected at least 3: [CLS], a character, [SEP]")
         if self.precision not in ("fp32", "bf16"):
             raise UsageError(f"precision '{self.precision}', expected fp32 or bf16")
         if not 0 < self.mask_rate < 1:
@@ -98,7 +100,8 @@ def mask_tokens(
     """Masked copy of ``rows`` [N, T], the chosen flat positions [n] and their targets [n]."""
     n_rows, length = rows.shape
     n_chosen = max(1, round((length - 2) * config.mask_rate))
-    order = rng.random((n_rows, length - 2)).argpartition(n_chosen, axis=1)[:, :n_chosen] + 1
+    kth = min(n_chosen, length - 3)  # with a high rate every position may be chosen
+    order = rng.random((n_rows, length - 2)).argpartition(kth, axis=1)[:, :n_chosen] + 1
     chosen = (order + np.arange(n_rows)[:, None] * length).ravel()
     flat = rows.ravel().copy()
     targets = flat[chosen].copy()

@@ -9,6 +9,7 @@ says so in the model card; the result is a new backbone with its own hash.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -148,7 +149,10 @@ class Pretrainer:
         prompts = ModularPrompts(meta, torch.Generator().manual_seed(config.seed))
         if init is not None:
             start_from(prompts, init)
-        self.model = PromptedEncoder(backbone.encoder, prompts).to(self.device)
+        encoder = backbone.encoder
+        if config.backbone_lr > 0:  # the caller's backbone must stay what its hash says
+            encoder = copy.deepcopy(encoder)
+        self.model = PromptedEncoder(encoder, prompts).to(self.device)
         self.model.encoder.requires_grad_(config.backbone_lr > 0)
         router_lr, prompt_lr = config.rates
         groups: list[dict[str, Any]] = [
@@ -283,11 +287,11 @@ class Pretrainer:
     def run(self) -> PretrainResult:
         """Train to the end, from the checkpoint if there is one, and write prompts, scores and losses."""
         self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "config.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n")
         if self.resume():
             self.log(f"resumed at step {self.step}")
         else:
             self.before = self.dev_scores()
+        (self.out / "config.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n")
         losses_file = self.out / "losses.jsonl"
         drop_lines_after(losses_file, self.step)
         started = last_log = last_save = time.monotonic()
@@ -295,15 +299,17 @@ class Pretrainer:
         with losses_file.open("a") as losses:
             while self.step < self.config.steps:
                 value = self.train_step()
-                recent.append(value)
+                if math.isfinite(value):
+                    recent.append(value)
                 line = {"step": self.step, "loss": value if math.isfinite(value) else None}
                 losses.write(json.dumps(line) + "\n")
                 now = time.monotonic()
                 if now - last_log > 20 or self.step == self.config.steps:
                     pace = (self.step - first) / (now - started)
                     eta = (self.config.steps - self.step) / pace / 60
+                    mean = float(np.mean(recent)) if recent else math.nan
                     self.log(
-                        f"step {self.step}/{self.config.steps} loss {np.nanmean(recent):.4f} "
+                        f"step {self.step}/{self.config.steps} loss {mean:.4f} "
                         f"{pace:.2f} steps/s ETA {eta:.1f} min"
                     )
                     recent, last_log = [], now

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from mp2.backbone import Backbone
+from mp2.engine import Objective, Prefix, TorchRuntime
+from mp2.errors import MismatchError, OutOfMemoryError, UsageError
+from mp2.prompts import PromptSet, random_prompts
+from mp2.tasks import MrcInput
+
+from .slow_reference import D, SlowReference, make_inputs
+
+Make = Callable[..., Objective]
+CLOSE = {"rtol": 1e-5, "atol": 0}
+
+
+def candidates(n: int, prompts: PromptSet, seed: int = 3) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return (4 * rng.standard_normal((n, prompts.z.shape[0], D))).astype(np.float32)
+
+
+@pytest.mark.parametrize("n_candidates", [1, 3, 7])
+@pytest.mark.parametrize("limit", [1, 40, 100, None])
+def test_full_losses_equal_slow_float64_for_any_population_and_batch(
+    make_objective: Make,
+    deep: PromptSet,
+    slow_deep: SlowReference,
+    train: list[MrcInput],
+    n_candidates: int,
+    limit: int | None,
+) -> None:
+    z = candidates(n_candidates, deep)
+    objective = make_objective(deep, micro_batch_tokens=limit)
+    np.testing.assert_allclose(objective.full_losses(z), slow_deep.losses(z, train), **CLOSE)
+    assert objective.n_evaluations == n_candidates
+    assert objective.seconds > 0
+
+
+@pytest.mark.parametrize("limit", [1, 100, None])
+def test_inline_losses_equal_slow_float64(
+    make_objective: Make,
+    shallow: PromptSet,
+    slow_shallow: SlowReference,
+    train: list[MrcInput],
+    limit: int | None,
+) -> None:
+    z = candidates(3, shallow)
+    objective = make_objective(shallow, micro_batch_tokens=limit)
+    expected = slow_shallow.losses(z, train)
+    np.testing.assert_allclose(objective.full_losses(z), expected, **CLOSE)
+    objective.set_incumbent(z[0])
+    np.testing.assert_allclose(objective.layer_losses(0, z[:, 0]), expected, **CLOSE)
+    objective.commit(0, z[1, 0])
+    np.testing.assert_allclose(objective.layer_losses(0, z[2:, 0]), expected[2:], **CLOSE)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
+def test_cached_visits_in_any_order_with_commits_equal_slow_float64(
+    make_objective: Make, deep: PromptSet, slow_deep: SlowReference, train: list[MrcInput], cache_bytes: int
+) -> None:
+    rng = np.random.default_rng(5)
+    z = candidates(1, deep)[0]
+    objective = make_objective(deep, micro_batch_tokens=200, cache_bytes=cache_bytes)
+    objective.set_incumbent(z)
+    z = z.copy()
+    for visit, layer in enumerate([0, 1, 2, 0, 2, 1, 1, 0]):
+        trial = candidates(int(rng.integers(1, 5)), deep, seed=visit)[:, layer]
+        whole = np.repeat(z[None], len(trial), 0)
+        whole[:, layer] = trial
+        got = objective.layer_losses(layer, trial)
+        np.testing.assert_allclose(got, slow_deep.losses(whole, train), **CLOSE)
+        if visit % 3 != 2:
+            objective.commit(layer, trial[-1])
+            z[layer] = trial[-1]
+
+
+def test_prompts_matter_enough_for_these_tests_to_mean_something(
+    deep: PromptSet,
+    shallow: PromptSet,
+    slow_deep: SlowReference,
+    slow_shallow: SlowReference,
+    train: list[MrcInput],
+) -> None:
+    for prompts, slow in ((deep, slow_deep), (shallow, slow_shallow)):
+        losses = slow.losses(candidates(4, prompts), train)
+        assert np.ptp(losses) > 3e-3 * losses.mean()  # 300 times the tolerance
+
+
+def test_set_incumbent_drops_the_cache(make_objective: Make, deep: PromptSet) -> None:
+    z, other = candidates(2, deep)
+    objective, fresh = make_objective(deep), make_objective(deep)
+    objective.set_incumbent(other)
+    objective.layer_losses(2, z[2:3])
+    for o in (objective, fresh):
+        o.set_incumbent(z)
+    np.testing.assert_array_equal(objective.layer_losses(2, z[2:3]), fresh.layer_losses(2, z[2:3]))
+
+
+def test_router_losses_are_those_of_the_fused_prompts(
+    make_objective: Make, deep: PromptSet, slow_deep: SlowReference, train: list[MrcInput]
+) -> None:
+    routers = np.random.default_rng(0).random((3, *deep.z.shape[:2])) < 0.5
+    fused = np.einsum("plk,lkd->pld", routers / deep.z.shape[1], deep.z.double().numpy())  # eq. 1 on z
+    got = make_objective(deep).router_losses(routers)
+    np.testing.assert_allclose(got, slow_deep.losses(fused, train), **CLOSE)
+
+
+def test_same_call_returns_the_same_bits(make_objective: Make, deep: PromptSet) -> None:
+    z = candidates(5, deep)
+    objective, again = make_objective(deep), make_objective(deep)
+    first = objective.full_losses(z)
+    np.testing.assert_array_equal(objective.full_losses(z), first)
+    for o in (objective, again):
+        o.set_incumbent(z[0])
+    objective.layer_losses(2, z[:, 2])  # a cache grown in another order
+    for layer in range(3):
+        one, two = objective.layer_losses(layer, z[:, layer]), again.layer_losses(layer, z[:, layer])
+        np.testing.assert_array_equal(one, two)
+        np.testing.assert_array_equal(objective.layer_losses(layer, z[:, layer]), one)
+
+
+@pytest.mark.parametrize("kind", ["deep", "shallow"])
+def test_log_probs_keep_order_and_equal_slow_float64(
+    make_objective: Make, request: pytest.FixtureRequest, tiny_backbone: Backbone, kind: str
+) -> None:
+    prompts, slow = request.getfixturevalue(kind), request.getfixturevalue(f"slow_{kind}")
+    inputs = make_inputs((4, 21, 20, 19, 4, 40), tiny_backbone.config.vocab_size, seed=9)
+    z = candidates(1, prompts)[0]
+    objective = make_objective(prompts)
+    starts, ends = objective.log_probs(z, inputs)
+    for item, start, end in zip(inputs, starts, ends, strict=True):
+        expected = slow.log_probs(z, item.input_ids)
+        np.testing.assert_allclose(np.stack([start, end], 1), expected, rtol=1e-5, atol=1e-5)
+    assert objective.n_evaluations == 0
+
+
+def test_populations_whose_prefixes_do_not_fit_at_once_take_turns(
+    make_objective: Make, deep: PromptSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    z = candidates(5, deep)
+    expected = make_objective(deep).full_losses(z)
+    monkeypatch.setattr("mp2.engine.objective._PREFIX_BYTES", 2 * 4 * 2 * 3 * 6 * 24)  # two candidates
+    np.testing.assert_allclose(make_objective(deep).full_losses(z), expected, **CLOSE)
+
+
+def test_non_finite_losses_are_returned_as_they_are(make_objective: Make, deep: PromptSet) -> None:
+    z = candidates(3, deep)
+    z[1, 1, 0] = np.nan
+    objective = make_objective(deep)
+    losses = objective.full_losses(z)
+    assert np.isnan(losses[1])
+    assert np.isfinite(losses[[0, 2]]).all()
+    objective.set_incumbent(z[0])
+    losses = objective.layer_losses(1, z[:, 1])
+    assert np.isnan(losses[1])
+    assert np.isfinite(losses[[0, 2]]).all()
+
+
+class SmallMemory(TorchRuntime):
+    """A torch runtime that cannot hold more than ``limit`` tokens at once."""
+
+    limit = 100
+    largest = 0
+
+    def layer(
+        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefix | None
+    ) -> torch.Tensor:
+        p = max(hidden.shape[0], 1 if prefix is None else prefix[0].shape[0])
+        tokens = p * hidden.shape[1] * hidden.shape[2]
+        if tokens > self.limit:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
+        self.largest = max(self.largest, tokens)
+        return super().layer(index, hidden, mask, prefix)
+
+
+@pytest.mark.parametrize("kind", ["deep", "shallow"])
+def test_out_of_memory_halves_the_micro_batch_and_keeps_it(
+    tiny_backbone: Backbone, train: list[MrcInput], request: pytest.FixtureRequest, kind: str
+) -> None:
+    prompts = request.getfixturevalue(kind)
+    z = candidates(7, prompts)
+    runtime = SmallMemory(tiny_backbone)
+    objective = Objective(runtime, tiny_backbone, prompts, train, micro_batch_tokens=10_000)
+    expected = Objective(TorchRuntime(tiny_backbone), tiny_backbone, prompts, train).full_losses(z)
+    np.testing.assert_allclose(objective.full_losses(z), expected, **CLOSE)
+    kept = objective.micro_batch_tokens
+    assert runtime.largest <= runtime.limit
+    assert 36 <= kept < 10_000
+    objective.set_incumbent(z[0])
+    objective.layer_losses(0, z[:, 0])
+    np.testing.assert_allclose(objective.full_losses(z), expected, **CLOSE)
+    assert objective.micro_batch_tokens == kept
+
+
+def test_a_single_example_that_does_not_fit_is_an_error(
+    tiny_backbone: Backbone, deep: PromptSet, train: list[MrcInput]
+) -> None:
+    runtime = SmallMemory(tiny_backbone)
+    runtime.limit = 20
+    objective = Objective(runtime, tiny_backbone, deep, train)
+    with pytest.raises(OutOfMemoryError, match="one example of 30 tokens"):
+        objective.full_losses(candidates(2, deep))
+
+
+def test_other_errors_are_not_taken_for_lack_of_memory(
+    tiny_backbone: Backbone, deep: PromptSet, train: list[MrcInput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> torch.Tensor:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(TorchRuntime, "layer", broken)
+    objective = Objective(TorchRuntime(tiny_backbone), tiny_backbone, deep, train)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        objective.full_losses(candidates(2, deep))
+
+
+def test_wrong_calls_say_what_was_expected(
+    tiny_backbone: Backbone, deep: PromptSet, train: list[MrcInput]
+) -> None:
+    runtime = TorchRuntime(tiny_backbone)
+    with pytest.raises(UsageError, match="no training examples"):
+        Objective(runtime, tiny_backbone, deep, [])
+    objective = Objective(runtime, tiny_backbone, deep, train)
+    with pytest.raises(UsageError, match=r"shape \(2, 10\), expected \(P, 3, 10\)"):
+        objective.full_losses(np.zeros((2, 10)))
+    with pytest.raises(UsageError, match="no incumbent"):
+        objective.layer_losses(0, np.zeros((2, 10)))
+    objective.set_incumbent(np.zeros((3, 10)))
+    with pytest.raises(UsageError, match=r"layer 3, expected 0 to 2"):
+        objective.layer_losses(3, np.zeros((2, 10)))
+
+
+def test_prompts_of_another_backbone_are_refused(
+    tiny_backbone: Backbone, train: list[MrcInput], deep: PromptSet
+) -> None:
+    from dataclasses import replace
+
+    other = replace(tiny_backbone, sha256="0" * 64)
+    prompts = random_prompts(other, "deep", prompt_tokens=3, intrinsic_dim=D)
+    with pytest.raises(MismatchError, match="0000"):
+        Objective(TorchRuntime(tiny_backbone), tiny_backbone, prompts, train)

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mp2.backbone import Backbone
+from mp2.engine import OnnxRuntime, Runtime, TorchRuntime, create_runtime
+from mp2.engine.linear import FastLinear, activate, onednn_works
+from mp2.errors import MismatchError, MissingDependencyError, UnknownNameError, UsageError
+from mp2.export import export_engine
+
+P, N, T, M = 3, 2, 11, 5
+
+
+def parts(backbone: Backbone, kind: str) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    rng = torch.Generator().manual_seed(1)
+    config = backbone.config
+    own_text = kind in ("P texts", "P texts, one prefix", "a prefix each")
+    hidden = torch.randn(P if own_text else 1, N, T, config.hidden, generator=rng)
+    if kind in ("one text", "P texts"):
+        return hidden, None
+    shape = {
+        "P prefixes on one text": (P, 1),
+        "P texts, one prefix": (1, 1),
+        "a prefix each": (P, N),
+        "a prefix each on one text": (P, N),
+    }[kind]
+    keys, values = torch.randn(2, *shape, config.n_heads, M, config.head_size, generator=rng)
+    return hidden, (keys, values)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "one text",
+        "P texts",
+        "P prefixes on one text",
+        "P texts, one prefix",
+        "a prefix each",
+        "a prefix each on one text",
+    ],
+)
+def test_layer_equals_the_encoder_one_candidate_at_a_time(
+    tiny_backbone: Backbone, runtime: Runtime, kind: str, padded: bool
+) -> None:
+    hidden, prefix = parts(tiny_backbone, kind)
+    mask = torch.arange(T)[None] < torch.tensor([[T], [T - 4]]) if padded else None
+    got = runtime.layer(1, hidden, mask, prefix)
+    n_candidates = P if kind != "one text" else 1
+    assert got.shape == (n_candidates, N, T, tiny_backbone.config.hidden)
+    for p in range(n_candidates):
+        own = None
+        if prefix is not None:
+            own = tuple(x[p % len(x)].expand(N, -1, -1, -1) for x in prefix)
+        expected = tiny_backbone.encoder.layer(1, hidden[p % len(hidden)], mask, own)
+        real = slice(None) if mask is None else mask
+        torch.testing.assert_close(got[p][real], expected[real], rtol=1e-5, atol=1e-5)
+
+
+def test_embeddings_and_head_equal_the_encoder(tiny_backbone: Backbone, runtime: Runtime) -> None:
+    encoder, width = tiny_backbone.encoder, tiny_backbone.config.hidden
+    ids = torch.arange(10, 10 + N * T).view(N, T)
+    for n_inline in (0, M):
+        torch.testing.assert_close(runtime.embed(ids, n_inline)[0], encoder.embed(ids, n_inline))
+    rows = torch.randn(P, M, width, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(runtime.embed_inline(rows)[:, 0], encoder.embed_inline(rows))
+    weight, bias = rows[0, :2], rows[1, 0, :2]
+    hidden = runtime.embed(ids)
+    torch.testing.assert_close(
+        runtime.head(hidden, weight, bias), hidden @ weight.T + bias, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+def test_fast_linear_equals_plain_linear(activation: str) -> None:
+    rng = torch.Generator().manual_seed(0)
+    x, r = torch.randn(7, 48, generator=rng), torch.randn(7, 20, generator=rng)
+    weight, bias = torch.randn(20, 48, generator=rng), torch.randn(20, generator=rng)
+    plain = F.linear(x, weight, bias)
+    linear = FastLinear(weight, bias)
+    with torch.inference_mode():
+        torch.testing.assert_close(linear(x), plain, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(linear(x, activation), activate(plain, activation), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(linear.plus(x, r), plain + r, rtol=1e-5, atol=1e-5)
+
+
+def test_without_onednn_the_plain_way_gives_the_same(
+    tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, prefix = parts(tiny_backbone, "P prefixes on one text")
+    fast = TorchRuntime(tiny_backbone).layer(0, hidden, None, prefix)
+    monkeypatch.setattr("mp2.engine.linear.onednn_works", lambda: False)
+    plain = TorchRuntime(tiny_backbone).layer(0, hidden, None, prefix)
+    torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_onednn_probe_survives_a_missing_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    onednn_works.cache_clear()
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    assert not onednn_works()
+    onednn_works.cache_clear()
+
+
+def test_bf16_is_near_and_only_on_request(tiny_backbone: Backbone) -> None:
+    hidden, prefix = parts(tiny_backbone, "P prefixes on one text")
+    exact = create_runtime("torch", tiny_backbone)
+    assert exact.precision == "fp32"
+    rough = create_runtime("torch", tiny_backbone, precision="bf16")
+    y = rough.layer(0, hidden.bfloat16(), None, prefix)
+    assert y.dtype == torch.bfloat16
+    error = (y.float() - exact.layer(0, hidden, None, prefix)).abs().max()
+    assert 0 < error < 0.1
+
+
+def test_auto_says_what_it_chose_and_why(tiny_backbone: Backbone, engine_dir: Path, tmp_path: Path) -> None:
+    assert "without an engine folder" in create_runtime("auto", tiny_backbone).reason
+    chosen = create_runtime("auto", tiny_backbone, engine_dir=engine_dir)
+    assert f"auto: {chosen.name}, the fastest" in chosen.reason
+    assert "\n" not in chosen.reason
+    fallen = create_runtime("auto", tiny_backbone, engine_dir=tmp_path)
+    assert fallen.name == "torch"
+    assert "not onnxruntime" in fallen.reason
+    assert "manifest.json" in fallen.reason
+
+
+def test_runtimes_that_cannot_be_had_say_what_to_do(tiny_backbone: Backbone, engine_dir: Path) -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'torch'"):
+        create_runtime("torhc", tiny_backbone)
+    with pytest.raises(UnknownNameError, match="precision 'fp8'"):
+        create_runtime("torch", tiny_backbone, precision="fp8")
+    with pytest.raises(MissingDependencyError, match="pip install"):
+        create_runtime("tensorrt", tiny_backbone)
+    with pytest.raises(UsageError, match="mp2 export"):
+        create_runtime("onnxruntime", tiny_backbone)
+    with pytest.raises(UsageError, match="CPU only"):
+        create_runtime("onnxruntime", tiny_backbone, engine_dir=engine_dir, device="cuda")
+    with pytest.raises(MismatchError, match="holds fp32, expected bf16"):
+        create_runtime("onnxruntime", tiny_backbone, engine_dir=engine_dir, precision="bf16")
+    with pytest.raises(UsageError, match="threads is 0"):
+        create_runtime("torch", tiny_backbone, threads=0)
+    if not torch.cuda.is_available():
+        with pytest.raises(MissingDependencyError, match="sees no CUDA"):
+            create_runtime("torch", tiny_backbone, device="cuda")
+
+
+def test_too_long_sequences_are_refused_by_name(tiny_backbone: Backbone, engine_dir: Path) -> None:
+    runtime = OnnxRuntime(tiny_backbone, engine_dir, threads=1)
+    with pytest.raises(UsageError, match="90 tokens and 10 inline"):
+        runtime.embed(torch.zeros(1, 90, dtype=torch.long), 10)
+
+
+def test_an_engine_of_another_backbone_is_refused(
+    tiny_backbone: Backbone, tmp_path: Path, engine_dir: Path
+) -> None:
+    from dataclasses import replace
+
+    other = replace(tiny_backbone, sha256="f" * 64)
+    with pytest.raises(MismatchError, match=r"expected 'tiny' .weights ffff"):
+        create_runtime("onnxruntime", other, engine_dir=engine_dir)
+    assert export_engine(other, tmp_path / "other").manifest.backbone.sha256 == "f" * 64

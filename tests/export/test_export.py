@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from click.testing import CliRunner
+
+from mp2.backbone import Backbone, save_backbone
+from mp2.cli import main
+from mp2.errors import FormatError, MissingDependencyError, Mp2Error, UnknownNameError, UsageError
+from mp2.export import Comparison, EngineFolder, export_engine, read_manifest
+from mp2.export import parity as parity_module
+from mp2.prompts import PrefixProjector, random_prompts, save_prompts
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> EngineFolder:
+    return export_engine(tiny_backbone, tmp_path_factory.mktemp("engine") / "tiny")
+
+
+@pytest.fixture
+def copy(engine: EngineFolder, tmp_path: Path) -> Path:
+    """A copy of the engine folder that a test may damage."""
+    target = tmp_path / "copy"
+    target.mkdir()
+    for file in engine.path.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def session(path: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def test_every_graph_is_compared_padded_and_not_with_prompts_and_without(
+    tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    seen: list[Comparison] = []
+    export_engine(tiny_backbone, tmp_path / "e", report=seen.append)
+    names = [c.name for c in seen]
+    assert all(c.ok for c in seen)
+    for graph in (
+        "embed",
+        "embed_inline",
+        "layer_00",
+        "layer_01",
+        "layer_02",
+        "head",
+        "backbone",
+        "backbone_inline",
+    ):
+        assert any(name.startswith(graph) for name in names), graph
+    for case in ("no prompt, padded", "P prefixes, one text, padded", "one prefix, P texts, padded"):
+        assert f"layer_02, {case}" in names
+
+
+def test_manifest_lists_every_file_with_its_hash_and_origin(
+    engine: EngineFolder, tiny_backbone: Backbone
+) -> None:
+    manifest = read_manifest(engine.path / "manifest.json")
+    assert manifest == engine.manifest
+    assert set(manifest.files) == {p.name for p in engine.path.iterdir()} - {"manifest.json"}
+    assert manifest.backbone.sha256 == tiny_backbone.sha256
+    assert (manifest.backbone.n_layers, manifest.backbone.hidden, manifest.backbone.n_heads) == (3, 24, 4)
+    assert (manifest.precision, manifest.max_tokens) == ("fp32", 96)
+    assert set(manifest.versions) == {"mp2", "python", "torch", "onnx", "onnxruntime"}
+    EngineFolder.open(engine.path, tiny_backbone)
+
+
+def test_weights_are_stored_once_and_graphs_only_point_at_them(
+    engine: EngineFolder, tiny_backbone: Backbone
+) -> None:
+    n_floats = sum(p.numel() for p in tiny_backbone.encoder.parameters())
+    n_floats -= tiny_backbone.config.hidden  # the token type that no sequence has
+    used: dict[tuple[str, int], str] = {}
+    stored = 0
+    for path in engine.path.glob("*.onnx"):
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+            if tensor.data_location != onnx.TensorProto.EXTERNAL:
+                assert np.prod(tensor.dims) < 16, tensor.name
+                continue
+            entry = {item.key: item.value for item in tensor.external_data}
+            place = (entry["location"], int(entry["offset"]))
+            if place not in used:
+                stored += int(entry["length"]) // 4
+            assert used.setdefault(place, tensor.name) == tensor.name
+    assert stored == n_floats
+
+
+@pytest.mark.parametrize("kind", ["deep", "shallow"])
+def test_deployment_graph_with_baked_head_answers_as_the_encoder_does(
+    tiny_backbone: Backbone, tmp_path: Path, kind: str
+) -> None:
+    prompts = random_prompts(tiny_backbone, kind, prompt_tokens=4, intrinsic_dim=6, tasks=("t",))  # type: ignore[arg-type]
+    folder = export_engine(tiny_backbone, tmp_path / "e", prompts=prompts)
+    assert folder.manifest.prompts_sha256 == prompts.sha256
+    rng = torch.Generator().manual_seed(0)
+    z = torch.randn(prompts.z.shape[0], 1, 6, generator=rng)
+    ids = torch.randint(5, tiny_backbone.config.vocab_size, (2, 9), generator=rng)
+    mask = torch.arange(9)[None] < torch.tensor([[9], [6]])
+    projector = PrefixProjector(tiny_backbone.encoder, prompts)
+    feeds = {"input_ids": ids.numpy(), "attention_mask": mask.long().numpy()}
+    if kind == "deep":
+        prefixes = [projector.keys_values(i, z[i]) for i in range(len(z))]
+        hidden = tiny_backbone.encoder(ids, mask, prefixes)
+        feeds["prompt_keys"] = torch.stack([k for k, _ in prefixes]).numpy()
+        feeds["prompt_values"] = torch.stack([v for _, v in prefixes]).numpy()
+        graph = "backbone.onnx"
+    else:
+        rows = projector.inline(z[0])
+        hidden = tiny_backbone.encoder(ids, mask, inline=rows)
+        feeds["prompts"] = rows.numpy()
+        graph = "backbone_inline.onnx"
+    got = session(folder.path / graph).run(["start_logits", "end_logits"], feeds)
+    expected = hidden @ prompts.span_weight.T + prompts.span_bias
+    for k in range(2):
+        np.testing.assert_allclose(got[k][mask], expected[..., k][mask], atol=1e-5)
+
+
+def test_a_difference_from_torch_fails_and_leaves_nothing(
+    tiny_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity_module, "STAGE_TOLERANCE", 0.0)
+    with pytest.raises(Mp2Error, match="differ from torch, first '") as caught:
+        export_engine(tiny_backbone, tmp_path / "e")
+    assert caught.value.exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nan_is_a_difference() -> None:
+    assert not Comparison("x", float("nan"), float("nan"), 1.0).ok
+
+
+def test_a_killed_export_leaves_no_folder_and_the_next_one_cleans_up(
+    tiny_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = tmp_path / ".e.partial"
+    partial.mkdir()
+    (partial / "layer_00.bin").write_bytes(b"half a layer")  # what SIGKILL leaves
+    with pytest.raises(FormatError, match="not an engine folder"):
+        EngineFolder.open(tmp_path / "e")
+    with pytest.raises(FormatError, match="export did not finish"):
+        EngineFolder.open(partial)
+    export_engine(tiny_backbone, tmp_path / "e")
+    assert [p.name for p in tmp_path.iterdir()] == ["e"]
+
+
+def test_an_older_engine_gives_way_only_to_a_whole_one(
+    tiny_backbone: Backbone, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (copy / "manifest.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(parity_module, "STAGE_TOLERANCE", 0.0)
+        with pytest.raises(Mp2Error):
+            export_engine(tiny_backbone, copy)
+    assert (copy / "manifest.json").read_bytes() == before
+    (copy / "layer_00.bin").write_bytes(b"")
+    export_engine(tiny_backbone, copy)
+    EngineFolder.open(copy, tiny_backbone)
+
+
+def test_other_peoples_folders_and_files_are_not_overwritten(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="not empty and not an engine folder"):
+        export_engine(tiny_backbone, tmp_path)
+    with pytest.raises(UsageError, match="is a file"):
+        export_engine(tiny_backbone, tmp_path / "thesis.tex")
+
+
+def test_runtimes_of_export(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(MissingDependencyError, match="tensorrt"):
+        export_engine(tiny_backbone, tmp_path / "e", runtime="tensorrt")
+    with pytest.raises(UnknownNameError, match="Did you mean 'onnxruntime'"):
+        export_engine(tiny_backbone, tmp_path / "e", runtime="onxruntime")
+
+
+def _set(**changes: object) -> Callable[[dict[str, object]], None]:
+    return lambda raw: raw.update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set(schema_version=99), r"field 'schema_version': 99, expected 1"),
+        (_set(max_tokens="many"), r"field 'max_tokens': 'many', expected int"),
+        (lambda raw: raw.pop("precision"), r"field 'precision': missing, expected str"),
+        (lambda raw: raw["backbone"].update(hidden=None), r"field 'backbone.hidden': None, expected int"),
+        (lambda raw: raw["files"].update({"head.onnx": 5}), r"field 'files.head.onnx': 5, expected str"),
+        (lambda raw: raw["files"].pop("layer_01.onnx"), r"field 'files': no entry for 'layer_01.onnx'"),
+        (lambda raw: raw["files"].update({"../x": "0"}), r"field 'files': '../x' is not a plain file name"),
+    ],
+)
+def test_a_damaged_manifest_names_the_field(
+    copy: Path, change: Callable[[dict[str, object]], None], message: str
+) -> None:
+    path = copy / "manifest.json"
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+    with pytest.raises(FormatError, match=message):
+        EngineFolder.open(copy)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]"])
+def test_a_manifest_that_is_no_json_object_is_named(copy: Path, content: bytes) -> None:
+    (copy / "manifest.json").write_bytes(content)
+    with pytest.raises(FormatError, match=r"manifest\.json: "):
+        EngineFolder.open(copy)
+
+
+@pytest.mark.parametrize("name", ["layer_01.bin", "embed.onnx", "backbone.onnx"])
+def test_a_changed_or_missing_file_is_found_before_a_runtime_sees_it(copy: Path, name: str) -> None:
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / name).write_bytes(data)
+    with pytest.raises(FormatError, match=f"{name}: sha256 is .* expected .*export the engine again"):
+        EngineFolder.open(copy)
+    (copy / name).unlink()
+    with pytest.raises(FormatError, match=f"'{name}' is listed but missing"):
+        EngineFolder.open(copy)
+
+
+def test_the_command_prints_the_report_and_json(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    save_backbone(tiny_backbone, tmp_path / "tiny")
+    prompts = random_prompts(tiny_backbone, "deep", prompt_tokens=4, intrinsic_dim=6, tasks=("t",))
+    save_prompts(prompts, tmp_path / "p.safetensors")
+    command = ["export", "--backbone", str(tmp_path / "tiny"), "--prompts", str(tmp_path / "p.safetensors")]
+    result = CliRunner().invoke(main, [*command, "--out", str(tmp_path / "e")])
+    assert result.exit_code == 0, result.output
+    assert "max rel" in result.output
+    assert "DIFFERS" not in result.output
+    assert "outputs equal torch's within tolerance" in result.output
+    result = CliRunner().invoke(main, [*command, "--out", str(tmp_path / "e"), "--json"])
+    summary = json.loads(result.output)
+    assert summary["manifest"]["prompts_sha256"] == prompts.sha256
+    assert all(c["ok"] for c in summary["parity"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--backbone", "cpt-larg"], 2, "Did you mean 'cpt-large'"),
+        (["--backbone", "TINY", "--runtime", "tensorrt"], 2, "pip install"),
+        (["--backbone", "TINY", "--prompts", "nowhere.safetensors"], 2, "nowhere.safetensors"),
+    ],
+)
+def test_wrong_commands_exit_2(
+    tiny_backbone: Backbone, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    save_backbone(tiny_backbone, tmp_path / "tiny")
+    arguments = [str(tmp_path / "tiny") if a == "TINY" else a for a in arguments]
+    result = CliRunner().invoke(main, ["export", "--out", str(tmp_path / "e"), *arguments])
+    assert result.exit_code == code
+    assert message in result.output
+    assert not (tmp_path / "e").exists()

@@ -20,7 +20,8 @@ class ProgressLine:
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
         self._min_interval_s = min_interval_s
-        self._start: tuple[float, int] | None = None
+        self._start: tuple[float, int] | None = None  # of the rate: where this session began the stage
+        self._last: tuple[int, float, int] | None = None  # stage, time, iteration
         self._shown_s = -math.inf
         self._tenth = 0
         self._width = 0
@@ -28,8 +29,11 @@ class ProgressLine:
     def __call__(self, progress: Progress) -> None:
         """Show where the run is; cheap enough for every generation."""
         now = time.perf_counter()
-        if self._start is None or not progress.live:
+        if self._start is None or self._last is None or not progress.live:
             self._start = (now, progress.iteration)
+        elif self._last[0] != progress.stage:
+            self._start = self._last[1:]
+        self._last = (progress.stage, now, progress.iteration)
         if not progress.live:
             return
         end = progress.iteration >= progress.iters

@@ -317,8 +317,8 @@ def _says_how_to_go_on(run_dir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise Mp2Error(
-            f"cannot write {error.filename or run_dir}: {error.strerror or error}. All iterations are journaled: "
-            f"make room, then write the results with: {resume_command(run_dir)}"
+            f"cannot write {error.filename or run_dir}: {error.strerror or error}. All iterations are "
+            f"journaled: make room, then write the results with: {resume_command(run_dir)}"
         ) from error
 
 

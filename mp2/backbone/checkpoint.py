@@ -195,7 +195,15 @@ def _read_file(path: Path) -> dict[str, Tensor]:
                 path=path,
             ) from None
         raise FormatError(f"not a readable weights file: {_refused(error)}", path=path) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, LookupError, AttributeError) as error:
+    except (
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        AttributeError,
+    ) as error:
         raise FormatError(f"not a readable weights file: {error}", path=path) from error
     if not isinstance(loaded, Mapping):
         raise FormatError(f"holds a {type(loaded).__name__}, expected a dictionary of tensors", path=path)

@@ -174,6 +174,12 @@ class Pretrainer:
         config = self.config
         names = tuple(task.card.task for task in self.tasks)
         if init is not None:
+            shape = self.backbone.config
+            if (init.meta.n_layers, init.meta.hidden) != (shape.n_layers, shape.hidden):
+                raise MismatchError(
+                    f"--init prompts are for {init.meta.n_layers} layers of hidden size {init.meta.hidden}, "
+                    f"backbone '{shape.name}' has {shape.n_layers} of {shape.hidden}"
+                )
             got = (init.meta.n_modules, init.meta.prompt_tokens, init.meta.intrinsic_dim, init.meta.kind)
             expected = (config.n_modules, config.prompt_tokens, config.intrinsic_dim, config.kind)
             if got != expected:

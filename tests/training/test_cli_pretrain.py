@@ -1,0 +1,144 @@
+"""``mp2 pretrain-backbone`` and ``mp2 pretrain`` as they are typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from mp2.backbone import load_backbone, save_backbone
+from mp2.cli import main
+from mp2.prompts import load_prompts
+from training.toy_tasks import lively_backbone, write_tasks
+
+
+def mp2(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def backbone_options(tmp_path: Path) -> list[object]:
+    (tmp_path / "corpus").mkdir()
+    rng = np.random.default_rng(0)
+    text = "\n".join(rng.choice(["天气今日晴有雨！", "这个东西真的很好，不错。"], 120))
+    (tmp_path / "corpus" / "a.txt").write_text(text, "utf-8")
+    sizes = ["--layers", 2, "--hidden", 16, "--heads", 2, "--vocab-size", 200, "--max-positions", 32]
+    run = ["--length", 16, "--batch-size", 8, "--precision", "fp32", "--threads", 1]
+    return ["pretrain-backbone", "--corpus", tmp_path / "corpus", *sizes, *run]
+
+
+def test_pretrain_backbone_writes_a_backbone_and_goes_on_where_it_was(
+    backbone_options: list[object], tmp_path: Path
+) -> None:
+    out = tmp_path / "small"
+    done = mp2(*backbone_options, "--out", out, "--steps", 3)
+    assert done.exit_code == 0, done.stderr
+    backbone = load_backbone(out)
+    assert done.stdout.strip() == f"{out}: small, {backbone.sha256[:12]}"
+    assert "step 3/3 loss" in done.stderr
+    assert (backbone.config.n_layers, backbone.config.hidden, backbone.config.ffn) == (2, 16, 64)
+    again = mp2(*backbone_options, "--out", out, "--steps", 3)
+    assert "resumed at step 3" in again.stderr
+    assert again.stdout == done.stdout
+    other = mp2(*backbone_options, "--out", out, "--steps", 4)
+    assert other.exit_code == 2
+    assert "made with another configuration" in other.stderr
+
+
+def test_pretrain_backbone_says_what_is_wrong_with_its_input(
+    backbone_options: list[object], tmp_path: Path
+) -> None:
+    empty = mp2("pretrain-backbone", "--corpus", tmp_path / "nowhere", "--out", tmp_path / "o")
+    assert empty.exit_code == 2
+    assert f"no *.txt or *.txt.xz files in {tmp_path / 'nowhere'}" in empty.stderr
+    long = mp2(*backbone_options, "--out", tmp_path / "o", "--length", 64)
+    assert long.exit_code == 2
+    assert "--length 64 exceeds the 32 positions" in long.stderr
+    heads = mp2(*backbone_options, "--out", tmp_path / "o", "--heads", 3)
+    assert heads.exit_code == 2
+    assert "hidden size 16 is not a multiple of 3 heads" in heads.stderr
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> list[object]:
+    _, data = write_tasks(tmp_path)
+    save_backbone(lively_backbone(), tmp_path / "lively")
+    sizes = ["--modules", 4, "--prompt-tokens", 3, "--intrinsic-dim", 8, "--max-tokens", 64, "--threads", 1]
+    run = ["--backbone", tmp_path / "lively", "--data", data, "--batch-size", 8, "--dev-limit", 6]
+    return ["pretrain", *run, *sizes]
+
+
+@pytest.mark.parametrize("kind", ["deep", "shallow"])
+def test_pretrain_writes_prompts_and_prints_a_table(options: list[object], tmp_path: Path, kind: str) -> None:
+    cards = [x for task in ("mood", "find") for x in ("--tasks", tmp_path / f"{task}.toml")]
+    done = mp2(*options, *cards, "--out", tmp_path / "out", "--steps", 4, f"--{kind}")
+    assert done.exit_code == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["task", "before", "after"]
+    assert {line.split()[0] for line in lines[1:]} == {"mood", "find", "mean"}
+    assert "2 tasks, 120 training sequences" in done.stderr
+    prompts = load_prompts(tmp_path / "out" / "prompts.safetensors", load_backbone(tmp_path / "lively"))
+    assert (prompts.meta.kind, prompts.meta.tasks) == (kind, ("mood", "find"))
+    provenance = prompts.meta.provenance
+    assert provenance["config"]["steps"] == 4
+    started = mp2(
+        *options,
+        *cards,
+        "--out",
+        tmp_path / "next",
+        "--steps",
+        2,
+        f"--{kind}",
+        "--init",
+        tmp_path / "out" / "prompts.safetensors",
+    )
+    assert started.exit_code == 0, started.stderr
+
+
+def test_pretrain_with_a_backbone_rate_writes_the_new_backbone(options: list[object], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = mp2(*options, "--tasks", tmp_path / "mood.toml", "--out", out, "--steps", 3, "--backbone-lr", 1e-3)
+    assert done.exit_code == 0, done.stderr
+    new = load_backbone(out / "backbone")
+    assert new.sha256 != load_backbone(tmp_path / "lively").sha256
+    load_prompts(out / "prompts.safetensors", new)
+
+
+def test_pretrain_without_names_takes_every_known_task_with_data(
+    options: list[object], tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    (data / "waimai").mkdir()
+    for split in ("train", "dev"):
+        texts = [("真的很好", "正面"), ("太差了", "负面")] * 6
+        lines = [json.dumps({"text": t, "label": label}, ensure_ascii=False) for t, label in texts]
+        (data / "waimai" / f"{split}.jsonl").write_text("\n".join(lines), "utf-8")
+    done = mp2(*options, "--out", tmp_path / "out", "--steps", 2)
+    names = {line.split()[0] for line in done.stdout.splitlines()[1:-1]}
+    assert done.exit_code == 0, done.stderr
+    assert "waimai" in names
+    assert not names & {"mood", "find", "pick"}  # no card of the package
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--tasks", "waimi"], "unknown task 'waimi'. Did you mean 'waimai'"),
+        (["--backbone", "mimi"], "unknown backbone 'mimi'"),
+        (["--temperature", "0"], "temperature is 0.0"),
+        (["--precision", "fp8"], "precision is 'fp8'"),
+        (["--init", "nowhere.safetensors"], "unknown prompts 'nowhere.safetensors'"),
+        (["--schedule", "cosine"], "'cosine' is not one of 'constant', 'linear'"),
+    ],
+)
+def test_pretrain_says_what_was_typed_wrong(
+    options: list[object], tmp_path: Path, more: list[str], expected: str
+) -> None:
+    tasks = [] if "--tasks" in more else ["--tasks", tmp_path / "mood.toml"]
+    done = mp2(*options, "--out", tmp_path / "out", "--steps", 2, *tasks, *more)
+    assert done.exit_code == 2
+    assert expected in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,311 @@
+"""Masked language modelling: masking, loss, schedule, and runs that are cut off."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from mp2.backbone import Backbone, BackboneConfig, load_backbone
+from mp2.backbone.checkpoint import checkpoint_names
+from mp2.errors import FormatError, UsageError
+from mp2.training import MlmConfig, train_mlm
+from mp2.training import mlm as mlm_module
+from mp2.training.mlm import MaskedLanguageModel, mask_tokens, schedule
+
+SENTENCES = ["这个东西真的很好，不错。", "天气今日晴有雨！", "旅游美食体育科技", "“健康”教育财经音乐？"]
+
+
+def tiny(**changes: Any) -> MlmConfig:
+    settings = {
+        "n_layers": 2,
+        "hidden": 16,
+        "n_heads": 2,
+        "ffn": 24,
+        "vocab_size": 200,
+        "max_positions": 32,
+        "length": 16,
+        "batch_size": 8,
+        "steps": 14,
+        "precision": "fp32",
+        "seed": 3,
+        "checkpoint_minutes": 0.0,  # a checkpoint a step
+    }
+    return MlmConfig(**{**settings, **changes})
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    (folder / "a.txt").write_text("\n".join(rng.choice(SENTENCES, 150)) + "\n", "utf-8")
+    return folder
+
+
+def losses(out: Path) -> list[float]:
+    lines = [json.loads(line) for line in (out / "mlm_losses.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def train(corpus: Path, out: Path, config: MlmConfig, log: list[str] | None = None) -> Backbone:
+    return train_mlm(corpus, out, config, log=([] if log is None else log).append)
+
+
+# ---- masking, loss, schedule
+
+
+def test_fifteen_per_cent_are_chosen_of_these_80_masked_10_replaced_10_kept() -> None:
+    config = tiny(length=102, max_positions=128)
+    rows = np.random.default_rng(0).integers(5, 200, (600, 102))
+    rows[:, 0], rows[:, -1] = 2, 3
+    masked, chosen, targets = mask_tokens(rows, np.random.default_rng(1), config, 4, 200)
+    n = len(chosen)
+    assert n == 600 * 15
+    assert np.bincount(chosen // 102).tolist() == [15] * 600
+    assert len(set(chosen)) == n
+    assert np.array_equal(rows.ravel()[chosen], targets)
+    untouched = np.delete(np.arange(rows.size), chosen)
+    assert np.array_equal(masked.ravel()[untouched], rows.ravel()[untouched])
+    assert not np.isin(chosen % 102, (0, 101)).any()  # never [CLS] or [SEP]
+    now = masked.ravel()[chosen]
+    kept_by_chance = 0.1 / 195
+    for share, expected in (
+        (np.mean(now == 4), 0.8),
+        (np.mean(now == targets), 0.1 + kept_by_chance),
+        (np.mean((now != 4) & (now != targets)), 0.1 - kept_by_chance),
+    ):
+        assert abs(share - expected) < 4.5 * np.sqrt(expected * (1 - expected) / n)
+    replaced = now[(now != 4) & (now != targets)]
+    assert replaced.min() >= 5  # never a special token
+    positions = np.bincount(chosen % 102, minlength=102)[1:101]
+    assert ((positions - 90) ** 2 / (90 * 0.85)).sum() < 150  # uniform: chi-square of 99 at 99.9 %
+
+
+def test_masking_depends_on_the_generator_alone_and_leaves_the_rows() -> None:
+    rows = np.random.default_rng(0).integers(5, 200, (4, 16))
+    before = rows.copy()
+    first, again = (mask_tokens(rows, np.random.default_rng(7), tiny(), 4, 200) for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert np.array_equal(rows, before)
+    assert not np.array_equal(mask_tokens(rows, np.random.default_rng(8), tiny(), 4, 200)[1], first[1])
+
+
+@pytest.mark.parametrize(("length", "rate"), [(3, 0.15), (4, 0.99), (6, 0.9), (16, 0.97)])
+def test_short_rows_and_high_rates_can_be_masked(length: int, rate: float) -> None:
+    config = tiny(length=length, mask_rate=rate)
+    rows = np.full((5, length), 9)
+    _, chosen, _ = mask_tokens(rows, np.random.default_rng(0), config, 4, 200)
+    assert len(chosen) == 5 * max(1, round((length - 2) * rate))
+    assert not np.isin(chosen % length, (0, length - 1)).any()
+
+
+def test_the_loss_equals_transformers_masked_language_model() -> None:
+    shape = BackboneConfig(
+        name="x", n_layers=2, hidden=16, n_heads=2, ffn=24, vocab_size=50, max_positions=20
+    )
+    model = MaskedLanguageModel(shape)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm.weight" in name else 0.0, 0.2, generator=generator)
+    theirs = BertForMaskedLM(
+        BertConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            max_position_embeddings=20,
+        )
+    ).eval()
+    names = checkpoint_names(2)
+    state = {f"bert.{names[n]}": t for n, t in model.encoder.state_dict().items()}
+    state["cls.predictions.transform.dense.weight"] = model.transform.weight
+    state["cls.predictions.transform.dense.bias"] = model.transform.bias
+    state["cls.predictions.transform.LayerNorm.weight"] = model.transform_norm.weight
+    state["cls.predictions.transform.LayerNorm.bias"] = model.transform_norm.bias
+    state["cls.predictions.decoder.weight"] = model.encoder.word_embeddings.weight
+    state["cls.predictions.decoder.bias"] = state["cls.predictions.bias"] = model.bias
+    loaded = theirs.load_state_dict(state, strict=False)
+    assert not loaded.unexpected_keys
+    assert all("position_ids" in key for key in loaded.missing_keys)
+    ids = torch.randint(5, 50, (3, 8), generator=generator)
+    chosen = torch.tensor([1, 6, 9, 21])
+    targets = torch.tensor([7, 8, 30, 49])
+    for starts in ([0, 0, 0], [0, 12, 5]):
+        positions = torch.tensor(starts)[:, None] + torch.arange(8)
+        positions[:, 0] = 0
+        with torch.no_grad():
+            logits = theirs(input_ids=ids, position_ids=positions).logits.flatten(0, 1)[chosen]
+            expected = torch.nn.functional.cross_entropy(logits.double(), targets)
+            got = model(ids, chosen, targets, torch.tensor(starts))
+        assert got.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_the_rate_rises_to_the_peak_and_falls_to_nearly_nothing() -> None:
+    rates = [schedule(step, 100, 0.05) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 5)
+    assert rates[4] == rates[5] == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(1 / 95)
+    assert np.all(np.diff(rates[:5]) > 0)
+    assert np.all(np.diff(rates[5:]) < 0)
+    assert schedule(0, 1, 0.05) == 1.0
+    assert 0 < min(schedule(s, 7, 1.0) for s in range(7)) <= max(schedule(s, 7, 1.0) for s in range(7)) == 1.0
+
+
+# ---- runs
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], str]:
+    """Losses and weight hash of 14 steps on the fixture's corpus."""
+    root = tmp_path_factory.mktemp("unbroken")
+    (root / "corpus").mkdir()
+    rng = np.random.default_rng(0)
+    (root / "corpus" / "a.txt").write_text("\n".join(rng.choice(SENTENCES, 150)) + "\n", "utf-8")
+    backbone = train(root / "corpus", root / "tiny", tiny())
+    return losses(root / "tiny"), backbone.sha256
+
+
+def test_a_run_writes_a_backbone_that_loads(
+    corpus: Path, tmp_path: Path, unbroken: tuple[list[float], str]
+) -> None:
+    lines: list[str] = []
+    backbone = train(corpus, tmp_path / "tiny", tiny(), lines)
+    assert (losses(tmp_path / "tiny"), backbone.sha256) == unbroken  # same seed, same bits
+    assert load_backbone(tmp_path / "tiny").sha256 == backbone.sha256
+    assert backbone.config.vocab_size == backbone.tokenizer.vocab_size
+    assert any("sequences of 16 tokens" in line for line in lines)
+    assert any(line.startswith("step 14/14 loss") for line in lines)
+    assert json.loads((tmp_path / "tiny" / "mlm_config.json").read_text())["steps"] == 14
+
+
+def test_it_learns_to_read_the_context(tmp_path: Path) -> None:
+    """Rows of one repeated character: alone a guess among 16, in context certain."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "corpus").mkdir()
+    rows = [str(c) * 14 for c in rng.choice(list("天气今日晴有雨旅游美食体育科技"), 400)]
+    (tmp_path / "corpus" / "a.txt").write_text("\n".join(rows), "utf-8")
+    config = tiny(steps=200, learning_rate=1e-2, checkpoint_minutes=9.0, batch_size=16, ppmi_init=False)
+    train(tmp_path / "corpus", tmp_path / "tiny", config)
+    values = losses(tmp_path / "tiny")
+    assert np.mean(values[:3]) > 4.5  # ln(number of tokens) = 5.1
+    assert np.mean(values[-20:]) < 0.7  # ln(16) = 2.8
+
+
+@pytest.mark.parametrize(("last_saved", "killed_at"), [(5, 5), (5, 9), (1, 14)])
+def test_a_run_cut_off_after_a_checkpoint_goes_on_bit_for_bit(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    unbroken: tuple[list[float], str],
+    last_saved: int,
+    killed_at: int,
+) -> None:
+    save = mlm_module.save_checkpoint
+
+    def sometimes(path: Path, model: Any, optimizer: Any, state: dict[str, Any]) -> None:
+        if state["step"] <= last_saved:
+            save(path, model, optimizer, state)
+        if state["step"] == killed_at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mlm_module, "save_checkpoint", sometimes)
+        with pytest.raises(KeyboardInterrupt):
+            train(corpus, tmp_path / "tiny", tiny())
+    assert len(losses(tmp_path / "tiny")) == killed_at
+    with (tmp_path / "tiny" / "mlm_losses.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')  # a torn line
+    lines: list[str] = []
+    backbone = train(corpus, tmp_path / "tiny", tiny(), lines)
+    assert f"resumed at step {last_saved}" in lines
+    assert (losses(tmp_path / "tiny"), backbone.sha256) == unbroken
+
+
+MLM_PROGRAM = """
+import sys, torch
+from pathlib import Path
+from mp2.training import MlmConfig, train_mlm
+torch.set_num_threads(1)
+train_mlm(Path(sys.argv[1]), Path(sys.argv[2]), MlmConfig(**eval(sys.argv[3])), log=print)
+"""
+
+
+def test_a_run_killed_by_sigkill_goes_on_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
+    from dataclasses import asdict
+
+    config = tiny(steps=120)
+    expected = train(corpus, tmp_path / "unbroken" / "tiny", config).sha256
+    out = tmp_path / "tiny"
+    process = subprocess.Popen(
+        [sys.executable, "-c", MLM_PROGRAM, str(corpus), str(out), repr(asdict(config))],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    journal = out / "mlm_losses.jsonl"
+    deadline = time.monotonic() + 60
+    while not (journal.is_file() and journal.read_text().count("\n") >= 10):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    lines: list[str] = []
+    assert train(corpus, out, config, lines).sha256 == expected
+    assert any(line.startswith("resumed at step ") for line in lines)
+    assert losses(out) == losses(tmp_path / "unbroken" / "tiny")
+
+
+def test_a_finished_run_started_again_trains_no_more(corpus: Path, tmp_path: Path) -> None:
+    first = train(corpus, tmp_path / "tiny", tiny(steps=4))
+    before = losses(tmp_path / "tiny")
+    assert train(corpus, tmp_path / "tiny", tiny(steps=4)).sha256 == first.sha256
+    assert losses(tmp_path / "tiny") == before
+
+
+def test_a_checkpoint_of_other_settings_is_refused(corpus: Path, tmp_path: Path) -> None:
+    train(corpus, tmp_path / "tiny", tiny(steps=2))
+    with pytest.raises(UsageError, match=r"mlm_checkpoint\.safetensors was made with another configuration"):
+        train(corpus, tmp_path / "tiny", tiny(steps=3))
+    with pytest.raises(FormatError, match=r"'encoder\..*' has shape .*another model or configuration"):
+        train(corpus, tmp_path / "tiny", tiny(steps=2, ffn=32))
+
+
+def test_a_damaged_checkpoint_is_a_format_error(corpus: Path, tmp_path: Path) -> None:
+    train(corpus, tmp_path / "tiny", tiny(steps=2))
+    path = tmp_path / "tiny" / "mlm_checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(FormatError, match=r"mlm_checkpoint\.safetensors: not a training checkpoint"):
+        train(corpus, tmp_path / "tiny", tiny(steps=2))
+
+
+def test_a_corpus_smaller_than_a_batch_is_refused_with_both_numbers(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"corpus has \d+ sequences, expected at least one batch of 5000"):
+        train(corpus, tmp_path / "tiny", tiny(batch_size=5000))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"length": 33}, "--length 33 exceeds the 32 positions"),
+        ({"length": 2}, "--length 2, expected at least 3"),
+        ({"precision": "fp8"}, "precision 'fp8', expected fp32 or bf16"),
+        ({"mask_rate": 1.0}, r"mask rate 1\.0"),
+        ({"steps": 0}, "steps and batch size must be at least 1"),
+    ],
+)
+def test_bad_settings_name_the_value(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
+        tiny(**changes)

@@ -1,0 +1,461 @@
+"""Multi-task pre-training: what it learns, what it must not touch, and runs that are cut off."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mp2.backbone import Backbone, load_backbone, random_backbone, save_backbone, weights_sha256
+from mp2.errors import FormatError, LossError, MismatchError, UsageError
+from mp2.prompts import PromptSet, load_prompts, random_prompts
+from mp2.tasks import TaskCard
+from mp2.training import PretrainConfig, Pretrainer, PretrainResult, score_table, span_loss
+from mp2.training import pretrain as pretrain_function
+from mp2.training.mixture import load_mixture
+from mp2.training.pretrain import MAX_SKIPPED_IN_A_ROW
+from training.toy_tasks import lively_backbone, write_tasks
+
+PRETRAIN = sys.modules["mp2.training.pretrain"]
+SIZES = {"n_modules": 4, "prompt_tokens": 3, "intrinsic_dim": 8}
+
+
+def tiny(**changes: Any) -> PretrainConfig:
+    settings = {
+        **SIZES,
+        "steps": 12,
+        "batch_size": 8,
+        "router_lr": 1e-2,
+        "prompt_lr": 1e-2,
+        "max_tokens": 64,
+        "dev_limit": 8,
+        "checkpoint_minutes": 0.0,  # a checkpoint a step
+    }
+    return PretrainConfig(**{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[TaskCard], Path]:
+    return write_tasks(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def backbone() -> Backbone:
+    return lively_backbone()
+
+
+def run(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, config: PretrainConfig, out: Path, **more: Any
+) -> PretrainResult:
+    return pretrain_function(world[0], backbone, config, out, data=world[1], **more)
+
+
+def trainer(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, config: PretrainConfig, out: Path, **more: Any
+) -> Pretrainer:
+    tasks = load_mixture(world[0], world[1], backbone.tokenizer, 64, dev_limit=8, log=lambda _: None)
+    return Pretrainer(backbone, tasks, config, out, **more)
+
+
+def losses(out: Path) -> list[float | None]:
+    lines = [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+# ---- the loss
+
+
+def test_the_span_loss_equals_a_float64_sum_by_hand_and_padding_has_no_part() -> None:
+    rng = np.random.default_rng(0)
+    lengths, start, end = [6, 4, 1], [2, 0, 0], [5, 3, 0]
+    mask = np.arange(6) < np.array(lengths)[:, None]
+    logits = rng.normal(0, 3, (2, 3, 6))
+    expected = 0.0
+    for row, n in enumerate(lengths):
+        for kind, gold in enumerate((start[row], end[row])):
+            real = [float(x) for x in logits[kind, row, :n]]
+            expected += (math.log(sum(math.exp(x) for x in real)) - real[gold]) / 2 / 3
+    logits[:, ~mask] = 1e4  # would swallow everything
+    got = span_loss(
+        torch.tensor(logits[0]),
+        torch.tensor(logits[1]),
+        torch.tensor(mask),
+        torch.tensor(start),
+        torch.tensor(end),
+    )
+    assert got.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_certain_and_right_prediction_costs_nothing_and_one_without_choice_too() -> None:
+    logits = torch.tensor([[0.0, 200.0, 0.0], [3.0, 0.0, 0.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    gold = torch.tensor([1, 0])
+    assert span_loss(logits, logits, mask, gold, gold).item() == pytest.approx(0.0, abs=1e-6)
+
+
+# ---- learning, and what stays as it is
+
+
+@pytest.mark.parametrize("kind", ["deep", "shallow"])
+def test_prompts_learn_and_the_frozen_backbone_keeps_every_byte(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path, kind: Any
+) -> None:
+    before = {name: t.clone() for name, t in backbone.encoder.state_dict().items()}
+    start = trainer(world, backbone, tiny(kind=kind), tmp_path / "unused").model.prompts.to_set()
+    config = tiny(kind=kind, steps=250, batch_size=16, prompt_lr=3e-2, checkpoint_minutes=9.0)
+    result = run(world, backbone, config, tmp_path / "out")
+    values = losses(tmp_path / "out")
+    assert np.mean(values[-40:]) < 0.65 * np.mean(values[:10])
+    gain = {name: s["after"] - s["before"] for name, s in result.scores.items()}
+    assert gain["find"] > 0.1
+    for name, tensor in backbone.encoder.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert weights_sha256(backbone.encoder) == backbone.sha256 == result.backbone.sha256
+    assert not any(p.requires_grad for p in backbone.encoder.parameters())
+    assert not (tmp_path / "out" / "backbone").exists()
+    for name in ("z", "projection", "routers", "span_weight", "span_bias"):  # all of them are trained
+        assert not torch.equal(getattr(result.prompts, name), getattr(start, name)), name
+    loaded = load_prompts(tmp_path / "out" / "prompts.safetensors", backbone)
+    assert loaded.sha256 == result.prompts.sha256
+    assert loaded.meta.tasks == ("mood", "find", "pick")
+    assert loaded.meta.kind == kind
+    assert json.loads((tmp_path / "out" / "scores.json").read_text()) == result.scores
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["steps"] == 250
+
+
+def test_training_the_backbone_too_solves_the_toy_tasks_and_fresh_prompts_then_steer_it_frozen(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path
+) -> None:
+    old = {name: t.clone() for name, t in backbone.encoder.state_dict().items()}
+    config = tiny(steps=250, batch_size=16, backbone_lr=3e-3, checkpoint_minutes=9.0)
+    result = run(world, backbone, config, tmp_path / "joint")
+    assert np.mean(losses(tmp_path / "joint")[-20:]) < 0.2
+    assert min(s["after"] for s in result.scores.values()) > 0.85
+    # the caller's backbone is what its hash says; the new one is another, and the prompts belong to it
+    assert weights_sha256(backbone.encoder) == backbone.sha256 != result.backbone.sha256
+    assert all(torch.equal(t, old[name]) for name, t in backbone.encoder.state_dict().items())
+    saved = load_backbone(tmp_path / "joint" / "backbone")
+    assert saved.sha256 == result.backbone.sha256 == result.prompts.meta.backbone_sha256
+    load_prompts(tmp_path / "joint" / "prompts.safetensors", saved)
+    with pytest.raises(MismatchError, match=f"{saved.sha256[:12]}.*{backbone.sha256[:12]}"):
+        load_prompts(tmp_path / "joint" / "prompts.safetensors", backbone)
+    config = tiny(steps=150, batch_size=16, checkpoint_minutes=9.0, seed=9)  # the body knows seed 0's head
+    frozen = run(world, saved, config, tmp_path / "frozen")
+    before, after = (np.mean([s[key] for s in frozen.scores.values()]) for key in ("before", "after"))
+    assert after > 0.85
+    assert after > before + 0.15
+    assert weights_sha256(saved.encoder) == saved.sha256
+
+
+def test_the_papers_rates_are_the_defaults() -> None:
+    assert PretrainConfig(kind="deep").rates == (5e-4, 1e-4)
+    assert PretrainConfig(kind="shallow").rates == (1e-3, 1e-3)
+    assert PretrainConfig(kind="deep", prompt_lr=0.2).rates == (5e-4, 0.2)
+    config = PretrainConfig()
+    assert (config.n_modules, config.prompt_tokens, config.intrinsic_dim) == (8, 50, 300)
+    assert (config.steps, config.batch_size, config.temperature) == (1_000_000, 32, 1.0)
+
+
+def test_each_group_is_trained_at_its_own_rate(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path
+) -> None:
+    config = tiny(router_lr=0.25, prompt_lr=0.0)
+    one = trainer(world, backbone, config, tmp_path, init=init_prompts(backbone))
+    before = one.model.prompts.to_set()
+    one.train_step()
+    after = one.model.prompts.to_set()
+    assert torch.equal(before.z, after.z)
+    assert torch.equal(before.span_weight, after.span_weight)
+    moved = (after.routers - before.routers).abs().amax((1, 2))
+    assert moved.max().item() == pytest.approx(0.25, rel=1e-2)  # Adam's first step is the rate
+    assert (moved > 0).sum() == 1  # only the task of the batch
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"schedule": "constant"}, {0: 1.0, 50: 1.0, 99: 1.0}),
+        ({"schedule": "constant", "warmup_steps": 10}, {0: 0.1, 9: 1.0, 99: 1.0}),
+        ({"schedule": "linear"}, {0: 1.0, 50: 0.5, 99: 0.01}),
+        ({"schedule": "linear", "warmup_steps": 20}, {0: 0.05, 19: 1.0, 20: 1.0, 60: 0.5, 99: 1 / 80}),
+    ],
+)
+def test_the_schedule_has_the_right_end_points(
+    world: tuple[list[TaskCard], Path],
+    backbone: Backbone,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    expected: dict[int, float],
+) -> None:
+    one = trainer(world, backbone, tiny(steps=100, **settings), tmp_path)
+    for step, rate in expected.items():
+        one.step = step
+        assert one._schedule() == pytest.approx(rate)
+
+
+# ---- runs that are cut off
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"kind": "deep"}, {"kind": "shallow"}, {"kind": "deep", "backbone_lr": 1e-3, "schedule": "linear"}],
+    ids=["deep", "shallow", "with-backbone"],
+)
+@pytest.mark.parametrize(("last_saved", "killed_at"), [(4, 4), (3, 9)])
+def test_a_run_cut_off_after_a_checkpoint_goes_on_bit_for_bit(
+    world: tuple[list[TaskCard], Path],
+    backbone: Backbone,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    last_saved: int,
+    killed_at: int,
+) -> None:
+    config = tiny(**settings)
+    unbroken = run(world, backbone, config, tmp_path / "unbroken")
+    save = Pretrainer.save
+
+    def sometimes(self: Pretrainer) -> None:
+        if self.step <= last_saved:
+            save(self)
+        if self.step == killed_at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Pretrainer, "save", sometimes)
+        with pytest.raises(KeyboardInterrupt):
+            run(world, backbone, config, tmp_path / "cut")
+    with (tmp_path / "cut" / "losses.jsonl").open("a") as file:
+        file.write('{"step": 77, "lo')  # a torn line
+    lines: list[str] = []
+    resumed = run(world, backbone, config, tmp_path / "cut", log=lines.append)
+    assert f"resumed at step {last_saved}" in lines
+    assert losses(tmp_path / "cut") == losses(tmp_path / "unbroken")
+    assert resumed.prompts.sha256 == unbroken.prompts.sha256
+    assert resumed.backbone.sha256 == unbroken.backbone.sha256
+    assert resumed.scores == unbroken.scores
+
+
+PROGRAM = """
+import json, sys, torch
+from pathlib import Path
+from mp2.backbone import load_backbone
+from mp2.tasks import load_card
+from mp2.training import PretrainConfig, pretrain
+torch.set_num_threads(1)
+cards, data, backbone, out, config = json.loads(sys.argv[1])
+loaded = [load_card(c) for c in cards]
+pretrain(loaded, load_backbone(backbone), PretrainConfig(**config), Path(out), data=Path(data))
+"""
+
+
+def test_a_run_killed_by_sigkill_goes_on_bit_for_bit(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path
+) -> None:
+    from dataclasses import asdict
+
+    save_backbone(backbone, tmp_path / "lively")
+    config = tiny(steps=120)
+    unbroken = run(world, backbone, config, tmp_path / "unbroken")
+    out = tmp_path / "cut"
+    cards = [str(card.path) for card in world[0]]
+    arguments = [cards, str(world[1]), str(tmp_path / "lively"), str(out), asdict(config)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, json.dumps(arguments)], env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.monotonic() + 60
+    while not ((out / "losses.jsonl").is_file() and (out / "losses.jsonl").read_text().count("\n") >= 10):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    lines: list[str] = []
+    resumed = run(world, backbone, config, out, log=lines.append)
+    assert any(line.startswith("resumed at step ") for line in lines)
+    assert resumed.prompts.sha256 == unbroken.prompts.sha256
+    assert losses(out) == losses(tmp_path / "unbroken")
+
+
+def test_a_finished_run_started_again_trains_no_more(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path
+) -> None:
+    first = run(world, backbone, tiny(steps=3), tmp_path)
+    assert run(world, backbone, tiny(steps=3), tmp_path).prompts.sha256 == first.prompts.sha256
+    assert len(losses(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"steps": 4}, {"prompt_lr": 2e-2}, {"temperature": 0.5}])
+def test_a_checkpoint_of_other_settings_is_refused_and_left_whole(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    run(world, backbone, tiny(steps=3), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(MismatchError, match=r"checkpoint\.safetensors was made with other settings.*--out"):
+        run(world, backbone, tiny(**{"steps": 3, **change}), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_checkpoint_over_another_backbone_task_list_or_size_is_refused(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path
+) -> None:
+    run(world, backbone, tiny(steps=2), tmp_path)
+    other = random_backbone(backbone.config, backbone.tokenizer.tokens(), seed=99)
+    with pytest.raises(MismatchError, match="other settings, data or backbone"):
+        run(world, other, tiny(steps=2), tmp_path)
+    with pytest.raises(
+        FormatError, match=r"'prompts\.routers' has shape \(3, 2, 4\), expected shape \(2, 2, 4\)"
+    ):
+        run((world[0][:2], world[1]), backbone, tiny(steps=2), tmp_path)
+    with pytest.raises(FormatError, match=r"'prompts\.z' has shape .*another model or configuration"):
+        run(world, backbone, tiny(steps=2, n_modules=5), tmp_path)
+
+
+# ---- losses that are no numbers
+
+
+def nan_at(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
+    """Make the loss of these calls (from 0) non-finite."""
+    calls = iter(range(10_000))
+
+    def poisoned(*arguments: torch.Tensor) -> torch.Tensor:
+        n = next(calls)
+        return span_loss(*arguments) * (torch.nan if n in bad and n % 2 else torch.inf if n in bad else 1.0)
+
+    monkeypatch.setattr(PRETRAIN, "span_loss", poisoned)
+
+
+def test_a_non_finite_loss_is_skipped_and_counted_and_moves_nothing(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nan_at(monkeypatch, {2, 3, 7})
+    one = trainer(world, backbone, tiny(), tmp_path)
+    for step in range(5):
+        before = one.model.prompts.to_set()
+        value = one.train_step()
+        assert math.isfinite(value) == (step not in (2, 3))
+        assert (one.model.prompts.to_set().sha256 == before.sha256) == (step in (2, 3))
+    assert (one.step, one.skipped, one.in_a_row) == (5, 2, 0)
+
+
+def test_skipped_steps_stand_in_the_journal_the_result_and_the_table(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nan_at(monkeypatch, {2, 3, 11})
+    lines: list[str] = []
+    result = run(world, backbone, tiny(), tmp_path, log=lines.append)
+    assert result.skipped_steps == 3
+    assert [i for i, value in enumerate(losses(tmp_path)) if value is None] == [2, 3, 11]
+    assert "3 steps had a non-finite loss" in score_table(result)
+    assert not any("nan" in line or "inf" in line for line in lines)
+
+
+def test_ten_non_finite_losses_in_a_row_stop_the_run_and_nine_do_not(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert MAX_SKIPPED_IN_A_ROW == 10
+    nan_at(monkeypatch, set(range(1, 10)))
+    assert run(world, backbone, tiny(), tmp_path / "nine").skipped_steps == 9
+    nan_at(monkeypatch, set(range(1, 11)))
+    with pytest.raises(
+        LossError, match=r"10 non-finite losses in a row at step 10; .*checkpoint\.safetensors"
+    ):
+        run(world, backbone, tiny(), tmp_path / "ten")
+    assert len(losses(tmp_path / "ten")) == 10  # the journal is whole up to there
+
+
+# ---- starting from prompts
+
+
+def init_prompts(backbone: Backbone, **changes: Any) -> PromptSet:
+    sizes = {**SIZES, **changes}
+    return random_prompts(backbone, "deep", tasks=("other", "find"), seed=5, **sizes)
+
+
+def test_init_copies_prompts_head_and_the_routers_of_known_tasks(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path
+) -> None:
+    init = init_prompts(backbone)
+    fresh = trainer(world, backbone, tiny(), tmp_path).model.prompts.to_set()
+    got = trainer(world, backbone, tiny(), tmp_path, init=init).model.prompts.to_set()
+    for name in ("z", "projection", "span_weight", "span_bias"):
+        assert torch.equal(getattr(got, name), getattr(init, name))
+    assert torch.equal(got.routers[1], init.routers[1])  # find
+    assert torch.equal(got.routers[[0, 2]], fresh.routers[[0, 2]])
+    assert got.meta.tasks == ("mood", "find", "pick")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"n_modules": 5}, r"\(5, 3, 8, 'deep'\), this run has \(4, 3, 8, 'deep'\)"),
+        ({"prompt_tokens": 2}, r"\(4, 2, 8, 'deep'\)"),
+        ({"intrinsic_dim": 9}, r"\(4, 3, 9, 'deep'\)"),
+    ],
+)
+def test_init_of_another_size_is_refused_with_both_sizes(
+    world: tuple[list[TaskCard], Path],
+    backbone: Backbone,
+    tmp_path: Path,
+    changes: dict[str, int],
+    expected: str,
+) -> None:
+    with pytest.raises(MismatchError, match=expected):
+        trainer(world, backbone, tiny(), tmp_path, init=init_prompts(backbone, **changes))
+
+
+def test_init_for_a_backbone_of_another_shape_is_refused(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    with pytest.raises(MismatchError, match=r"for 3 layers of hidden size 24, backbone 'lively' has 2 of 32"):
+        trainer(world, backbone, tiny(), tmp_path, init=init_prompts(tiny_backbone))
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"steps": 0}, "steps is 0, expected at least 1"),
+        ({"n_modules": 0}, "n_modules is 0"),
+        ({"temperature": 0.0}, r"temperature is 0\.0, expected a positive"),
+        ({"precision": "fp16"}, "precision is 'fp16', expected fp32 or bf16"),
+        ({"router_lr": 1.5}, r"router_lr is 1\.5, expected 0 <= rate < 1"),
+        ({"prompt_lr": -1e-3}, r"prompt_lr is -0\.001"),
+        ({"backbone_lr": float("nan")}, "backbone_lr is nan"),
+    ],
+)
+def test_bad_settings_name_the_value(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
+        tiny(**changes)
+
+
+def test_shallow_prompts_leave_room_for_their_rows_in_the_position_table(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path
+) -> None:
+    config = tiny(kind="shallow", prompt_tokens=50, max_tokens=512, steps=2)
+    run(world, backbone, config, tmp_path / "out")  # 96 positions: 46 tokens and 50 rows
+    with pytest.raises(UsageError, match="within 6 tokens"):
+        run(world, backbone, tiny(kind="shallow", prompt_tokens=90), tmp_path / "none")
+
+
+def test_training_draws_nothing_from_global_generators(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path
+) -> None:
+    states = torch.random.get_rng_state(), copy.deepcopy(np.random.get_state()[1])  # noqa: NPY002
+    run(world, backbone, tiny(steps=2), tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002

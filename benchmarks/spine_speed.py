@@ -8,7 +8,7 @@ Width 1024 is measured with 6 layers and 32 examples: a plain evaluation at 24 l
 takes over a minute on two cores. The ratio grows slightly with depth (L / ((L + 1) / 2)), so 6 layers
 understate it.
 
-    python -m benchmarks.spine_speed --data DIR [--shape mini|256|1024 ...] [--task tnews ...] [--runtime torch]
+    python -m benchmarks.spine_speed --data DIR [--shape mini|256|1024] [--task NAME] [--runtime NAME]
 
 DIR holds tnews/ and lcqmc/; without it the embedded demo tasks are timed. About 10 minutes for all on two
 cores.

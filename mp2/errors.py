@@ -63,7 +63,12 @@ class FormatError(UsageError):
     """A file's content is not what its format says."""
 
     def __init__(
-        self, message: str, *, path: str | Path | None = None, line: int | None = None, field: str | None = None
+        self,
+        message: str,
+        *,
+        path: str | Path | None = None,
+        line: int | None = None,
+        field: str | None = None,
     ) -> None:
         """Prefix ``message`` with ``path:line: field 'field':``, as far as they are known."""
         where = str(path) if path is not None else ""

@@ -1,4 +1,4 @@
-"""The product at the full shape of CPT-large (24 layers, 1024 wide), with random weights, and its peak memory.
+"""The product at the full shape of CPT-large (24 layers, 1024 wide), random weights, and its peak memory.
 
 The real weights cannot be downloaded everywhere; this writes a checkpoint in the published format (BART-form
 config.json, ``model.encoder.*`` beside a generation decoder that must be ignored, BERT vocabulary) and random
@@ -112,15 +112,15 @@ def main() -> None:
     rows = [run(["export", "--backbone", str(folder), "--out", str(engine)])]
     rows.append(
         run(
-            ["bbt", "--task", args.task, *data, "--backbone", str(folder), "--prompts", str(prompts)]
-            + ["--engine", str(engine), "--runtime", "onnxruntime", "--iters", str(args.iters)]
-            + ["--router-iters", "10", "--test-limit", "8", "--out", str(args.work / "runs")]
+            f"bbt --task {args.task} --backbone {folder} --prompts {prompts} --engine {engine} "
+            f"--runtime onnxruntime --iters {args.iters} --router-iters 10 --test-limit 8 "
+            f"--out {args.work / 'runs'}".split()
+            + data
         )
     )
     for row in rows:
-        print(
-            f"{row['command'][:60]:60} exit {row['exit_status']} {row['seconds']} s, peak {row['peak_gib']} GiB"
-        )
+        name = " ".join(row["command"].split()[:2])
+        print(f"{name}: exit {row['exit_status']}, {row['seconds']} s, peak {row['peak_gib']} GiB")
     print("written:", save("full_shape", rows))
 
 

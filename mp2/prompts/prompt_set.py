@@ -112,7 +112,7 @@ class PromptSet:
         digest = hashlib.sha256(f"{self.meta.router_inference}/{self.meta.router_normalisation}".encode())
         for name, shape in self.meta.shapes().items():
             digest.update(f"{name}{shape}".encode())
-            digest.update(memoryview(getattr(self, name).contiguous().cpu().numpy()).cast("B"))
+            digest.update(getattr(self, name).contiguous().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def fuse(self, router: Tensor) -> Tensor:
@@ -134,7 +134,8 @@ class PromptSet:
             raise MismatchError(
                 f"these prompts are for a {meta.n_layers}-layer backbone of hidden size {meta.hidden} with "
                 f"{meta.n_heads} heads ('{meta.backbone}'), but '{config.name}' has "
-                f"{config.n_layers} layers, hidden size {config.hidden}, {config.n_heads} heads; pass --backbone {meta.backbone}"
+                f"{config.n_layers} layers, hidden size {config.hidden}, {config.n_heads} heads; "
+                f"pass --backbone {meta.backbone}"
             )
         if meta.backbone_sha256 != backbone.sha256:
             raise MismatchError(

@@ -24,7 +24,7 @@ from mp2.backbone.encoder import Encoder
 from mp2.backbone.load import Backbone, freeze, save_backbone
 from mp2.backbone.tokenizer import Tokenizer
 from mp2.errors import UsageError
-from mp2.training.checkpoint import load_checkpoint, save_checkpoint
+from mp2.training.checkpoint import alone_in, load_checkpoint, save_checkpoint
 from mp2.training.corpus import build_vocab, corpus_files, pack, ppmi_embeddings
 from mp2.training.journal import drop_lines_after
 
@@ -126,11 +126,21 @@ def train_mlm(
 
     Restartable: with a checkpoint of the same configuration in ``out`` it goes on where that ends, with the
     same losses as if never stopped. Losses go to ``out/mlm_losses.jsonl``.
+
+    Raises:
+        RunLockedError: another process trains in the same folder.
+        UsageError: no text, less than a batch of it, or a checkpoint of another configuration.
     """
+    with alone_in(out):
+        return _train(corpus, out, config, log, threads)
+
+
+def _train(
+    corpus: Path, out: Path, config: MlmConfig, log: Callable[[str], None], threads: int | None
+) -> Backbone:
     if threads:
         torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    out.mkdir(parents=True, exist_ok=True)
     files = corpus_files(corpus)
     vocab_file = out / "vocab.txt"
     if vocab_file.is_file():

@@ -29,7 +29,7 @@ from mp2.errors import LossError, MismatchError, UsageError
 from mp2.prompts import ModularPrompts, PromptMeta, PromptSet, load_prompts, new_meta, save_prompts
 from mp2.tasks import TaskCard, decode, list_cards, load_card, score
 from mp2.tasks.data import has_split
-from mp2.training.checkpoint import load_checkpoint, save_checkpoint
+from mp2.training.checkpoint import alone_in, load_checkpoint, save_checkpoint
 from mp2.training.journal import drop_lines_after
 from mp2.training.mixture import MixtureTask, load_mixture, pad, sample_batch
 
@@ -291,8 +291,16 @@ class Pretrainer:
         return scores
 
     def run(self) -> PretrainResult:
-        """Train to the end, from the checkpoint if there is one, and write prompts, scores and losses."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        """Train to the end, from the checkpoint if there is one, and write prompts, scores and losses.
+
+        Raises:
+            RunLockedError: another process trains in the same folder.
+            LossError: ten non-finite losses in a row.
+        """
+        with alone_in(self.out):
+            return self._run()
+
+    def _run(self) -> PretrainResult:
         if self.resume():
             self.log(f"resumed at step {self.step}")
         else:

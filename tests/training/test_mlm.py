@@ -18,9 +18,10 @@ from transformers import BertConfig, BertForMaskedLM
 
 from mp2.backbone import Backbone, BackboneConfig, load_backbone
 from mp2.backbone.checkpoint import checkpoint_names
-from mp2.errors import FormatError, UsageError
+from mp2.errors import FormatError, RunLockedError, UsageError
 from mp2.training import MlmConfig, train_mlm
 from mp2.training import mlm as mlm_module
+from mp2.training.checkpoint import alone_in
 from mp2.training.mlm import MaskedLanguageModel, mask_tokens, schedule
 
 SENTENCES = ["这个东西真的很好，不错。", "天气今日晴有雨！", "旅游美食体育科技", "“健康”教育财经音乐？"]
@@ -281,6 +282,11 @@ def test_a_checkpoint_of_other_settings_is_refused(corpus: Path, tmp_path: Path)
         train(corpus, tmp_path / "tiny", tiny(steps=3))
     with pytest.raises(FormatError, match=r"'encoder\..*' has shape .*another model or configuration"):
         train(corpus, tmp_path / "tiny", tiny(steps=2, ffn=32))
+
+
+def test_a_second_run_in_the_same_folder_is_refused(corpus: Path, tmp_path: Path) -> None:
+    with alone_in(tmp_path / "tiny"), pytest.raises(RunLockedError, match=f"training in {tmp_path / 'tiny'}"):
+        train(corpus, tmp_path / "tiny", tiny(steps=2))
 
 
 def test_a_damaged_checkpoint_is_a_format_error(corpus: Path, tmp_path: Path) -> None:

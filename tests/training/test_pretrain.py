@@ -18,11 +18,12 @@ import pytest
 import torch
 
 from mp2.backbone import Backbone, load_backbone, random_backbone, save_backbone, weights_sha256
-from mp2.errors import FormatError, LossError, MismatchError, UsageError
+from mp2.errors import FormatError, LossError, MismatchError, RunLockedError, UsageError
 from mp2.prompts import PromptSet, load_prompts, random_prompts
 from mp2.tasks import TaskCard
 from mp2.training import PretrainConfig, Pretrainer, PretrainResult, score_table, span_loss
 from mp2.training import pretrain as pretrain_function
+from mp2.training.checkpoint import alone_in
 from mp2.training.mixture import load_mixture
 from mp2.training.pretrain import MAX_SKIPPED_IN_A_ROW
 from training.toy_tasks import lively_backbone, write_tasks
@@ -205,6 +206,33 @@ def test_the_schedule_has_the_right_end_points(
         assert one._schedule() == pytest.approx(rate)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_each_step_draws_its_own_router_noise_at_the_configured_temperature(
+    world: tuple[list[TaskCard], Path],
+    backbone: Backbone,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    temperature: float,
+) -> None:
+    one = trainer(world, backbone, tiny(temperature=temperature, router_lr=0.0), tmp_path)
+    drawn: list[torch.Tensor] = []
+    forward = one.model.prompts.forward
+
+    def remember(encoder: Any, ids: Any, mask: Any, weights: torch.Tensor) -> Any:
+        drawn.append(weights.detach())
+        return forward(encoder, ids, mask, weights)
+
+    monkeypatch.setattr(one.model.prompts, "forward", remember)
+    for _ in range(200):
+        one.train_step()
+    values = torch.stack(drawn).flatten().double()
+    assert len(set(values.tolist())) > 0.99 * len(values)
+    # logits are near 0: temperature * logit(sample) is logistic, of deviation pi / sqrt(3)
+    noise = temperature * (values.clamp(1e-9, 1 - 1e-7).logit())
+    assert noise.std().item() == pytest.approx(math.pi / 3**0.5, rel=0.1)
+    assert abs(noise.mean().item()) < 0.2
+
+
 # ---- runs that are cut off
 
 
@@ -321,6 +349,17 @@ def test_a_checkpoint_over_another_backbone_task_list_or_size_is_refused(
         run((world[0][:2], world[1]), backbone, tiny(steps=2), tmp_path)
     with pytest.raises(FormatError, match=r"'prompts\.z' has shape .*another model or configuration"):
         run(world, backbone, tiny(steps=2, n_modules=5), tmp_path)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path
+) -> None:
+    with (
+        alone_in(tmp_path),
+        pytest.raises(RunLockedError, match=f"another process is training in {tmp_path}"),
+    ):
+        run(world, backbone, tiny(steps=2), tmp_path)
+    run(world, backbone, tiny(steps=2), tmp_path)  # free again
 
 
 # ---- losses that are no numbers

@@ -20,7 +20,7 @@ class RouterConfig:
     """Stage I: the search for the router."""
 
     method: str = "flips"  # ours; the paper's is "bo" (section 3.3)
-    iterations: int | None = None  # None: 200 shallow, 100 deep (table 10); exhaustive: all 2^K
+    iterations: int | None = None  # None: 200 shallow, 100 deep (appendix A.2); exhaustive: all 2^K
 
     def __post_init__(self) -> None:
         """Refuse counts that no run can have."""
@@ -32,10 +32,10 @@ class RouterConfig:
 class LayerConfig:
     """Stage II: CMA-ES on the fused intrinsic prompts."""
 
-    popsize: int = 20  # table 10
-    sigma_shallow: float = 0.1  # table 10
-    sigma_input: float = 5e-2  # table 10: the first layer of deep prompts
-    sigma_deep: float = 1e-2  # table 10: every other layer
+    popsize: int = 20  # appendix A.2
+    sigma_shallow: float = 0.1  # appendix A.2
+    sigma_input: float = 5e-2  # appendix A.2: the first layer of deep prompts
+    sigma_deep: float = 1e-2  # appendix A.2: every other layer
     cma: Literal["full", "diagonal"] = "full"  # the paper's; "diagonal" is cheaper at d = 300
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class BbtConfig:
     backbone: str = "mini"
     prompts: str | None = None  # None: the embedded prompts of the backbone, by kind
     kind: RequestedKind = "auto"  # auto: what the prompt file holds; without one, deep
-    iters: int = 8000  # section 4.1; both stages together
+    iters: int = 8000  # appendix A.2; both stages together
     router_only: bool = False
     router: RouterConfig = field(default_factory=RouterConfig)
     layers: LayerConfig = field(default_factory=LayerConfig)

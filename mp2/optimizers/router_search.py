@@ -19,7 +19,7 @@ Losses = NDArray[np.float64]
 
 METHODS = ("flips", "exhaustive", "bo", "nevergrad:<optimizer>", "random", "none")
 DEFAULT_METHOD = "flips"
-DEFAULT_ITERATIONS = {"shallow": 200, "deep": 100}  # table 10
+DEFAULT_ITERATIONS = {"shallow": 200, "deep": 100}  # appendix A.2
 MAX_EXHAUSTIVE_BITS = 20
 
 

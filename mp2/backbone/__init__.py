@@ -1,6 +1,7 @@
 """The frozen encoder, layer by layer, and the checkpoints it can be loaded from."""
 
 from mp2.backbone.config import BackboneConfig
+from mp2.backbone.device import resolve_device
 from mp2.backbone.encoder import Encoder, Layer, Prefix
 from mp2.backbone.load import (
     Backbone,
@@ -23,6 +24,7 @@ __all__ = [
     "freeze",
     "load_backbone",
     "random_backbone",
+    "resolve_device",
     "save_backbone",
     "weights_sha256",
 ]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from mp2.backbone import Backbone, Layer
 from mp2.engine.linear import FastLinear
 from mp2.engine.runtime import PRECISIONS, Prefix
-from mp2.errors import MissingDependencyError, UnknownNameError
+from mp2.errors import UnknownNameError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -42,11 +42,7 @@ class TorchRuntime:
         """
         if precision not in PRECISIONS:
             raise UnknownNameError("precision", precision, PRECISIONS)
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise MissingDependencyError(
-                f"device '{device}' was asked for, but this torch ({torch.__version__}) sees no CUDA device; "
-                "pass --device cpu or install a CUDA build of torch and the driver"
-            )
+        resolve_device(device)
         self.device = device
         self.precision = precision
         self.reason = reason or "asked for"

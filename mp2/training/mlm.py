@@ -27,6 +27,7 @@ from mp2.errors import UsageError
 from mp2.training.checkpoint import alone_in, load_checkpoint, save_checkpoint
 from mp2.training.corpus import build_vocab, corpus_files, pack, ppmi_embeddings
 from mp2.training.journal import drop_lines_after
+from mp2.training.stop import StopSignals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,10 +204,13 @@ def _train(
     losses = out / "mlm_losses.jsonl"
     drop_lines_after(losses, step)
     running: list[float] = []
-    with losses.open("a") as journal:
+    shuffled, order = -1, np.arange(0)
+    with losses.open("a") as journal, StopSignals() as stop:
         while step < config.steps:
             epoch, index = divmod(step, per_epoch)
-            order = np.random.default_rng([config.seed, 1, epoch]).permutation(len(packed))
+            if epoch != shuffled:
+                order = np.random.default_rng([config.seed, 1, epoch]).permutation(len(packed))
+                shuffled = epoch
             rng = np.random.default_rng([config.seed, 2, step])
             picked = np.sort(order[index * config.batch_size : (index + 1) * config.batch_size])
             rows = packed[picked].astype(np.int64)
@@ -237,10 +241,14 @@ def _train(
                     f"ETA {eta / 60:.1f} min"
                 )
                 running, last_log = [], now
-            if now - last_save > config.checkpoint_minutes * 60 or step == config.steps:
+            due = now - last_save > config.checkpoint_minutes * 60 or step == config.steps
+            if due or stop.received:
                 journal.flush()
                 save_checkpoint(checkpoint, model, optimizer, {"step": step, "config": settings})
                 last_save = now
+            if stop.received:
+                log(f"stopped at step {step}; the same command goes on from there")
+                stop.leave()
     backbone = freeze(shape, model.encoder.cpu(), tokenizer)
     save_backbone(backbone, out)
     (out / "mlm_config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")

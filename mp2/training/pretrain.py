@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mp2.backbone.device import resolve_device
 from mp2.backbone.encoder import Encoder
 from mp2.backbone.load import Backbone, freeze, load_backbone, save_backbone, weights_sha256
 from mp2.errors import LossError, MismatchError, UsageError
@@ -32,6 +33,7 @@ from mp2.tasks.data import has_split
 from mp2.training.checkpoint import alone_in, load_checkpoint, save_checkpoint
 from mp2.training.journal import drop_lines_after
 from mp2.training.mixture import MixtureTask, load_mixture, pad, sample_batch
+from mp2.training.stop import StopSignals
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -310,7 +312,7 @@ class Pretrainer:
         drop_lines_after(losses_file, self.step)
         started = last_log = last_save = time.monotonic()
         first, recent = self.step, list[float]()
-        with losses_file.open("a") as losses:
+        with losses_file.open("a") as losses, StopSignals() as stop:
             while self.step < self.config.steps:
                 value = self.train_step()
                 if math.isfinite(value):
@@ -327,10 +329,14 @@ class Pretrainer:
                         f"{pace:.2f} steps/s ETA {eta:.1f} min"
                     )
                     recent, last_log = [], now
-                if now - last_save > self.config.checkpoint_minutes * 60 or self.step == self.config.steps:
+                due = now - last_save > self.config.checkpoint_minutes * 60 or self.step == self.config.steps
+                if due or stop.received:
                     losses.flush()
                     self.save()
                     last_save = now
+                if stop.received:
+                    self.log(f"stopped at step {self.step}; the same command goes on from there")
+                    stop.leave()
         return self._finish()
 
     def _finish(self) -> PretrainResult:
@@ -343,7 +349,8 @@ class Pretrainer:
             encoder = self.model.encoder.cpu()
             backbone = freeze(encoder.config, encoder, self.backbone.tokenizer)
             save_backbone(backbone, self.out / "backbone")
-            meta = PromptMeta(**{**asdict(prompts.meta), "backbone_sha256": backbone.sha256})
+            names = {"backbone": str(self.out / "backbone"), "backbone_sha256": backbone.sha256}
+            meta = PromptMeta(**{**asdict(prompts.meta), **names})
             prompts = PromptSet(meta=meta, **{n: getattr(prompts, n) for n in meta.shapes()})
         elif weights_sha256(self.model.encoder) != self.backbone.sha256:
             raise MismatchError("the frozen backbone's weights changed during training; this is a bug in mp2")
@@ -373,13 +380,14 @@ def pretrain(
     log: Callable[[str], None] = lambda _: None,
 ) -> PretrainResult:
     """Pre-train prompts for ``cards`` over ``backbone`` in the folder ``out``; see ``Pretrainer``."""
+    where = resolve_device(device)
     limit = min(config.max_tokens, backbone.config.max_positions)
     if config.kind == "shallow":  # inline rows take positions too
         limit = min(config.max_tokens, backbone.config.max_positions - config.prompt_tokens)
     tasks = load_mixture(cards, data, backbone.tokenizer, limit, dev_limit=config.dev_limit, log=log)
     n_train = sum(len(t.train) for t in tasks)
     log(f"{len(tasks)} tasks, {n_train:,} training sequences")
-    return Pretrainer(backbone, tasks, config, out, init=init, device=torch.device(device), log=log).run()
+    return Pretrainer(backbone, tasks, config, out, init=init, device=where, log=log).run()
 
 
 def pretrain_command(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from mp2.backbone import Backbone, Layer
+from mp2.backbone import Backbone, Layer, resolve_device
 from mp2.engine.linear import FastLinear
 from mp2.engine.runtime import PRECISIONS, Prefix
 from mp2.errors import UnknownNameError

@@ -143,7 +143,7 @@ def test_runtimes_that_cannot_be_had_say_what_to_do(tiny_backbone: Backbone, eng
     with pytest.raises(UsageError, match="threads is 0"):
         create_runtime("torch", tiny_backbone, threads=0)
     if not torch.cuda.is_available():
-        with pytest.raises(MissingDependencyError, match="sees no CUDA"):
+        with pytest.raises(MissingDependencyError, match="sees 0 CUDA devices"):
             create_runtime("torch", tiny_backbone, device="cuda")
 
 

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# The recipe of the embedded backbone `mini` and its prompts: two CPU cores, about an hour.
+#   recipes/mini.sh CORPUS_DIR UPSTREAM_DIR WORK_DIR
+# CORPUS_DIR: *.txt.xz, one paragraph a line. UPSTREAM_DIR: <task>/{train,dev}.jsonl. Every step resumes.
+set -euo pipefail
+corpus=$1 data=$2 work=$3
+tasks=()
+for task in waimai online_shopping weibo_sentiment douban_comment book_review \
+  thucnews toutiao_tc nlpcc2017_news kuake_qic bq covid_pairs ccpm cote_mfw cote_dp cmrc2018; do
+  tasks+=(--tasks "$task")
+done
+shape=(--prompt-tokens 16 --intrinsic-dim 64 --max-tokens 128 --precision bf16 --threads 1 --schedule linear)
+
+# 1. self-supervised: masked language modelling
+mp2 pretrain-backbone --corpus "$corpus" --out "$work/mlm" --layers 4 --hidden 128 --heads 4 --steps 3600 \
+  --batch-size 32 --lr 1e-3 --threads 1
+
+# 2. second backbone stage: all weights, on upstream reading comprehension, beside the prompts
+mp2 pretrain --backbone "$work/mlm" --data "$data" "${tasks[@]}" --out "$work/joint" "${shape[@]}" \
+  --steps 4400 --warmup-steps 100 --router-lr 0.03 --prompt-lr 2e-3 --backbone-lr 1e-3 --dev-limit 100
+
+# 3. stored as float16; from here on the backbone is frozen
+python - "$work" <<'PY'
+import sys
+from pathlib import Path
+
+import torch
+
+from mp2.backbone import load_backbone, save_backbone
+
+work = Path(sys.argv[1])
+save_backbone(load_backbone(work / "joint" / "backbone"), work / "mini", dtype=torch.float16)
+PY
+
+# 4. modular prompts and routers over the frozen backbone
+mp2 pretrain --backbone "$work/mini" --data "$data" "${tasks[@]}" --out "$work/deep" "${shape[@]}" \
+  --init "$work/joint/prompts.safetensors" --steps 1500 --warmup-steps 50 --router-lr 0.03 --prompt-lr 1e-3
+mp2 pretrain --shallow --backbone "$work/mini" --data "$data" "${tasks[@]}" --out "$work/shallow" "${shape[@]}" \
+  --steps 1500 --warmup-steps 50 --router-lr 0.03 --prompt-lr 3e-3

@@ -214,6 +214,7 @@ def pretrain_backbone(corpus: str, out: str, threads: int | None, **options: Any
 @click.option("--warmup-steps", default=0, show_default=True, help="Linear warm-up.")
 @click.option("--temperature", default=1.0, show_default=True, help="Of the relaxed Bernoulli routers.")
 @click.option("--max-tokens", default=512, show_default=True, help="Longest sequence.")
+@click.option("--flipped", is_flag=True, help="Also train two-label tasks with exchanged label words.")
 @click.option("--precision", default="fp32", show_default=True, help="fp32 or bf16 (autocast).")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
 @click.option("--dev-limit", default=300, show_default=True, help="Dev examples scored a task.")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mp2.backbone import Backbone, resolve_device
+from mp2.backbone import Backbone
 from mp2.engine.onnx_runtime import OnnxRuntime
 from mp2.engine.runtime import PRECISIONS, Runtime
 from mp2.engine.torch_runtime import TorchRuntime
@@ -41,7 +41,6 @@ def create_runtime(
         raise UnknownNameError("precision", precision, PRECISIONS)
     if name == "tensorrt":
         raise tensorrt_missing()
-    where = resolve_device(device)
     if threads is not None:
         if threads < 1:
             raise UsageError(f"threads is {threads}, expected at least 1")
@@ -56,7 +55,7 @@ def create_runtime(
                 "runtime 'onnxruntime' needs an engine folder; "
                 f"run 'mp2 export --backbone {backbone.config.name} --out DIR' and pass --engine DIR"
             )
-        if where.type != "cpu":
+        if device != "cpu":
             raise UsageError(
                 f"runtime 'onnxruntime' runs on the CPU only, got device '{device}'; use --runtime torch"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,15 +46,22 @@ def load_mixture(
     max_tokens: int,
     *,
     dev_limit: int,
+    flipped: bool = False,
     log: Callable[[str], None],
 ) -> list[MixtureTask]:
     """Format every task's training split; a task whose options cannot fit ``max_tokens`` is left out.
+
+    With ``flipped``, every two-label task comes a second time, as ``<task>_flipped``, with its label words
+    exchanged: same text, same options, the other answer. Only the prompts can tell the two apart.
 
     Raises:
         UsageError: no task is left.
     """
     tasks = []
-    for card in cards:
+    twins = [(card, card) for card in cards]
+    if flipped:
+        twins += [(card, flip(card)) for card in cards if len(card.labels) == 2]
+    for source, card in twins:
         try:
             formatter = MrcFormatter(card, tokenizer, max_tokens)
         except UsageError as error:
@@ -62,10 +69,10 @@ def load_mixture(
             continue
         train = [
             formatter.training_input(example, i)
-            for i, example in enumerate(load_examples(card, "train", data))
+            for i, example in enumerate(load_examples(source, "train", data))
             if formatter.fits(example)
         ]
-        dev = [e for e in load_examples(card, "dev", data, dev_limit) if formatter.fits(e)]
+        dev = [e for e in load_examples(source, "dev", data, dev_limit) if formatter.fits(e)]
         inputs = [x for i, example in enumerate(dev) for x in formatter.inputs(example, i)]
         if train and dev:
             tasks.append(MixtureTask(card, train, dev, inputs))
@@ -74,6 +81,12 @@ def load_mixture(
     if not tasks:
         raise UsageError(f"none of the {len(cards)} tasks can be trained on within {max_tokens} tokens")
     return tasks
+
+
+def flip(card: TaskCard) -> TaskCard:
+    """Return a two-label card with its label words exchanged; the options stay in their order."""
+    (first, one), (second, other) = card.labels.items()
+    return replace(card, task=f"{card.task}_flipped", labels={second: one, first: other})
 
 
 def pad(inputs: Sequence[MrcInput], pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

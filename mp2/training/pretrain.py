@@ -55,6 +55,7 @@ class PretrainConfig:
     warmup_steps: int = 0
     temperature: float = 1.0
     max_tokens: int = 512
+    flipped: bool = False  # also every two-label task with its label words exchanged (ours)
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
     dev_limit: int = 300
@@ -384,7 +385,15 @@ def pretrain(
     limit = min(config.max_tokens, backbone.config.max_positions)
     if config.kind == "shallow":  # inline rows take positions too
         limit = min(config.max_tokens, backbone.config.max_positions - config.prompt_tokens)
-    tasks = load_mixture(cards, data, backbone.tokenizer, limit, dev_limit=config.dev_limit, log=log)
+    tasks = load_mixture(
+        cards,
+        data,
+        backbone.tokenizer,
+        limit,
+        dev_limit=config.dev_limit,
+        flipped=config.flipped,
+        log=log,
+    )
     n_train = sum(len(t.train) for t in tasks)
     log(f"{len(tasks)} tasks, {n_train:,} training sequences")
     return Pretrainer(backbone, tasks, config, out, init=init, device=where, log=log).run()

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from mp2.backbone import Backbone
+from mp2.backbone import Backbone, Tokenizer
 from mp2.errors import UsageError
-from mp2.tasks import MrcInput, TaskCard
+from mp2.tasks import MrcInput, TaskCard, load_card, load_examples
 from mp2.training.mixture import Batch, MixtureTask, load_mixture, pad, sample_batch
 from training.toy_tasks import write_tasks
 
@@ -134,3 +134,27 @@ def test_tasks_that_do_not_fit_are_left_out_with_a_line_that_says_why(
     assert "left out: task 'mood' does not fit 40 tokens" in lines[0]
     with pytest.raises(UsageError, match="none of the 1 tasks can be trained on within 40 tokens"):
         load_mixture([wide], data, tiny_backbone.tokenizer, 40, dev_limit=5, log=lines.append)
+
+
+def test_a_flipped_task_has_the_same_text_and_options_and_the_other_answer() -> None:
+    card = load_card("demo_sentiment")
+    tokenizer = Tokenizer.from_vocab(demo_vocab())
+    logged: list[str] = []
+    plain, flipped = load_mixture([card], None, tokenizer, 120, dev_limit=8, flipped=True, log=logged.append)
+    assert flipped.card.task == "demo_sentiment_flipped"
+    assert not logged
+    for one, other in zip(plain.train, flipped.train, strict=True):
+        assert (one.input_ids == other.input_ids).all()
+        spans = {tuple(span) for span in one.option_spans}
+        assert spans == {(one.start, one.end), (other.start, other.end)}
+
+
+def demo_vocab() -> list[str]:
+    card = load_card("demo_sentiment")
+    texts = [
+        card.template,
+        *card.labels.values(),
+        "，。",
+        *(e.fields["text"] for e in load_examples(card, "train")),
+    ]
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set("".join(texts).lower()) - {" "})]

@@ -1,0 +1,48 @@
+"""The weights that ship with the package: they load, belong together, are small, and can be steered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import mp2
+from mp2.backbone import load_backbone
+from mp2.cli import main
+from mp2.prompts import load_prompts
+
+PACKAGE = Path(mp2.__file__).parent
+
+
+@pytest.mark.parametrize("name", ["mini-deep", "mini-shallow"])
+def test_embedded_prompts_fit_the_embedded_backbone(name: str) -> None:
+    backbone = load_backbone("mini")
+    prompts = load_prompts(name, backbone)
+    assert prompts.kind == name.removeprefix("mini-")
+    assert prompts.meta.tasks
+
+
+def test_embedded_weights_are_at_most_20_megabytes() -> None:
+    files = [*(PACKAGE / "backbone" / "mini").iterdir(), *(PACKAGE / "prompts" / "mini").iterdir()]
+    assert sum(file.stat().st_size for file in files) <= 20e6
+
+
+def test_tuning_the_demo_task_lowers_its_loss_and_predicts(tmp_path: Path) -> None:
+    runner = CliRunner()
+    arguments = ["bbt", "--task", "demo_sentiment", "--iters", "140", "--threads", "1", "--json"]
+    done = runner.invoke(main, [*arguments, "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    stages = result["stages"]
+    assert stages["stage1"]["train_loss"] <= stages["untuned"]["train_loss"]
+    assert result["iterations"] == 140
+    assert (
+        result["test_score"] > 0.6
+    )  # 160 balanced examples: 0.5 is chance, 0.6 is 2.5 standard errors above
+    text = tmp_path / "texts.txt"
+    text.write_text("味道很好，下次还来。\n", "utf-8")
+    answer = runner.invoke(main, ["predict", "--run", result["run_dir"], "--input", str(text)])
+    assert answer.exit_code == 0, answer.output
+    assert json.loads(answer.stdout)["label"] in ("negative", "positive")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The recipe of the embedded backbone `mini` and its prompts: two CPU cores, about an hour.
+# The recipe of the embedded backbone `mini` and its prompts: one CPU core, about 75 minutes.
 #   recipes/mini.sh CORPUS_DIR UPSTREAM_DIR WORK_DIR
 # CORPUS_DIR: *.txt.xz, one paragraph a line. UPSTREAM_DIR: <task>/{train,dev}.jsonl. Every step resumes.
 set -euo pipefail
@@ -19,7 +19,12 @@ mp2 pretrain-backbone --corpus "$corpus" --out "$work/mlm" --layers 4 --hidden 1
 mp2 pretrain --backbone "$work/mlm" --data "$data" "${tasks[@]}" --out "$work/joint" "${shape[@]}" \
   --steps 4400 --warmup-steps 100 --router-lr 0.03 --prompt-lr 2e-3 --backbone-lr 1e-3 --dev-limit 100
 
-# 3. stored as float16; from here on the backbone is frozen
+# 3. third backbone stage: also every two-label task with its label words exchanged, so that the prompts count
+mp2 pretrain --backbone "$work/joint/backbone" --init "$work/joint/prompts.safetensors" --data "$data" \
+  "${tasks[@]}" --flipped --out "$work/steer" "${shape[@]}" --steps 2000 --warmup-steps 50 --router-lr 0.05 \
+  --prompt-lr 3e-3 --backbone-lr 7e-4 --dev-limit 100
+
+# 4. stored as float16; from here on the backbone is frozen
 python - "$work" <<'PY'
 import sys
 from pathlib import Path
@@ -29,11 +34,27 @@ import torch
 from mp2.backbone import load_backbone, save_backbone
 
 work = Path(sys.argv[1])
-save_backbone(load_backbone(work / "joint" / "backbone"), work / "mini", dtype=torch.float16)
+save_backbone(load_backbone(work / "steer" / "backbone"), work / "mini", dtype=torch.float16)
 PY
 
-# 4. modular prompts and routers over the frozen backbone
-mp2 pretrain --backbone "$work/mini" --data "$data" "${tasks[@]}" --out "$work/deep" "${shape[@]}" \
-  --init "$work/joint/prompts.safetensors" --steps 1500 --warmup-steps 50 --router-lr 0.03 --prompt-lr 1e-3
-mp2 pretrain --shallow --backbone "$work/mini" --data "$data" "${tasks[@]}" --out "$work/shallow" "${shape[@]}" \
-  --steps 1500 --warmup-steps 50 --router-lr 0.03 --prompt-lr 3e-3
+# 5. modular prompts and routers over the frozen backbone
+mp2 pretrain --backbone "$work/mini" --init "$work/steer/prompts.safetensors" --data "$data" "${tasks[@]}" \
+  --flipped --out "$work/deep" "${shape[@]}" --steps 1200 --warmup-steps 50 --router-lr 0.05 --prompt-lr 5e-3 \
+  --dev-limit 100
+mp2 pretrain --shallow --backbone "$work/mini" --data "$data" "${tasks[@]}" --out "$work/shallow" \
+  "${shape[@]}" --steps 1000 --warmup-steps 50 --router-lr 0.05 --prompt-lr 5e-3 --dev-limit 100
+
+# 6. prompts stored as float16; copy $work/mini to mp2/backbone/mini and $work/prompts to mp2/prompts/mini
+python - "$work" <<'PY'
+import sys
+from pathlib import Path
+
+import torch
+
+from mp2.prompts import load_prompts, save_prompts
+
+work = Path(sys.argv[1])
+for kind in ("deep", "shallow"):
+    prompts = load_prompts(work / kind / "prompts.safetensors")
+    save_prompts(prompts, work / "prompts" / f"{kind}.safetensors", dtype=torch.float16)
+PY

@@ -1,6 +1,6 @@
 """Black-box tuning of real tasks end to end: dev and test before, after stage I, after stage II, minutes.
 
-Runs ``mp2 bbt --task T --data DIR --iters 8000 --threads 1`` for every task, ``--jobs`` at a time, each a
+Runs ``mp2 bbt --task T --data DIR --iters 8000 --max-tokens 128 --threads 1`` for every task, ``--jobs`` at a time, each a
 process with one thread; started again it resumes what was cut off and keeps what is done.
 
     python -m benchmarks.spine_tasks --data DIR [--task NAME ...] [--iters 8000] [--jobs 2] [--out DIR]
@@ -66,10 +66,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--task", nargs="+", default=TASKS)
     parser.add_argument("--iters", type=int, default=8000)
+    parser.add_argument("--max-tokens", type=int, default=128, help="as long as mini was trained on")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/spine"))
     args = parser.parse_args()
-    options = ["--iters", str(args.iters), "--threads", "1"]
+    options = ["--iters", str(args.iters), "--threads", "1", "--max-tokens", str(args.max_tokens)]
     with ThreadPoolExecutor(args.jobs) as pool:
         results = list(pool.map(lambda task: tune(task, args.data, args.out, options), args.task))
     print(table(results))

@@ -1,7 +1,7 @@
 """Black-box tuning of real tasks end to end: dev and test before, after stage I, after stage II, minutes.
 
-Runs ``mp2 bbt --task T --data DIR --iters 8000 --max-tokens 128 --threads 1`` for every task, ``--jobs`` at a time, each a
-process with one thread; started again it resumes what was cut off and keeps what is done.
+Runs ``mp2 bbt --task T --data DIR --iters 8000 --max-tokens 128 --threads 1`` for every task, ``--jobs`` at
+a time, each a process with one thread; started again it resumes what was cut off and keeps what is done.
 
     python -m benchmarks.spine_tasks --data DIR [--task NAME ...] [--iters 8000] [--jobs 2] [--out DIR]
 

@@ -14,8 +14,8 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 demo: $(STAMP)  ## tune two embedded tasks on the embedded backbone, offline, about two minutes on two cores
-	$(BIN)/mp2 bbt --task demo_sentiment --iters 1000
-	$(BIN)/mp2 bbt --task demo_topic --iters 1000
+	$(BIN)/mp2 bbt --task demo_sentiment --iters 600
+	$(BIN)/mp2 bbt --task demo_topic --iters 400
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -70,7 +70,7 @@ def write_checkpoint(folder: Path, n_layers: int) -> None:
 
 
 def run(command: list[str]) -> dict[str, Any]:
-    """Run ``mp2 ...``; exit status, seconds, peak memory in GiB (of that process alone), last line."""
+    """Run ``mp2 ...``; exit status, seconds, peak memory in GiB (of that process alone)."""
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "mp2.cli", *command], stdout=subprocess.PIPE, text=True, env=os.environ
@@ -81,11 +81,10 @@ def run(command: list[str]) -> dict[str, Any]:
     process.returncode = os.waitstatus_to_exitcode(status)
     print(output, flush=True)
     return {
-        "command": "mp2 " + " ".join(command),
+        "command": "mp2 " + " ".join(Path(word).name if word.startswith("/") else word for word in command),
         "exit_status": process.returncode,
         "seconds": round(time.perf_counter() - start, 1),
         "peak_gib": round(usage.ru_maxrss / 2**20, 2),
-        "last_line": output.strip().split("\n")[-1],
     }
 
 

@@ -44,8 +44,11 @@ def provenance() -> dict[str, Any]:
         names = [line.split(":")[1].strip() for line in info.read_text().split("\n") if "model name" in line]
         cpu = names[0] if names else cpu
     module = "" if sys.modules["__main__"].__spec__ is None else sys.modules["__main__"].__spec__.name
+    arguments = [
+        "DIR" if argument.startswith("/") else argument for argument in sys.argv[1:]
+    ]  # no machine's paths
     return {
-        "command": " ".join(["python -m", module.removesuffix(".__main__"), *sys.argv[1:]]),
+        "command": " ".join(["python -m", module.removesuffix(".__main__"), *arguments]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "--short", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),

@@ -183,14 +183,15 @@ def export(backbone: str, out: str, prompts: str | None, runtime: str, as_json: 
 @click.option("--batch-size", default=32, show_default=True, help="Sequences a step.")
 @click.option("--lr", "learning_rate", default=1e-3, show_default=True, help="Peak learning rate.")
 @click.option("--precision", default="bf16", show_default=True, help="fp32 or bf16 (autocast).")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", type=int, help="CPU threads.  [default: torch's choice]")
-def pretrain_backbone(corpus: str, out: str, threads: int | None, **options: Any) -> None:
+def pretrain_backbone(corpus: str, out: str, device: str, threads: int | None, **options: Any) -> None:
     """Train a backbone by masked language modelling on plain text; restartable."""
     from mp2.training import MlmConfig, train_mlm
 
     config = MlmConfig(ffn=4 * options["hidden"], **options)
-    backbone = train_mlm(Path(corpus), Path(out), config, log=_note, threads=threads)
+    backbone = train_mlm(Path(corpus), Path(out), config, log=_note, device=device, threads=threads)
     click.echo(f"{out}: {backbone.name}, {backbone.sha256[:12]}")
 
 

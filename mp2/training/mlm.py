@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mp2.backbone.config import BackboneConfig
+from mp2.backbone.device import resolve_device
 from mp2.backbone.encoder import Encoder
 from mp2.backbone.load import Backbone, freeze, save_backbone
 from mp2.backbone.tokenizer import Tokenizer
@@ -121,7 +122,13 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 
 def train_mlm(
-    corpus: Path, out: Path, config: MlmConfig, *, log: Callable[[str], None], threads: int | None = None
+    corpus: Path,
+    out: Path,
+    config: MlmConfig,
+    *,
+    log: Callable[[str], None],
+    device: str = "cpu",
+    threads: int | None = None,
 ) -> Backbone:
     """Train a backbone on the text files of ``corpus`` and write it, BERT form, to ``out``.
 
@@ -131,17 +138,23 @@ def train_mlm(
     Raises:
         RunLockedError: another process trains in the same folder.
         UsageError: no text, less than a batch of it, or a checkpoint of another configuration.
+        UnknownNameError, MissingDependencyError: no such device here.
     """
+    where = resolve_device(device)
     with alone_in(out):
-        return _train(corpus, out, config, log, threads)
+        return _train(corpus, out, config, log, threads, where)
 
 
 def _train(
-    corpus: Path, out: Path, config: MlmConfig, log: Callable[[str], None], threads: int | None
+    corpus: Path,
+    out: Path,
+    config: MlmConfig,
+    log: Callable[[str], None],
+    threads: int | None,
+    device: torch.device,
 ) -> Backbone:
     if threads:
         torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     files = corpus_files(corpus)
     vocab_file = out / "vocab.txt"
     if vocab_file.is_file():

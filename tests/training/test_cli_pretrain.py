@@ -142,3 +142,11 @@ def test_pretrain_says_what_was_typed_wrong(
     assert done.exit_code == 2
     assert expected in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_pretrain_backbone_refuses_a_device_that_is_none(tmp_path: Path) -> None:
+    arguments = ["pretrain-backbone", "--corpus", str(tmp_path), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, [*arguments, "--device", "cdua"])
+    assert done.exit_code == 2
+    assert "unknown device 'cdua'. Did you mean 'cuda'" in done.output
+    assert not (tmp_path / "out").exists()

@@ -215,7 +215,10 @@ def pretrain_backbone(corpus: str, out: str, device: str, threads: int | None, *
 @click.option("--warmup-steps", default=0, show_default=True, help="Linear warm-up.")
 @click.option("--temperature", default=1.0, show_default=True, help="Of the relaxed Bernoulli routers.")
 @click.option("--max-tokens", default=512, show_default=True, help="Longest sequence.")
-@click.option("--flipped", is_flag=True, help="Also train two-label tasks with exchanged label words.")
+@click.option(
+    "--rotated", is_flag=True, help="Also train twins: the next option is right."
+)
+@click.option("--shuffle-options", is_flag=True, help="Options of a training example in an order of its own.")
 @click.option("--precision", default="fp32", show_default=True, help="fp32 or bf16 (autocast).")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
 @click.option("--dev-limit", default=300, show_default=True, help="Dev examples scored a task.")

@@ -79,10 +79,16 @@ class MrcFormatter:
                 "or shorten the label words in the card"
             )
 
-    def training_input(self, example: Example, index: int) -> MrcInput:
-        """Return the one sequence to train on: for extraction the window that best holds the first answer."""
+    def training_input(
+        self, example: Example, index: int, *, order: Sequence[int] | None = None, rotation: int = 0
+    ) -> MrcInput:
+        """Return the one sequence to train on: for extraction the window that best holds the first answer.
+
+        ``order`` writes the options in another order (``order[i]`` is the option at place i); with
+        ``rotation`` r the gold span is the option r places after the right one, around the end.
+        """
         if self.card.type != "extraction":
-            return self._with_options(example, index)
+            return self._with_options(example, index, order, rotation)
         fields, context, spans = self._windows(example)
         target = _token_span(example.answers[0], context.offsets) if example.answers else None
         if target is None:
@@ -163,7 +169,9 @@ class MrcFormatter:
             return room
         return None
 
-    def _with_options(self, example: Example, index: int) -> MrcInput:
+    def _with_options(
+        self, example: Example, index: int, order: Sequence[int] | None = None, rotation: int = 0
+    ) -> MrcInput:
         if self.card.type == "classification":
             options, room = self._words, self.max_tokens - self._n_fixed
             gold = self._index_of_label[str(example.label)] if example.label is not None else None
@@ -178,6 +186,11 @@ class MrcFormatter:
                 )
             room = room_or_none
             gold = int(example.label) if example.label is not None else None
+        if order is not None:
+            options = [options[i] for i in order]
+            gold = list(order).index(gold) if gold is not None else None
+        if gold is not None:
+            gold = (gold + rotation) % len(options)
         fields = {name: self._head(text, room) for name, text in example.fields.items()}
         caps = fair_lengths([len(ids) for ids in fields.values()], room)
         cut = {name: ids[:cap] for (name, ids), cap in zip(fields.items(), caps, strict=True)}

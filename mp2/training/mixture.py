@@ -46,31 +46,40 @@ def load_mixture(
     max_tokens: int,
     *,
     dev_limit: int,
-    flipped: bool = False,
+    rotated: bool = False,
+    shuffle_options: bool = False,
+    seed: int = 0,
     log: Callable[[str], None],
 ) -> list[MixtureTask]:
     """Format every task's training split; a task whose options cannot fit ``max_tokens`` is left out.
 
-    With ``flipped``, every two-label task comes a second time, as ``<task>_flipped``, with its label words
-    exchanged: same text, same options, the other answer. Only the prompts can tell the two apart.
+    With ``rotated``, every classification task comes a second time, as ``<task>_rotated``: same text, same
+    options, and the answer is the option after the right one (with two labels: the other one). Only the
+    prompts can tell the two apart. With ``shuffle_options``, each training example of a classification task
+    has its options in an order of its own (drawn from ``seed``); dev examples keep the card's.
 
     Raises:
         UsageError: no task is left.
     """
     tasks = []
     twins = [(card, card) for card in cards]
-    if flipped:
-        twins += [(card, flip(card)) for card in cards if len(card.labels) == 2]
+    if rotated:
+        twins += [(card, rotate(card)) for card in cards if card.type == "classification"]
     for source, card in twins:
         try:
             formatter = MrcFormatter(card, tokenizer, max_tokens)
+            plain = MrcFormatter(source, tokenizer, max_tokens)
         except UsageError as error:
             log(f"left out: {error}")
             continue
+        examples = load_examples(source, "train", data)
+        orders = _orders(source, len(examples), seed) if shuffle_options else None
         train = [
-            formatter.training_input(example, i)
-            for i, example in enumerate(load_examples(source, "train", data))
-            if formatter.fits(example)
+            plain.training_input(
+                example, i, order=orders[i] if orders else None, rotation=int(card is not source)
+            )
+            for i, example in enumerate(examples)
+            if plain.fits(example)
         ]
         dev = [e for e in load_examples(source, "dev", data, dev_limit) if formatter.fits(e)]
         inputs = [x for i, example in enumerate(dev) for x in formatter.inputs(example, i)]
@@ -83,10 +92,19 @@ def load_mixture(
     return tasks
 
 
-def flip(card: TaskCard) -> TaskCard:
-    """Return a two-label card with its label words exchanged; the options stay in their order."""
-    (first, one), (second, other) = card.labels.items()
-    return replace(card, task=f"{card.task}_flipped", labels={second: one, first: other})
+def _orders(card: TaskCard, n_examples: int, seed: int) -> list[list[int]] | None:
+    """An order of the label words for each example; None where options are not label words."""
+    if card.type != "classification":
+        return None
+    rng = np.random.default_rng([seed, 5, *card.task.encode()])
+    return [rng.permutation(len(card.labels)).tolist() for _ in range(n_examples)]
+
+
+def rotate(card: TaskCard) -> TaskCard:
+    """Return a card whose labels have the next label's word each; the options stay in their order."""
+    labels, words = list(card.labels), list(card.labels.values())
+    rotated = dict(zip([labels[-1], *labels[:-1]], words, strict=True))
+    return replace(card, task=f"{card.task}_rotated", labels=rotated)
 
 
 def pad(inputs: Sequence[MrcInput], pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

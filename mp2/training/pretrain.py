@@ -55,7 +55,8 @@ class PretrainConfig:
     warmup_steps: int = 0
     temperature: float = 1.0
     max_tokens: int = 512
-    flipped: bool = False  # also every two-label task with its label words exchanged (ours)
+    rotated: bool = False  # also every classification task with the next option as its answer (ours)
+    shuffle_options: bool = False  # options of a training example in an order of its own (ours)
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
     dev_limit: int = 300
@@ -391,7 +392,9 @@ def pretrain(
         backbone.tokenizer,
         limit,
         dev_limit=config.dev_limit,
-        flipped=config.flipped,
+        rotated=config.rotated,
+        shuffle_options=config.shuffle_options,
+        seed=config.seed,
         log=log,
     )
     n_train = sum(len(t.train) for t in tasks)

@@ -136,21 +136,47 @@ def test_tasks_that_do_not_fit_are_left_out_with_a_line_that_says_why(
         load_mixture([wide], data, tiny_backbone.tokenizer, 40, dev_limit=5, log=lines.append)
 
 
-def test_a_flipped_task_has_the_same_text_and_options_and_the_other_answer() -> None:
-    card = load_card("demo_sentiment")
-    tokenizer = Tokenizer.from_vocab(demo_vocab())
+@pytest.mark.parametrize(("name", "shuffled"), [("demo_sentiment", False), ("demo_topic", True)])
+def test_a_rotated_task_has_the_same_text_and_options_and_the_next_option_as_answer(
+    name: str, shuffled: bool
+) -> None:
+    card = load_card(name)
+    tokenizer = Tokenizer.from_vocab(demo_vocab(card))
     logged: list[str] = []
-    plain, flipped = load_mixture([card], None, tokenizer, 120, dev_limit=8, flipped=True, log=logged.append)
-    assert flipped.card.task == "demo_sentiment_flipped"
+    plain, rotated = load_mixture(
+        [card], None, tokenizer, 120, dev_limit=8, rotated=True, shuffle_options=shuffled, log=logged.append
+    )
+    assert rotated.card.task == f"{name}_rotated"
     assert not logged
-    for one, other in zip(plain.train, flipped.train, strict=True):
+    pairs = [*zip(plain.train, rotated.train, strict=True), *zip(plain.dev, rotated.dev, strict=True)]
+    for one, other in pairs:
         assert (one.input_ids == other.input_ids).all()
-        spans = {tuple(span) for span in one.option_spans}
-        assert spans == {(one.start, one.end), (other.start, other.end)}
+        spans = [tuple(span) for span in one.option_spans]
+        right = spans.index((one.start, one.end))
+        assert spans[(right + 1) % len(spans)] == (other.start, other.end)
+    for example, item in zip(rotated.dev_examples, rotated.dev, strict=True):
+        words = [tuple(span) for span in item.option_spans]
+        assert list(rotated.card.labels)[words.index((item.start, item.end))] == example.label
 
 
-def demo_vocab() -> list[str]:
-    card = load_card("demo_sentiment")
+def test_shuffled_options_keep_the_right_word() -> None:
+    card = load_card("demo_topic")
+    tokenizer = Tokenizer.from_vocab(demo_vocab(card))
+    (plain,) = load_mixture([card], None, tokenizer, 120, dev_limit=8, log=print)
+    (shuffled,) = load_mixture(
+        [card], None, tokenizer, 120, dev_limit=8, shuffle_options=True, seed=3, log=print
+    )
+    same_order = 0
+    for one, other in zip(plain.train, shuffled.train, strict=True):
+        assert sorted(one.input_ids) == sorted(other.input_ids)
+        words = [x.input_ids[x.start : x.end + 1].tolist() for x in (one, other)]
+        assert words[0] == words[1]
+        same_order += bool((one.input_ids == other.input_ids).all())
+    assert same_order < 3
+    assert all((a.input_ids == b.input_ids).all() for a, b in zip(plain.dev, shuffled.dev, strict=True))
+
+
+def demo_vocab(card: TaskCard) -> list[str]:
     texts = [
         card.template,
         *card.labels.values(),

@@ -149,18 +149,23 @@ def _check_target(out: Path) -> None:
 def _write_files(backbone: Backbone, folder: Path, prompts: PromptSet | None) -> None:
     config, store = backbone.config, WeightStore(folder)
     _store_embeddings(backbone, store)
-    _save(graphs.embed_model(config, store), folder / "embed.onnx")
-    _save(graphs.embed_inline_model(config, store), folder / "embed_inline.onnx")
     for i in range(config.n_layers):
         _store_layer(backbone, store, i)
-        _save(graphs.layer_model(config, store, i), folder / layer_file(i, "onnx"))
-    _save(graphs.head_model(config, store), folder / "head.onnx")
     if prompts is not None:
         store.add("span_head.bin", "span_weight", prompts.span_weight.detach().numpy())
         store.add("span_head.bin", "span_bias", prompts.span_bias.detach().numpy())
-    baked = prompts is not None
-    _save(graphs.backbone_model(config, store, baked_head=baked), folder / "backbone.onnx")
-    _save(graphs.backbone_inline_model(config, store, baked_head=baked), folder / "backbone_inline.onnx")
+    write_graphs(lambda: graphs.GraphBuilder(config, store), folder, baked_head=prompts is not None)
+
+
+def write_graphs(new: Callable[[], graphs.GraphBuilder], folder: Path, *, baked_head: bool) -> None:
+    """Write every graph of an engine folder, each with a ``new`` builder whose weights are stored."""
+    _save(graphs.embed_model(new()), folder / "embed.onnx")
+    _save(graphs.embed_inline_model(new()), folder / "embed_inline.onnx")
+    for i in range(new().config.n_layers):
+        _save(graphs.layer_model(new(), i), folder / layer_file(i, "onnx"))
+    _save(graphs.head_model(new()), folder / "head.onnx")
+    _save(graphs.backbone_model(new(), baked_head=baked_head), folder / "backbone.onnx")
+    _save(graphs.backbone_inline_model(new(), baked_head=baked_head), folder / "backbone_inline.onnx")
 
 
 def _store_embeddings(backbone: Backbone, store: WeightStore) -> None:

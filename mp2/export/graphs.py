@@ -28,6 +28,8 @@ _MASKED = -1e30  # added to the scores of padding: exp() of it is 0, and no runt
 class GraphBuilder:
     """Collects nodes and initializers of one graph; every method returns the names of its outputs."""
 
+    hidden_type: int = TensorProto.FLOAT  # of the activations between the chain's graphs
+
     def __init__(self, config: BackboneConfig, store: WeightStore) -> None:
         """Build for ``config`` with weights from ``store``."""
         self.config = config
@@ -191,50 +193,45 @@ class GraphBuilder:
         return self.one("Add", self.one("MatMul", hidden, self.one("Transpose", weight, perm=[1, 0])), bias)
 
 
-def embed_model(config: BackboneConfig, store: WeightStore) -> onnx.ModelProto:
+def embed_model(b: GraphBuilder) -> onnx.ModelProto:
     """input_ids [N, T], n_inline [] -> hidden [1, N, T, H]."""
-    b = GraphBuilder(config, store)
     ids = b.input("input_ids", TensorProto.INT64, ["N", "T"])
     hidden = b.embed(ids, b.input("n_inline", TensorProto.INT64, []))
-    return b.model("embed", [(hidden, "hidden_out", TensorProto.FLOAT, [1, "N", "T", config.hidden])])
+    return b.model("embed", [(hidden, "hidden_out", b.hidden_type, [1, "N", "T", b.config.hidden])])
 
 
-def embed_inline_model(config: BackboneConfig, store: WeightStore) -> onnx.ModelProto:
+def embed_inline_model(b: GraphBuilder) -> onnx.ModelProto:
     """Prompts [P, m, H] -> hidden [P, 1, m, H]."""
-    b = GraphBuilder(config, store)
-    rows = b.embed_inline(b.input("prompts", TensorProto.FLOAT, ["P", "m", config.hidden]))
+    rows = b.embed_inline(b.input("prompts", TensorProto.FLOAT, ["P", "m", b.config.hidden]))
     hidden = b.one("Unsqueeze", rows, b.ints(1))
-    return b.model("embed_inline", [(hidden, "hidden_out", TensorProto.FLOAT, ["P", 1, "m", config.hidden])])
+    return b.model("embed_inline", [(hidden, "hidden_out", b.hidden_type, ["P", 1, "m", b.config.hidden])])
 
 
-def layer_model(config: BackboneConfig, store: WeightStore, index: int) -> onnx.ModelProto:
+def layer_model(b: GraphBuilder, index: int) -> onnx.ModelProto:
     """Hidden, mask [N, T], prefix_keys, prefix_values -> hidden [P, N, T, H]; m may be 0."""
-    b = GraphBuilder(config, store)
-    hidden = b.input("hidden", TensorProto.FLOAT, ["P_hidden", "N", "T", config.hidden])
+    config = b.config
+    hidden = b.input("hidden", b.hidden_type, ["P_hidden", "N", "T", config.hidden])
     mask = b.input("mask", TensorProto.BOOL, ["N", "T"])
     shape: Sequence[int | str] = ["P_prefix", "N_prefix", config.n_heads, "m", config.head_size]
     prefix = tuple(b.input(f"prefix_{kind}", TensorProto.FLOAT, shape) for kind in ("keys", "values"))
     out = b.layer(index, hidden, b.bias(mask), (prefix[0], prefix[1]))
-    return b.model(
-        f"layer_{index:02d}", [(out, "hidden_out", TensorProto.FLOAT, ["P", "N", "T", config.hidden])]
-    )
+    return b.model(f"layer_{index:02d}", [(out, "hidden_out", b.hidden_type, ["P", "N", "T", config.hidden])])
 
 
-def head_model(config: BackboneConfig, store: WeightStore) -> onnx.ModelProto:
+def head_model(b: GraphBuilder) -> onnx.ModelProto:
     """Hidden [P, N, T, H], span_weight [2, H], span_bias [2] -> logits [P, N, T, 2]."""
-    b = GraphBuilder(config, store)
-    hidden = b.input("hidden", TensorProto.FLOAT, ["P", "N", "T", config.hidden])
+    hidden = b.input("hidden", b.hidden_type, ["P", "N", "T", b.config.hidden])
     logits = b.head(hidden, *_span(b, baked=False))
     return b.model("head", [(logits, "logits", TensorProto.FLOAT, ["P", "N", "T", 2])])
 
 
-def backbone_model(config: BackboneConfig, store: WeightStore, *, baked_head: bool) -> onnx.ModelProto:
+def backbone_model(b: GraphBuilder, *, baked_head: bool) -> onnx.ModelProto:
     """Text [N, T], prompt_keys, prompt_values [L, 1 or N, h, m, d_h] -> start_logits, end_logits [N, T].
 
     One prompt for the whole batch, or one for each row. Without ``baked_head`` the head is two more inputs.
     """
-    b = GraphBuilder(config, store)
     ids, mask = _text(b)
+    config = b.config
     shape: Sequence[int | str] = [config.n_layers, "P", config.n_heads, "m", config.head_size]
     keys, values = (b.input(f"prompt_{kind}", TensorProto.FLOAT, shape) for kind in ("keys", "values"))
     span = _span(b, baked=baked_head)
@@ -246,11 +243,10 @@ def backbone_model(config: BackboneConfig, store: WeightStore, *, baked_head: bo
     return _finish(b, "backbone", hidden, span)
 
 
-def backbone_inline_model(config: BackboneConfig, store: WeightStore, *, baked_head: bool) -> onnx.ModelProto:
+def backbone_inline_model(b: GraphBuilder, *, baked_head: bool) -> onnx.ModelProto:
     """Text [N, T], prompts [1 or N, m, H] -> start_logits, end_logits [N, T] of the text's tokens."""
-    b = GraphBuilder(config, store)
     ids, mask = _text(b)
-    prompts = b.input("prompts", TensorProto.FLOAT, ["P", "m", config.hidden])
+    prompts = b.input("prompts", TensorProto.FLOAT, ["P", "m", b.config.hidden])
     span = _span(b, baked=baked_head)
     m = b.one("Shape", prompts, start=1, end=2)
     rows = b.one("Unsqueeze", b.embed_inline(prompts), b.ints(0))
@@ -262,7 +258,7 @@ def backbone_inline_model(config: BackboneConfig, store: WeightStore, *, baked_h
     bias = b.bias(
         b.one("Concat", ones, mask, axis=1)
     )  # the prompt is always attended: [CLS] may change places
-    for i in range(config.n_layers):
+    for i in range(b.config.n_layers):
         hidden = b.layer(i, hidden, bias, None)
     rest = b.one("Slice", hidden, b.one("Add", m, b.ints(1)), b.ints(2**62), b.ints(2))
     return _finish(b, "backbone_inline", b.one("Concat", _rows(b, hidden, 0, 1, 2), rest, axis=2), span)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from mp2.backbone import Backbone
+from mp2.engine.objective import Objective
 from mp2.engine.onnx_runtime import OnnxRuntime
 from mp2.engine.runtime import PRECISIONS, Runtime
 from mp2.engine.torch_runtime import TorchRuntime
 from mp2.errors import Mp2Error, UnknownNameError, UsageError
 from mp2.export.export import tensorrt_missing
+from mp2.prompts import PromptSet
+
+if TYPE_CHECKING:
+    from mp2.tasks import MrcInput
 
 RUNTIMES = ("auto", "torch", "onnxruntime", "tensorrt")
 
@@ -68,6 +74,13 @@ def create_runtime(
     if engine_dir is None:
         return on_torch("auto: torch, the only runtime without an engine folder")
     return _fastest(backbone, {"torch": on_torch, "onnxruntime": on_onnx})
+
+
+def create_objective(
+    runtime: Runtime, backbone: Backbone, prompts: PromptSet, train: Sequence[MrcInput]
+) -> Objective:
+    """Return the few-shot objective that suits ``runtime``; see `Objective` for the errors."""
+    return Objective(runtime, backbone, prompts, train)
 
 
 def _fastest(backbone: Backbone, makers: dict[str, Callable[[str], Runtime]]) -> Runtime:

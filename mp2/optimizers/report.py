@@ -65,7 +65,7 @@ class ProgressLine:
         return (
             f"stage {stage}  {progress.iteration:>{len(str(progress.iters))}}/{progress.iters}"
             f"  train loss {progress.train_loss:.4f}  dev {_percent(progress.dev_score)}"
-            f"  {rate:.1f} it/s  ETA {_clock(eta)}"
+            f"  {rate:.1f} it/s  ETA {clock(eta)}"
         )
 
 
@@ -94,7 +94,7 @@ def result_table(result: dict[str, Any]) -> str:
         )
     seconds, engine = result["seconds"], result["engine"]
     lines.append(
-        f"{result['iterations']} iterations in {_clock(seconds['stage1'] + seconds['stage2'])}"
+        f"{result['iterations']} iterations in {clock(seconds['stage1'] + seconds['stage2'])}"
         f" (stage I {seconds['stage1']:.1f} s, stage II {seconds['stage2']:.1f} s;"
         f" forward {seconds['forward']:.1f} s, suggest {seconds['suggest']:.1f} s),"
         f" dev {seconds['dev']:.1f} s  [{engine['runtime']}, {engine['precision']}, {engine['device']}]"
@@ -144,7 +144,8 @@ def _percent(score: float) -> str:
     return f"{100 * score:.1f}" if math.isfinite(score) else "-"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
     if not math.isfinite(seconds):
         return "-"
     minutes, rest = divmod(round(seconds), 60)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -190,17 +190,6 @@ class FewShotProblem:
         ]
         predictions = decode(self.card, examples, inputs, start, end)
         return Scores(float(score(self.card, predictions, examples)), float(np.mean(losses)))
-
-
-def identity(problem: FewShotProblem) -> dict[str, Any]:
-    """What must be the same for a run to be resumed: hashes of everything that losses depend on."""
-    return {
-        "config_sha256": problem.config.sha256(),
-        "backbone_sha256": problem.model.backbone.sha256,
-        "prompts_sha256": problem.model.prompts.sha256,
-        "data_sha256": problem.data_sha256,
-        "card_version": problem.card.version,
-    }
 
 
 def _inputs_sha256(inputs: Sequence[MrcInput]) -> str:

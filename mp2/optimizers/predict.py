@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mp2.errors import UsageError
 from mp2.optimizers.few_shot_problem import load_model
-from mp2.optimizers.run import read_config
+from mp2.optimizers.run_folder import read_config
 from mp2.optimizers.tuned import check_fits, load_tuned
 
 if TYPE_CHECKING:

@@ -1,0 +1,112 @@
+"""What a run found: test scores of its stages, ``result.json``, the metadata of its tuned prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mp2.optimizers.config import BbtConfig
+from mp2.optimizers.journal import finite_or_none
+from mp2.optimizers.provenance import identity, versions
+from mp2.optimizers.recorder import Recorder
+from mp2.optimizers.tuned import TunedMeta
+from mp2.optimizers.two_stage import Checkpoint, Outcome
+
+if TYPE_CHECKING:
+    from mp2.optimizers.few_shot_problem import FewShotProblem
+
+
+def score_tests(problem: FewShotProblem, outcome: Outcome, recorder: Recorder) -> dict[str, float]:
+    """Test score of each stage's prompt, each prompt once; empty with ``--no-test``."""
+    if not problem.config.test:
+        return {}
+    scores: dict[str, float] = {}
+    known: dict[bytes, float] = {}
+    for name, checkpoint in _stages(problem.config, outcome).items():
+        key = checkpoint.z.tobytes()
+        if key not in known:
+            z = checkpoint.z
+            known[key] = recorder.scores("test", name, z, lambda z=z: problem.test_scores(z)).score  # type: ignore[misc]
+        scores[name] = known[key]
+    return scores
+
+
+def _stages(config: BbtConfig, outcome: Outcome) -> dict[str, Checkpoint]:
+    stages = {"untuned": outcome.untuned, "stage1": outcome.stage1}
+    return stages if config.router_only else {**stages, "stage2": outcome.final}
+
+
+def run_result(
+    run_dir: Path, problem: FewShotProblem, outcome: Outcome, recorder: Recorder, tests: dict[str, float]
+) -> dict[str, Any]:
+    """What ``result.json`` holds."""
+    config, model, seconds, final = problem.config, problem.model, recorder.seconds, outcome.final
+    stages = _stages(config, outcome)
+    final_test = next((tests[name] for name, c in stages.items() if c is final and tests), None)
+    return {
+        "task": problem.card.task,
+        "method": config.method(model.kind),
+        "seed": config.seed,
+        "backbone": model.backbone.config.name,
+        "iterations": recorder.iteration,
+        "train_loss": final.train_loss,
+        "dev_score": final.dev.score,
+        "test_score": final_test,
+        "metric": problem.card.metric,
+        "seconds": {
+            "stage1": seconds["forward1"] + seconds["suggest1"],
+            "stage2": seconds["forward2"] + seconds["suggest2"],
+            "forward": seconds["forward1"] + seconds["forward2"],
+            "suggest": seconds["suggest1"] + seconds["suggest2"],
+            "suggest_hidden": seconds["suggest_hidden"],
+            "dev": seconds["dev"],
+            "test": seconds["test"],
+        },
+        "engine": {
+            "runtime": model.runtime.name,
+            "precision": model.runtime.precision,
+            "device": str(model.runtime.device),
+        },
+        "run_dir": str(run_dir),
+        "router_search": config.router.method,
+        "router": _router_text(outcome),
+        "best_train_loss": outcome.incumbent_loss,
+        "selected": {"at": final.at, "iteration": final.iteration},
+        "stages": {
+            name: {
+                "iteration": c.iteration,
+                "train_loss": finite_or_none(c.train_loss),
+                "dev_score": c.dev.score,
+                "dev_loss": finite_or_none(c.dev.loss),
+                "test_score": tests.get(name),
+            }
+            for name, c in stages.items()
+        },
+        "evaluations": dict(recorder.counts),
+        "examples": {"train": problem.n_train, "dev": problem.n_dev, "test": problem.n_test if tests else 0},
+        "non_finite_losses": recorder.n_non_finite,
+        "provenance": {**identity(problem), "versions": versions()},
+    }
+
+
+def _router_text(outcome: Outcome) -> list[str]:
+    return ["".join("1" if bit else "0" for bit in layer) for layer in outcome.router]
+
+
+def tuned_meta(problem: FewShotProblem, outcome: Outcome) -> TunedMeta:
+    """Where the selected prompt comes from."""
+    model = problem.model
+    return TunedMeta(
+        task=problem.card.task,
+        kind=model.kind,
+        backbone=model.backbone.config.name,
+        backbone_sha256=model.backbone.sha256,
+        prompts=str(problem.config.prompts),
+        prompts_sha256=model.prompts.sha256,
+        router=_router_text(outcome),
+        card=Path(problem.card.path).read_text(encoding="utf-8"),
+        max_tokens=problem.max_tokens,
+        at=outcome.final.at,
+        iteration=outcome.final.iteration,
+        seed=problem.config.seed,
+    )

@@ -1,0 +1,95 @@
+"""The run folder: made, locked, its files written whole or not at all, its config read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mp2.errors import FormatError, Mp2Error, RunLockedError, UsageError
+from mp2.optimizers.config import SCHEMA_VERSION, BbtConfig
+
+
+def read_config(run_dir: Path) -> BbtConfig:
+    """The config of a run folder."""
+    path = run_dir / "config.json"
+    if not path.exists():
+        raise UsageError(f"{run_dir} is not a run folder: there is no config.json in it")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"not JSON: {error}", path=path) from error
+    if not isinstance(values, dict) or values.get("schema_version") != SCHEMA_VERSION:
+        raise FormatError(f"expected schema_version {SCHEMA_VERSION}", path=path, field="schema_version")
+    return BbtConfig.from_json(values.get("config", {}), path)
+
+
+def resume_command(run_dir: Path) -> str:
+    """What to type to go on."""
+    return f"mp2 bbt --resume {run_dir}"
+
+
+def new_folder(out: Path, name: str) -> Path:
+    """Make the folder ``out/name-<stamp>``; a number is put after the stamp where that is taken."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for attempt in range(1000):
+        run_dir = out / (f"{name}-{stamp}" + (f"-{attempt}" if attempt else ""))
+        try:
+            run_dir.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UsageError(
+                f"cannot make the run folder {run_dir}: {error.strerror}; give another --out"
+            ) from error
+        return run_dir
+    raise UsageError(f"1000 runs named {name}-{stamp} are in {out} already; give another --out")
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the folder's lock; the system drops it with the process, however that ends."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(run_dir / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunLockedError(
+            f"another process works in {run_dir}; wait for it, or stop it and resume the run"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def says_how_to_go_on(run_dir: Path) -> Iterator[None]:
+    """A full disk at the very end loses nothing either: the journal is whole."""
+    try:
+        yield
+    except OSError as error:
+        raise Mp2Error(
+            f"cannot write {error.filename or run_dir}: {error.strerror or error}. All iterations are "
+            f"journaled: make room, then write the results with: {resume_command(run_dir)}"
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(values, ensure_ascii=False, indent=2, allow_nan=False) + "\n")

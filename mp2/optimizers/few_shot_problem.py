@@ -131,7 +131,7 @@ class FewShotProblem:
     """Few-shot train and dev of one task and seed, formatted; the training loss; scores on any split."""
 
     def __init__(self, config: BbtConfig, card: TaskCard, model: FrozenModel) -> None:
-        from mp2.engine import Objective
+        from mp2.engine import create_objective
         from mp2.tasks import MrcFormatter, few_shot_split, load_examples
 
         self.config, self.card, self.model = config, card, model
@@ -143,24 +143,27 @@ class FewShotProblem:
         pool = [e for e in load_examples(card, "train", self._data) if self._formatter.fits(e)]
         split = few_shot_split(card, pool, config.seed, config.shots)
         self._dev = split.dev
-        train = [self._formatter.training_input(e, i) for i, e in enumerate(split.train)]
-        self._dev_inputs = self._inputs(split.dev)
-        self.n_train, self.n_dev = len(train), len(split.dev)
-        self.data_sha256 = _inputs_sha256([*train, *self._dev_inputs])
-        self.objective: Objective = Objective(model.runtime, model.backbone, model.prompts, train)
+        self.train_inputs = [self._formatter.training_input(e, i) for i, e in enumerate(split.train)]
+        self.dev_inputs = self._inputs(split.dev)
+        self.n_train, self.n_dev = len(self.train_inputs), len(split.dev)
+        self.data_sha256 = _inputs_sha256([*self.train_inputs, *self.dev_inputs])
+        self.objective: Objective = create_objective(
+            model.runtime, model.backbone, model.prompts, self.train_inputs
+        )
 
     def dev_scores(self, z: Prompt) -> Scores:
         """Score and loss of z [L', d] on the few-shot dev set; the loss is the mean over its sequences."""
-        return self._scores(z, self._dev, self._dev_inputs)
+        return self._scores(z, self._dev, self.dev_inputs)
 
     def test_scores(self, z: Prompt) -> Scores:
         """Score and loss of z [L', d] on the test set; examples that do not fit count as wrong."""
-        examples = self._test_examples()
-        fitting = [e for e in examples if self._formatter.fits(e)]
-        if not fitting:
-            raise UsageError(f"no test example of '{self.card.task}' fits {self.max_tokens} tokens")
+        fitting = self._fitting_tests()
         scores = self._scores(z, fitting, self._inputs(fitting))
-        return replace(scores, score=scores.score * (len(fitting) / len(examples)))
+        return replace(scores, score=scores.score * (len(fitting) / self.n_test))
+
+    def test_inputs(self) -> list[MrcInput]:
+        """The sequences that a test evaluation runs."""
+        return self._inputs(self._fitting_tests())
 
     @property
     def n_test(self) -> int:
@@ -170,6 +173,12 @@ class FewShotProblem:
     @property
     def _data(self) -> Path | None:
         return Path(self.config.data) if self.config.data else None
+
+    def _fitting_tests(self) -> list[Example]:
+        fitting = [e for e in self._test_examples() if self._formatter.fits(e)]
+        if not fitting:
+            raise UsageError(f"no test example of '{self.card.task}' fits {self.max_tokens} tokens")
+        return fitting
 
     def _test_examples(self) -> list[Example]:
         from mp2.tasks import load_examples

@@ -3,7 +3,16 @@
 from mp2.engine.objective import Objective
 from mp2.engine.onnx_runtime import OnnxRuntime
 from mp2.engine.runtime import Prefix, Runtime
-from mp2.engine.select import RUNTIMES, create_runtime
+from mp2.engine.select import RUNTIMES, create_objective, create_runtime
 from mp2.engine.torch_runtime import TorchRuntime
 
-__all__ = ["RUNTIMES", "Objective", "OnnxRuntime", "Prefix", "Runtime", "TorchRuntime", "create_runtime"]
+__all__ = [
+    "RUNTIMES",
+    "Objective",
+    "OnnxRuntime",
+    "Prefix",
+    "Runtime",
+    "TorchRuntime",
+    "create_objective",
+    "create_runtime",
+]

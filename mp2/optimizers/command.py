@@ -14,6 +14,8 @@ from mp2.optimizers.run import resume_run, start_runs
 if TYPE_CHECKING:
     import click
 
+    from mp2.optimizers.explain import Plan
+
 _WITH_RESUME = {"resume", "as_json"}
 
 
@@ -22,6 +24,23 @@ def given_options(ctx: click.Context) -> set[str]:
     from click.core import ParameterSource
 
     return {n for n in ctx.params if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
+
+
+def bbt_plan(options: dict[str, Any]) -> tuple[Plan, int]:
+    """The plan of the run (the first seed's) and the number of seeds; nothing is tuned.
+
+    Raises:
+        UsageError: options that do not go together.
+    """
+    from mp2.optimizers.explain import plan_run
+    from mp2.optimizers.run import make_problem
+
+    if options["resume"] or not options["task"]:
+        raise UsageError("--explain plans a new run: give --task NAME with it, and no --resume")
+    config, seeds = config_of(options)
+    plan = plan_run(make_problem(config))
+    assert plan is not None
+    return plan, len(seeds)
 
 
 def bbt_results(options: dict[str, Any], given: set[str]) -> Iterator[dict[str, Any]]:

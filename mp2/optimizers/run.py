@@ -16,6 +16,7 @@ from typing import Any
 
 from mp2.errors import LossError
 from mp2.optimizers.config import BbtConfig
+from mp2.optimizers.explain import announce
 from mp2.optimizers.few_shot_problem import FewShotProblem, FrozenModel, load_model, resolve_paths
 from mp2.optimizers.journal import open_journal
 from mp2.optimizers.provenance import check_identity, config_file, identity, versions
@@ -47,18 +48,25 @@ def start_run(
         UsageError: bad names, files or data; nothing was made.
         LossError: no candidate of a generation had a finite loss.
     """
+    problem = make_problem(config, model)
+    config, card, model = problem.config, problem.card, problem.model
+    announce(problem)
+    run_dir = new_folder(out, f"{card.task}-{config.method(model.kind)}-seed{config.seed}")
+    with locked(run_dir):
+        write_text(run_dir / "card.toml", Path(card.path).read_text(encoding="utf-8"))
+        write_json(run_dir / "config.json", config_file(config, model))
+        return _tune(run_dir, problem, observe)
+
+
+def make_problem(config: BbtConfig, model: FrozenModel | None = None) -> FewShotProblem:
+    """What the config asks for, with everything resolved; raises ``UsageError`` where that is impossible."""
     from mp2.tasks import load_card
 
     card = load_card(config.task)
     config = resolve_paths(config)
     model = model or load_model(config)
     config = replace(config, runtime=model.runtime.name, precision=model.runtime.precision)
-    problem = FewShotProblem(config, card, model)
-    run_dir = new_folder(out, f"{card.task}-{config.method(model.kind)}-seed{config.seed}")
-    with locked(run_dir):
-        write_text(run_dir / "card.toml", Path(card.path).read_text(encoding="utf-8"))
-        write_json(run_dir / "config.json", config_file(config, model))
-        return _tune(run_dir, problem, observe)
+    return FewShotProblem(config, card, model)
 
 
 def start_runs(

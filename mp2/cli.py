@@ -110,13 +110,20 @@ def tasks_check(card: str, data: str | None, as_json: bool) -> None:
     "--out", type=click.Path(), default="runs", show_default=True, help="Where run folders are made."
 )
 @click.option("--resume", type=click.Path(), metavar="RUNDIR", help="Go on with a run that was cut off.")
+@click.option("--explain", is_flag=True, help="Print the plan and how long the run would take; tune nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (a list with --seeds).")
 @click.pass_context
 def bbt(ctx: click.Context, /, **options: Any) -> None:
     """Tune prompts for a task without gradients: search the router, then CMA-ES layer by layer."""
-    from mp2.optimizers.command import bbt_results, given_options
+    from mp2.optimizers.command import bbt_plan, bbt_results, given_options
     from mp2.optimizers.report import result_table, seeds_line
 
+    if options.pop("explain"):
+        from mp2.optimizers.explain import plan_table
+
+        plan, n_seeds = bbt_plan(options)
+        click.echo(_json(plan.as_dict()) if options["as_json"] else plan_table(plan, n_seeds))
+        return
     results = []
     try:
         for result in bbt_results(options, given_options(ctx)):

@@ -7,6 +7,7 @@ Results go to stdout (``--json`` for machines), progress and log to stderr.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -189,24 +190,49 @@ def export(backbone: str, out: str, prompts: str | None, runtime: str, as_json: 
 @click.option("--steps", default=3600, show_default=True, help="Optimizer steps.")
 @click.option("--batch-size", default=32, show_default=True, help="Sequences a step.")
 @click.option("--lr", "learning_rate", default=1e-3, show_default=True, help="Peak learning rate.")
+@click.option("--masking", default="char", show_default=True, help="char, or span (runs of characters).")
 @click.option("--precision", default="bf16", show_default=True, help="fp32 or bf16 (autocast).")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@click.option("--compile/--no-compile", "compiled", default=None, help="torch.compile.  [default: on GPUs]")
+@click.option("--checkpoint-minutes", default=5.0, show_default=True, help="Minutes between checkpoints.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", type=int, help="CPU threads.  [default: torch's choice]")
-def pretrain_backbone(corpus: str, out: str, device: str, threads: int | None, **options: Any) -> None:
-    """Train a backbone by masked language modelling on plain text; restartable."""
-    from mp2.training import MlmConfig, train_mlm
+def pretrain_backbone(
+    corpus: str, out: str, device: str, threads: int | None, compiled: bool | None, **options: Any
+) -> None:
+    """Train a backbone by masked language modelling on plain text; restartable, alone or by torchrun."""
+    from mp2.training import MlmConfig, is_main, train_mlm
 
     config = MlmConfig(ffn=4 * options["hidden"], **options)
-    backbone = train_mlm(Path(corpus), Path(out), config, log=_note, device=device, threads=threads)
-    click.echo(f"{out}: {backbone.name}, {backbone.sha256[:12]}")
+    backbone = train_mlm(
+        Path(corpus),
+        Path(out),
+        config,
+        log=_note,
+        device=device,
+        threads=threads,
+        compiled=compiled,
+        command=_typed(),
+    )
+    if is_main():
+        click.echo(f"{out}: {backbone.name}, {backbone.sha256[:12]}")
 
 
 @main.command()
-@click.option("--tasks", "names", multiple=True, help="A name or a card; again for more.  [default: all]")
+@click.option(
+    "--tasks",
+    "names",
+    multiple=True,
+    metavar="TASK ...",
+    help="Names or cards, as many as you like: --tasks my/*.toml.  [default: all that have data]",
+)
+@click.argument("more", nargs=-1, metavar="")
 @click.option("--data", type=click.Path(), help="Folder with TASK/{train,dev}.jsonl; or MP2_DATA.")
 @click.option("--backbone", default="mini", show_default=True, help="mini, cpt-large, a folder, or a hub id.")
-@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder to write and resume in.")
+@click.option("--out", type=click.Path(file_okay=False), help="Folder to write; a run in it goes on.")
+@click.option(
+    "--resume", type=click.Path(), metavar="DIR", help="Go on with the run in DIR as it was asked for."
+)
 @click.option("--deep", "kind", flag_value="deep", default="deep", help="Prompts at every layer.  [default]")
 @click.option("--shallow", "kind", flag_value="shallow", help="Prompts at the input only.")
 @click.option("--init", type=click.Path(), help="Prompt file to start from.")
@@ -221,32 +247,35 @@ def pretrain_backbone(corpus: str, out: str, device: str, threads: int | None, *
 @click.option("--schedule", default="constant", show_default=True, type=click.Choice(["constant", "linear"]))
 @click.option("--warmup-steps", default=0, show_default=True, help="Linear warm-up.")
 @click.option("--temperature", default=1.0, show_default=True, help="Of the relaxed Bernoulli routers.")
+@click.option("--temperature-end", type=float, help="Anneal to this, geometrically.  [default: constant]")
 @click.option("--max-tokens", default=512, show_default=True, help="Longest sequence.")
-@click.option(
-    "--rotated", is_flag=True, help="Also train twins: the next option is right."
-)
+@click.option("--rotated", is_flag=True, help="Also train twins: the next option is right.")
 @click.option("--shuffle-options", is_flag=True, help="Options of a training example in an order of its own.")
 @click.option("--precision", default="fp32", show_default=True, help="fp32 or bf16 (autocast).")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
 @click.option("--dev-limit", default=300, show_default=True, help="Dev examples scored a task.")
+@click.option("--eval-every", default=0, help="Steps between dev scores.  [default: before and after only]")
+@click.option("--checkpoint-minutes", default=5.0, show_default=True, help="Minutes between checkpoints.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", type=int, help="CPU threads.  [default: torch's choice]")
-def pretrain(
-    names: tuple[str, ...],
-    data: str | None,
-    backbone: str,
-    out: str,
-    init: str | None,
-    device: str,
-    threads: int | None,
-    **options: Any,
-) -> None:
-    """Pre-train modular prompts and routers on many tasks by gradient; restartable."""
-    from mp2.training import PretrainConfig, pretrain_command, score_table
+@click.pass_context
+def pretrain(ctx: click.Context, /, device: str, threads: int | None, **options: Any) -> None:
+    """Pre-train modular prompts and routers on many tasks by gradient; restartable, alone or by torchrun."""
+    from mp2.training import asked_run, pretrain_command
 
-    config = PretrainConfig(**options)
-    result = pretrain_command(names, backbone, config, out, data, init, device, threads, log=_note)
-    click.echo(score_table(result))
+    inputs, config, out = asked_run(options, _given(ctx), _typed())
+    pretrain_command(inputs, config, out, device, threads, log=_note, show=click.echo)
+
+
+def _given(ctx: click.Context) -> set[str]:
+    """Names of the options that stand on the command line."""
+    source = click.core.ParameterSource.COMMANDLINE
+    return {name for name in ctx.params if ctx.get_parameter_source(name) is source}
+
+
+def _typed() -> str:
+    """What was typed, for people to read and to type again."""
+    return shlex.join(["mp2", *sys.argv[1:]])
 
 
 @main.command()

@@ -56,18 +56,28 @@ def build_vocab(files: Sequence[Path], size: int) -> list[str]:
     return vocab
 
 
+def file_digests(files: Sequence[Path]) -> list[tuple[str, int, str]]:
+    """Name, bytes and sha256 of each file."""
+    found = []
+    for path in files:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found.append((path.name, path.stat().st_size, digest))
+    return found
+
+
 def pack(files: Sequence[Path], tokenizer: Tokenizer, length: int, cache: Path) -> NDArray[np.uint16]:
     """Token sequences [n, length], each ``[CLS] text ... [SEP]``, text running on across paragraphs.
 
-    The result is kept in the folder ``cache``, keyed by files, vocabulary and length, and memory-mapped.
+    The result is kept in the folder ``cache``, keyed by a hash of the files' content, the vocabulary and the
+    length, and memory-mapped.
     """
     if tokenizer.vocab_size > np.iinfo(np.uint16).max:
         raise UsageError(
             f"vocabulary of {tokenizer.vocab_size} tokens, expected at most 65535 for packed corpora"
         )
-    key = hashlib.sha256(
-        repr([(p.name, p.stat().st_size) for p in files] + tokenizer.tokens() + [length]).encode()
-    ).hexdigest()[:16]
+    content = [digest for _, _, digest in file_digests(files)]
+    key = hashlib.sha256(repr([content, tokenizer.tokens(), length]).encode()).hexdigest()[:16]
     path = cache / f"packed-{key}.npy"
     if not path.is_file():
         chunks: list[NDArray[np.uint16]] = []

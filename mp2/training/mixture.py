@@ -30,13 +30,42 @@ class MixtureTask:
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids and mask [N, T] and gold spans [N], all of one task."""
+    """Token ids and mask [N, T], gold spans [N] and shares in the mean loss [N], all of one task."""
 
     task: int
     input_ids: Tensor
     mask: Tensor
     start: Tensor
     end: Tensor
+    weight: Tensor
+
+    def part(self, rank: int, size: int) -> Batch:
+        """The rows of process ``rank`` of ``size``; weights stay shares of the whole batch.
+
+        A process without a row (fewer rows than processes) gets the first one at weight zero, because all
+        processes must take part in every step.
+        """
+        if size == 1:
+            return self
+        rows = torch.arange(rank, len(self.start), size)
+        weight = self.weight[rows]
+        if not len(rows):
+            rows, weight = torch.tensor([0]), torch.zeros(1)
+        longest = int(self.mask[rows].sum(1).max())
+        ids, mask = self.input_ids[rows, :longest], self.mask[rows, :longest]
+        return Batch(self.task, ids, mask, self.start[rows], self.end[rows], weight)
+
+    def pinned(self) -> Batch:
+        """The batch in page-locked memory, from where a GPU copies without blocking."""
+        return self._each(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = (self.input_ids, self.mask, self.start, self.end, self.weight)
+        return Batch(self.task, *map(change, tensors))
 
 
 def load_mixture(
@@ -118,9 +147,9 @@ def pad(inputs: Sequence[MrcInput], pad_id: int) -> tuple[NDArray[np.int64], NDA
 
 
 def sample_batch(
-    tasks: Sequence[MixtureTask], step: int, *, batch_size: int, seed: int, pad_id: int, device: torch.device
+    tasks: Sequence[MixtureTask], step: int, *, batch_size: int, seed: int, pad_id: int
 ) -> Batch:
-    """The batch of a step: a task drawn uniformly, then examples of it (paper section 3.3).
+    """The batch of a step, on the CPU: a task drawn uniformly, then examples of it (paper section 3.3).
 
     Depends on (seed, step) alone, so that a resumed run draws what the unbroken one would have. A pool of
     four batches is drawn and split by length; every example has the same chance.
@@ -137,8 +166,9 @@ def sample_batch(
     ids, mask = pad(chosen, pad_id)
     return Batch(
         task,
-        torch.from_numpy(ids).to(device),
-        torch.from_numpy(mask).to(device),
-        torch.tensor([x.start for x in chosen], device=device),
-        torch.tensor([x.end for x in chosen], device=device),
+        torch.from_numpy(ids),
+        torch.from_numpy(mask),
+        torch.tensor([x.start for x in chosen]),
+        torch.tensor([x.end for x in chosen]),
+        torch.full((size,), 1 / size),
     )

@@ -45,7 +45,7 @@ def test_pretrain_backbone_writes_a_backbone_and_goes_on_where_it_was(
     assert again.stdout == done.stdout
     other = mp2(*backbone_options, "--out", out, "--steps", 4)
     assert other.exit_code == 2
-    assert "made with another configuration" in other.stderr
+    assert "made with other settings, data or backbone: steps" in other.stderr
 
 
 def test_pretrain_backbone_says_what_is_wrong_with_its_input(

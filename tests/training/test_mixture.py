@@ -14,7 +14,6 @@ from mp2.tasks import MrcInput, TaskCard, load_card, load_examples
 from mp2.training.mixture import Batch, MixtureTask, load_mixture, pad, sample_batch
 from training.toy_tasks import write_tasks
 
-CPU = torch.device("cpu")
 CHI_SQUARE_999 = {2: 13.82, 9: 27.88, 36: 67.98}
 """Values exceeded by chance once in a thousand, by degrees of freedom."""
 
@@ -43,7 +42,7 @@ def mixture(cards: list[TaskCard], *sizes: int) -> list[MixtureTask]:
 
 
 def draw(tasks: list[MixtureTask], step: int, *, batch_size: int = 4, seed: int = 0) -> Batch:
-    return sample_batch(tasks, step, batch_size=batch_size, seed=seed, pad_id=0, device=CPU)
+    return sample_batch(tasks, step, batch_size=batch_size, seed=seed, pad_id=0)
 
 
 def chi_square(counts: np.ndarray) -> float:

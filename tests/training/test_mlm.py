@@ -18,11 +18,11 @@ from transformers import BertConfig, BertForMaskedLM
 
 from mp2.backbone import Backbone, BackboneConfig, load_backbone
 from mp2.backbone.checkpoint import checkpoint_names
-from mp2.errors import FormatError, RunLockedError, UsageError
+from mp2.errors import FormatError, MismatchError, RunLockedError, UsageError
 from mp2.training import MlmConfig, train_mlm
-from mp2.training import mlm as mlm_module
 from mp2.training.checkpoint import alone_in
-from mp2.training.mlm import MaskedLanguageModel, mask_tokens, schedule
+from mp2.training.mlm import MaskedLanguageModel, schedule
+from mp2.training.mlm_trainer import MlmTrainer
 
 SENTENCES = ["这个东西真的很好，不错。", "天气今日晴有雨！", "旅游美食体育科技", "“健康”教育财经音乐？"]
 
@@ -64,52 +64,7 @@ def train(corpus: Path, out: Path, config: MlmConfig, log: list[str] | None = No
     return train_mlm(corpus, out, config, log=([] if log is None else log).append)
 
 
-# ---- masking, loss, schedule
-
-
-def test_fifteen_per_cent_are_chosen_of_these_80_masked_10_replaced_10_kept() -> None:
-    config = tiny(length=102, max_positions=128)
-    rows = np.random.default_rng(0).integers(5, 200, (600, 102))
-    rows[:, 0], rows[:, -1] = 2, 3
-    masked, chosen, targets = mask_tokens(rows, np.random.default_rng(1), config, 4, 200)
-    n = len(chosen)
-    assert n == 600 * 15
-    assert np.bincount(chosen // 102).tolist() == [15] * 600
-    assert len(set(chosen)) == n
-    assert np.array_equal(rows.ravel()[chosen], targets)
-    untouched = np.delete(np.arange(rows.size), chosen)
-    assert np.array_equal(masked.ravel()[untouched], rows.ravel()[untouched])
-    assert not np.isin(chosen % 102, (0, 101)).any()  # never [CLS] or [SEP]
-    now = masked.ravel()[chosen]
-    kept_by_chance = 0.1 / 195
-    for share, expected in (
-        (np.mean(now == 4), 0.8),
-        (np.mean(now == targets), 0.1 + kept_by_chance),
-        (np.mean((now != 4) & (now != targets)), 0.1 - kept_by_chance),
-    ):
-        assert abs(share - expected) < 4.5 * np.sqrt(expected * (1 - expected) / n)
-    replaced = now[(now != 4) & (now != targets)]
-    assert replaced.min() >= 5  # never a special token
-    positions = np.bincount(chosen % 102, minlength=102)[1:101]
-    assert ((positions - 90) ** 2 / (90 * 0.85)).sum() < 150  # uniform: chi-square of 99 at 99.9 %
-
-
-def test_masking_depends_on_the_generator_alone_and_leaves_the_rows() -> None:
-    rows = np.random.default_rng(0).integers(5, 200, (4, 16))
-    before = rows.copy()
-    first, again = (mask_tokens(rows, np.random.default_rng(7), tiny(), 4, 200) for _ in range(2))
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    assert np.array_equal(rows, before)
-    assert not np.array_equal(mask_tokens(rows, np.random.default_rng(8), tiny(), 4, 200)[1], first[1])
-
-
-@pytest.mark.parametrize(("length", "rate"), [(3, 0.15), (4, 0.99), (6, 0.9), (16, 0.97)])
-def test_short_rows_and_high_rates_can_be_masked(length: int, rate: float) -> None:
-    config = tiny(length=length, mask_rate=rate)
-    rows = np.full((5, length), 9)
-    _, chosen, _ = mask_tokens(rows, np.random.default_rng(0), config, 4, 200)
-    assert len(chosen) == 5 * max(1, round((length - 2) * rate))
-    assert not np.isin(chosen % length, (0, length - 1)).any()
+# ---- loss, schedule
 
 
 def test_the_loss_equals_transformers_masked_language_model() -> None:
@@ -215,16 +170,16 @@ def test_a_run_cut_off_after_a_checkpoint_goes_on_bit_for_bit(
     last_saved: int,
     killed_at: int,
 ) -> None:
-    save = mlm_module.save_checkpoint
+    save = MlmTrainer.save
 
-    def sometimes(path: Path, model: Any, optimizer: Any, state: dict[str, Any]) -> None:
-        if state["step"] <= last_saved:
-            save(path, model, optimizer, state)
-        if state["step"] == killed_at:
+    def sometimes(self: MlmTrainer) -> None:
+        if self.step <= last_saved:
+            save(self)
+        if self.step == killed_at:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(mlm_module, "save_checkpoint", sometimes)
+        patched.setattr(MlmTrainer, "save", sometimes)
         with pytest.raises(KeyboardInterrupt):
             train(corpus, tmp_path / "tiny", tiny())
     assert len(losses(tmp_path / "tiny")) == killed_at
@@ -278,7 +233,7 @@ def test_a_finished_run_started_again_trains_no_more(corpus: Path, tmp_path: Pat
 
 def test_a_checkpoint_of_other_settings_is_refused(corpus: Path, tmp_path: Path) -> None:
     train(corpus, tmp_path / "tiny", tiny(steps=2))
-    with pytest.raises(UsageError, match=r"mlm_checkpoint\.safetensors was made with another configuration"):
+    with pytest.raises(MismatchError, match=r"mlm_checkpoint\.safetensors was made with .*: steps; give"):
         train(corpus, tmp_path / "tiny", tiny(steps=3))
     with pytest.raises(FormatError, match=r"'encoder\..*' has shape .*another model or configuration"):
         train(corpus, tmp_path / "tiny", tiny(steps=2, ffn=32))
@@ -309,6 +264,9 @@ def test_a_corpus_smaller_than_a_batch_is_refused_with_both_numbers(corpus: Path
         ({"length": 2}, "--length 2, expected at least 3"),
         ({"precision": "fp8"}, "precision 'fp8', expected fp32 or bf16"),
         ({"mask_rate": 1.0}, r"mask rate 1\.0"),
+        ({"masking": "word"}, "masking 'word', expected char or span"),
+        ({"learning_rate": 0.0}, r"learning rate 0\.0"),
+        ({"checkpoint_minutes": -1.0}, r"checkpoint minutes -1\.0"),
         ({"steps": 0}, "steps and batch size must be at least 1"),
     ],
 )

@@ -24,11 +24,10 @@ from mp2.tasks import TaskCard
 from mp2.training import PretrainConfig, Pretrainer, PretrainResult, score_table, span_loss
 from mp2.training import pretrain as pretrain_function
 from mp2.training.checkpoint import alone_in
-from mp2.training.mixture import load_mixture
-from mp2.training.pretrain import MAX_SKIPPED_IN_A_ROW
+from mp2.training.mixture import Batch, load_mixture
+from mp2.training.trainer import MAX_SKIPPED_IN_A_ROW
 from training.toy_tasks import lively_backbone, write_tasks
 
-PRETRAIN = sys.modules["mp2.training.pretrain"]
 SIZES = {"n_modules": 4, "prompt_tokens": 3, "intrinsic_dim": 8}
 
 
@@ -203,7 +202,7 @@ def test_the_schedule_has_the_right_end_points(
     one = trainer(world, backbone, tiny(steps=100, **settings), tmp_path)
     for step, rate in expected.items():
         one.step = step
-        assert one._schedule() == pytest.approx(rate)
+        assert one.rates() == pytest.approx([rate * 1e-2, rate * 1e-2])
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
@@ -330,10 +329,10 @@ def test_a_checkpoint_of_other_settings_is_refused_and_left_whole(
     world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     run(world, backbone, tiny(steps=3), tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(MismatchError, match=r"checkpoint\.safetensors was made with other settings.*--out"):
         run(world, backbone, tiny(**{"steps": 3, **change}), tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_checkpoint_over_another_backbone_task_list_or_size_is_refused(
@@ -368,12 +367,13 @@ def test_a_second_run_in_the_same_folder_is_refused(
 def nan_at(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
     """Make the loss of these calls (from 0) non-finite."""
     calls = iter(range(10_000))
+    loss = Pretrainer.loss
 
-    def poisoned(*arguments: torch.Tensor) -> torch.Tensor:
+    def poisoned(self: Pretrainer, batch: Batch) -> torch.Tensor:
         n = next(calls)
-        return span_loss(*arguments) * (torch.nan if n in bad and n % 2 else torch.inf if n in bad else 1.0)
+        return loss(self, batch) * (torch.nan if n in bad and n % 2 else torch.inf if n in bad else 1.0)
 
-    monkeypatch.setattr(PRETRAIN, "span_loss", poisoned)
+    monkeypatch.setattr(Pretrainer, "loss", poisoned)
 
 
 def test_a_non_finite_loss_is_skipped_and_counted_and_moves_nothing(

@@ -1,0 +1,193 @@
+"""``mp2 pretrain``: from names, folders and devices to a run, or back into one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mp2.backbone.load import Backbone, load_backbone
+from mp2.errors import FormatError, UsageError
+from mp2.prompts import PromptSet, load_prompts
+from mp2.tasks import TaskCard, list_cards, load_card
+from mp2.tasks.data import has_split
+from mp2.training.config import PretrainConfig
+from mp2.training.evaluation import table
+from mp2.training.mixture import load_mixture
+from mp2.training.pretrain import Pretrainer, PretrainResult
+from mp2.training.ranks import is_main, joined
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainInputs:
+    """Task names or cards, where data, backbone and first prompts are, and what was typed."""
+
+    tasks: tuple[str, ...]
+    backbone: str
+    data: str | None = None
+    init: str | None = None
+    command: str | None = None
+
+    def absolute(self) -> PretrainInputs:
+        """The same with full paths, so that a run can be resumed from any folder."""
+
+        def full(name: str | None) -> str | None:
+            return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
+
+        return PretrainInputs(
+            tasks=tuple(str(full(t)) if t.endswith(".toml") else t for t in self.tasks),
+            backbone=str(full(self.backbone)) if self.backbone != "mini" else "mini",
+            data=full(self.data),
+            init=full(self.init),
+            command=self.command,
+        )
+
+
+def pretrain(
+    cards: Sequence[TaskCard],
+    backbone: Backbone,
+    config: PretrainConfig,
+    out: Path,
+    *,
+    data: Path | None = None,
+    init: PromptSet | None = None,
+    device: str = "cpu",
+    log: Callable[[str], None] = lambda _: None,
+    inputs: PretrainInputs | None = None,
+) -> PretrainResult:
+    """Pre-train prompts for ``cards`` over ``backbone`` in the folder ``out``; see ``Pretrainer``.
+
+    Under ``torchrun`` all its processes share the work. ``inputs`` is kept in ``config.json``.
+    """
+    limit = min(config.max_tokens, backbone.config.max_positions)
+    if config.kind == "shallow":  # inline rows take positions too
+        limit = min(config.max_tokens, backbone.config.max_positions - config.prompt_tokens)
+    with joined(device) as ranks:
+        say = log if ranks.main else lambda _: None
+        tasks = load_mixture(
+            cards,
+            data,
+            backbone.tokenizer,
+            limit,
+            dev_limit=config.dev_limit,
+            rotated=config.rotated,
+            shuffle_options=config.shuffle_options,
+            seed=config.seed,
+            log=say,
+        )
+        n_train = sum(len(t.train) for t in tasks)
+        say(f"{len(tasks)} tasks, {n_train:,} training sequences")
+        run = Pretrainer(
+            backbone,
+            tasks,
+            config,
+            out,
+            init=init,
+            ranks=ranks,
+            log=say,
+            inputs=asdict(inputs.absolute()) if inputs else None,
+        )
+        return run.run()
+
+
+def pretrain_command(
+    inputs: PretrainInputs,
+    config: PretrainConfig,
+    out: str,
+    device: str,
+    threads: int | None,
+    *,
+    log: Callable[[str], None],
+    show: Callable[[str], None],
+) -> PretrainResult:
+    """What ``mp2 pretrain`` does: resolve names, load, train, show the score table.
+
+    Without task names, every task that has training data in the data folder.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    backbone = load_backbone(inputs.backbone)
+    root = Path(inputs.data) if inputs.data else None
+    cards = [load_card(name) for name in inputs.tasks]
+    if not cards:
+        cards = [card for card in list_cards() if has_split(card, "train", root)]
+        if not cards:
+            raise UsageError("no task has training data; pass --data DIR (DIR/<task>/train.jsonl) or --tasks")
+    twice = sorted({card.task for card in cards if sum(c.task == card.task for c in cards) > 1})
+    if twice:
+        raise UsageError(f"task '{twice[0]}' was given twice; give each task once")
+    prompts = load_prompts(inputs.init) if inputs.init else None
+    result = pretrain(
+        cards,
+        backbone,
+        config,
+        Path(out),
+        data=root,
+        init=prompts,
+        device=device,
+        log=log,
+        inputs=inputs,
+    )
+    if is_main():
+        show(score_table(result))
+    return result
+
+
+def asked_run(
+    options: dict[str, Any], given: set[str], typed: str | None
+) -> tuple[PretrainInputs, PretrainConfig, str]:
+    """Inputs, settings and folder of the run that command-line ``options`` ask for; ``given`` were typed.
+
+    Raises:
+        UsageError: options that do not go together, or neither --out nor --resume.
+    """
+    options = dict(options)
+    tasks = (*options.pop("names"), *options.pop("more"))
+    inputs = PretrainInputs(
+        tasks=tasks, command=typed, **{name: options.pop(name) for name in ("backbone", "data", "init")}
+    )
+    out, resume = options.pop("out"), options.pop("resume")
+    if resume:
+        others = sorted(given - {"resume", "device", "threads"})
+        if others:
+            raise UsageError(
+                "--resume takes all but --device and --threads from the run's config.json; "
+                f"drop '{others[0].replace('_', '-')}'"
+            )
+        return (*saved_run(resume), resume)
+    if not out:
+        raise UsageError("no folder: give --out DIR to write to, or --resume DIR to go on with a run")
+    return inputs, PretrainConfig(**options), out
+
+
+def saved_run(out: str) -> tuple[PretrainInputs, PretrainConfig]:
+    """Inputs and settings of the run in a folder, for ``--resume``.
+
+    Raises:
+        UsageError: no run of ``mp2 pretrain`` there.
+        FormatError: its ``config.json`` is damaged.
+    """
+    path = Path(out) / "config.json"
+    if not path.is_file():
+        raise UsageError(f"--resume: there is no {path}; give the --out folder of a run of 'mp2 pretrain'")
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+        inputs = raw.pop("inputs")
+        return (
+            PretrainInputs(**{**inputs, "tasks": tuple(inputs["tasks"])}),
+            PretrainConfig(**raw),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"not the settings of a run of 'mp2 pretrain': {error!r}", path=path) from error
+
+
+def score_table(result: PretrainResult) -> str:
+    """Dev scores before and after, a line a task, best gain first."""
+    lines = [table(result.scores)]
+    if result.skipped_steps:
+        lines.append(f"{result.skipped_steps} steps had a non-finite loss and were skipped")
+    return "\n".join(lines)

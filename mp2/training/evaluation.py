@@ -1,0 +1,61 @@
+"""Dev scores of a mixture's tasks, each under its own inference router."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mp2.tasks import decode, score
+from mp2.training.mixture import MixtureTask, pad
+from mp2.training.model import PromptedEncoder
+from mp2.training.ranks import Ranks
+
+
+@torch.no_grad()
+def dev_score(
+    model: PromptedEncoder, task: MixtureTask, weights: Tensor, pad_id: int, batch: int = 64
+) -> float:
+    """Metric of a task on its dev examples under router weights [L', K]; between 0 and 1."""
+    device = weights.device
+    order = np.argsort([x.n_tokens for x in task.dev], kind="stable")
+    starts: list[Any] = [None] * len(order)
+    ends: list[Any] = [None] * len(order)
+    for first in range(0, len(order), batch):
+        rows = order[first : first + batch]
+        ids, mask_np = pad([task.dev[i] for i in rows], pad_id)
+        mask = torch.from_numpy(mask_np).to(device)
+        logits = model.prompts(model.encoder, torch.from_numpy(ids).to(device), mask, weights)
+        start, end = (x.float().masked_fill(~mask, -torch.inf).log_softmax(-1).cpu().numpy() for x in logits)
+        for row, i in enumerate(rows):
+            n = task.dev[i].n_tokens
+            starts[i], ends[i] = start[row, :n], end[row, :n]
+    return score(task.card, decode(task.card, task.dev_examples, task.dev, starts, ends), task.dev_examples)
+
+
+def dev_scores(
+    model: PromptedEncoder, tasks: Sequence[MixtureTask], pad_id: int, ranks: Ranks
+) -> dict[str, float]:
+    """Dev metric of every task under its inference router; the processes share the tasks."""
+    model.eval()
+    scores = [0.0] * len(tasks)
+    for i in range(ranks.rank, len(tasks), ranks.size):
+        scores[i] = dev_score(model, tasks[i], model.prompts.router_weights(i).detach(), pad_id)
+    names = [task.card.task for task in tasks]
+    return dict(zip(names, ranks.total(*scores), strict=True))
+
+
+def table(scores: Mapping[str, Mapping[str, float]]) -> str:
+    """Scores in per cent, a line a task, largest gain from the first column to the last one first."""
+    columns = list(next(iter(scores.values())))
+    rows = sorted(scores.items(), key=lambda item: item[1][columns[0]] - item[1][columns[-1]])
+    width = max(20, *(len(name) for name in scores))
+    lines = ["task".ljust(width) + "".join(f" {column:>9}" for column in columns)]
+    for name, values in rows:
+        lines.append(name.ljust(width) + "".join(f" {100 * values[c]:9.1f}" for c in columns))
+    means = [100 * float(np.mean([values[c] for values in scores.values()])) for c in columns]
+    lines.append("mean".ljust(width) + "".join(f" {mean:9.1f}" for mean in means))
+    return "\n".join(lines)

@@ -1,0 +1,227 @@
+"""``mp2 pretrain-backbone``: a backbone from plain text by masked language modelling, restartable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mp2.backbone.config import BackboneConfig
+from mp2.backbone.load import Backbone, freeze, save_backbone
+from mp2.backbone.tokenizer import Tokenizer
+from mp2.errors import UsageError
+from mp2.training.checkpoint import alone_in
+from mp2.training.corpus import build_vocab, corpus_files, file_digests, pack, ppmi_embeddings
+from mp2.training.masking import mask_tokens
+from mp2.training.mlm import MaskedLanguageModel, MlmConfig, schedule
+from mp2.training.model_card import backbone_card
+from mp2.training.outputs import draw_curves, write_whole
+from mp2.training.ranks import Ranks, joined
+from mp2.training.trainer import Trainer
+
+Tensors = tuple[Tensor, ...]
+
+
+class MlmTrainer(Trainer[Tensors]):
+    """One masked-language-modelling run over packed sequences [n, length]."""
+
+    model: MaskedLanguageModel
+
+    def __init__(
+        self,
+        out: Path,
+        config: MlmConfig,
+        packed: NDArray[np.uint16],
+        tokenizer: Tokenizer,
+        *,
+        ranks: Ranks,
+        compiled: bool,
+        log: Callable[[str], None],
+    ) -> None:
+        super().__init__(
+            out,
+            n_steps=config.steps,
+            checkpoint="mlm_checkpoint.safetensors",
+            journal="mlm_losses.jsonl",
+            checkpoint_minutes=config.checkpoint_minutes,
+            amount=config.batch_size * config.length,
+            unit="tokens",
+            ranks=ranks,
+            log=log,
+        )
+        self.config, self.packed, self.tokenizer = config, packed, tokenizer
+        self.n_batches = len(packed) // config.batch_size
+        if not self.n_batches:
+            raise UsageError(
+                f"corpus has {len(packed)} sequences, expected at least one batch of {config.batch_size}"
+            )
+        if config.batch_size < ranks.size:
+            raise UsageError(f"batch size {config.batch_size}, expected at least {ranks.size}: one a process")
+        self._order: tuple[int, NDArray[np.int64]] = (-1, np.arange(0))
+        self.model = MaskedLanguageModel(_shape(out.name, config, tokenizer))
+        self.model.initialise(torch.Generator().manual_seed(config.seed))
+        self.model.to(ranks.device).train()
+        decayed = [p for p in self.model.parameters() if p.dim() > 1]
+        plain = [p for p in self.model.parameters() if p.dim() <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"name": "weights", "params": decayed, "weight_decay": config.weight_decay},
+                {"name": "biases and norms", "params": plain, "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            betas=(0.9, 0.98),
+            fused=True,
+        )
+        forward: nn.Module = torch.compile(self.model) if compiled else self.model  # type: ignore[assignment]
+        self._on_ranks = ranks.wrap(forward)
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint must agree on to be resumed; how often one is written does not matter."""
+        settings = asdict(self.config)
+        del settings["checkpoint_minutes"]
+        return settings | {"n_sequences": len(self.packed)}
+
+    def make_batch(self, step: int) -> Tensors:
+        """This process's rows of a step: masked ids [N, T], chosen positions [n], targets [n], starts [N]."""
+        config, ranks = self.config, self.ranks
+        epoch, index = divmod(step, self.n_batches)
+        if epoch != self._order[0]:
+            shuffled = np.random.default_rng([config.seed, 1, epoch]).permutation(len(self.packed))
+            self._order = epoch, shuffled
+        rng = np.random.default_rng([config.seed, 2, step])
+        picked = np.sort(self._order[1][index * config.batch_size : (index + 1) * config.batch_size])
+        rows = self.packed[picked].astype(np.int64)
+        inputs, chosen, targets = mask_tokens(
+            rows, rng, config.masking, config.mask_rate, self.tokenizer.mask_id, self.tokenizer.vocab_size
+        )
+        starts = rng.integers(0, config.max_positions - config.length + 1, len(rows))
+        if ranks.size > 1:
+            own = np.arange(ranks.rank, len(rows), ranks.size)
+            within = chosen.reshape(len(rows), -1) - np.arange(len(rows))[:, None] * config.length
+            chosen = (within[own] + np.arange(len(own))[:, None] * config.length).ravel()
+            inputs, starts = inputs[own], starts[own]
+            targets = targets.reshape(len(rows), -1)[own].ravel()
+        tensors = tuple(torch.from_numpy(a) for a in (inputs, chosen, targets, starts))
+        return tuple(t.pin_memory() for t in tensors) if ranks.device.type == "cuda" else tensors
+
+    def loss(self, batch: Tensors) -> Tensor:
+        """This process's share of the batch's mean loss: every row has as many chosen positions."""
+        device = self.ranks.device
+        tensors = [t.to(device, non_blocking=True) for t in batch]
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            mean: Tensor = self._on_ranks(*tensors)
+        return mean * (len(batch[0]) / self.config.batch_size)
+
+    def clip(self) -> Tensor:
+        """Limit the gradients to norm 1."""
+        return nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+
+    def rates(self) -> Sequence[float]:
+        """Linear warm-up, then linear to zero, for both groups."""
+        rate = self.config.learning_rate * schedule(self.step, self.n_steps, self.config.warmup)
+        return rate, rate
+
+
+def train_mlm(
+    corpus: Path,
+    out: Path,
+    config: MlmConfig,
+    *,
+    log: Callable[[str], None],
+    device: str = "cpu",
+    threads: int | None = None,
+    compiled: bool | None = None,
+    command: str | None = None,
+) -> Backbone:
+    """Train a backbone on the text files of ``corpus`` and write it, BERT form, to ``out``.
+
+    Restartable: with a checkpoint of the same configuration in ``out`` it goes on where that ends, with the
+    same losses as if never stopped. Losses go to ``out/mlm_losses.jsonl``, the curve to ``curves.png``,
+    ``command`` into the model card. ``compiled`` uses ``torch.compile`` (None: on GPUs). Under ``torchrun``
+    all its processes share the work.
+
+    Raises:
+        RunLockedError: another process trains in the same folder.
+        UsageError: no text, or less than a batch of it.
+        MismatchError: a checkpoint of another configuration.
+        UnknownNameError, MissingDependencyError: no such device here.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    with joined(device) as ranks, alone_in(out) if ranks.main else nullcontext():
+        say = log if ranks.main else lambda _: None
+        with ranks.main_first():  # the others find vocabulary and packed sequences
+            files = corpus_files(corpus)
+            tokenizer = _tokenizer(files, out, config)
+            packed = pack(files, tokenizer, config.length, out / "cache")
+        say(
+            f"corpus: {len(packed):,} sequences of {config.length} tokens, "
+            f"vocabulary {tokenizer.vocab_size:,}"
+        )
+        wanted = ranks.device.type == "cuda" if compiled is None else compiled
+        run = MlmTrainer(out, config, packed, tokenizer, ranks=ranks, compiled=wanted, log=say)
+        with run.resumed() as resumed:
+            if not resumed and config.ppmi_init:
+                vectors = ppmi_embeddings(
+                    packed[:250_000], tokenizer.vocab_size, config.hidden, seed=config.seed
+                )
+                run.model.encoder.word_embeddings.weight.data.copy_(torch.from_numpy(vectors))
+                say("token embeddings start from PPMI + SVD")
+            if ranks.main:
+                write_whole(out / "mlm_config.json", json.dumps(asdict(config), indent=1) + "\n")
+            run.train()
+        backbone = freeze(run.model.encoder.config, run.model.encoder.cpu(), tokenizer)
+        if ranks.main:
+            _write(run, backbone, files, command)
+        return backbone
+
+
+def _write(run: MlmTrainer, backbone: Backbone, files: Sequence[Path], command: str | None) -> None:
+    """Write the backbone's folder, curve, numbers and card."""
+    out, config = run.out, run.config
+    save_backbone(backbone, out)
+    draw_curves(out / "curves.png", run.journal, f"{backbone.name}: masked language modelling")
+    lines = [json.loads(line)["loss"] for line in run.journal.read_text().splitlines()]
+    part = max(1, len(lines) // 20)
+    first, last = ([x for x in half if x is not None] for half in (lines[:part], lines[-part:]))
+    facts: dict[str, Any] = {
+        "sequences": len(run.packed),
+        "seconds": run.seconds,
+        "skipped_steps": run.skipped,
+        "first_loss": float(np.mean(first)) if first else float("nan"),
+        "last_loss": float(np.mean(last)) if last else float("nan"),
+        "tokens_per_s": round(config.steps * config.batch_size * config.length / run.seconds, 1),
+        "data_wait_share": round(run.wait_share, 5),
+    }
+    write_whole(out / "mlm_result.json", json.dumps(facts, indent=1) + "\n")
+    facts["files"] = file_digests(files)
+    write_whole(out / "model_card.md", backbone_card(backbone, config, run.ranks, command, facts))
+
+
+def _tokenizer(files: Sequence[Path], out: Path, config: MlmConfig) -> Tokenizer:
+    vocab_file = out / "vocab.txt"
+    if vocab_file.is_file():
+        return Tokenizer.from_folder(out)
+    tokenizer = Tokenizer.from_vocab(build_vocab(files, config.vocab_size))
+    write_whole(vocab_file, "\n".join(tokenizer.tokens()) + "\n")
+    return tokenizer
+
+
+def _shape(name: str, config: MlmConfig, tokenizer: Tokenizer) -> BackboneConfig:
+    return BackboneConfig(
+        name=name,
+        n_layers=config.n_layers,
+        hidden=config.hidden,
+        n_heads=config.n_heads,
+        ffn=config.ffn,
+        vocab_size=tokenizer.vocab_size,
+        max_positions=config.max_positions,
+    )

@@ -1,0 +1,114 @@
+"""What a finished pre-training leaves beside the prompt file: scores, routers, curves, a model card."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mp2.backbone.load import Backbone
+from mp2.prompts import PromptSet
+from mp2.training.config import PretrainConfig
+from mp2.training.mixture import MixtureTask
+from mp2.training.model_card import prompts_card
+from mp2.training.ranks import Ranks
+
+if TYPE_CHECKING:
+    from mp2.training.pretrain import PretrainResult
+
+
+def write_outputs(
+    out: Path,
+    result: PretrainResult,
+    start: Backbone,
+    tasks: Sequence[MixtureTask],
+    config: PretrainConfig,
+    ranks: Ranks,
+    inputs: Mapping[str, Any],
+) -> None:
+    """Write ``scores.json``, ``routers.csv``, ``curves.png``, ``result.json`` and ``model_card.md``.
+
+    ``start`` is the backbone that the run began with; ``inputs`` may have the ``command`` that was typed.
+    """
+    write_whole(out / "scores.json", json.dumps(result.scores, indent=1, ensure_ascii=False) + "\n")
+    write_routers(out / "routers.csv", result.prompts, [task.card.family for task in tasks])
+    title = f"{config.kind} prompts on {result.backbone.name}, {len(tasks)} tasks"
+    draw_curves(out / "curves.png", out / "losses.jsonl", title, dev=out / "dev_scores.jsonl")
+    trained = config.backbone_lr > 0
+    numbers = {
+        "prompts_sha256": result.prompts.sha256,
+        "backbone_sha256_before": start.sha256,
+        "backbone_sha256_after": result.backbone.sha256,
+        "backbone_trained": trained,
+        "steps": config.steps,
+        "skipped_steps": result.skipped_steps,
+        "seconds_in_steps": round(result.seconds, 3),
+        "examples_per_s": round(config.steps * config.batch_size / result.seconds, 2),
+        "data_wait_share": round(result.data_wait_share, 5),
+        "processes": ranks.size,
+        "device": ranks.device.type,
+    }
+    write_whole(out / "result.json", json.dumps(numbers, indent=1) + "\n")
+    write_whole(
+        out / "model_card.md", prompts_card(result, start, tasks, config, ranks, inputs.get("command"))
+    )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, "utf-8")
+    os.replace(partial, path)
+
+
+def write_routers(path: Path, prompts: PromptSet, families: Sequence[str]) -> None:
+    """A line a task, layer and module: its logit, and whether (soft: how much) it is on at inference."""
+    partial = path.with_name(path.name + ".part")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["task", "family", "layer", "module", "logit", "active"])
+        for number, (task, family) in enumerate(zip(prompts.meta.tasks, families, strict=True)):
+            weights = prompts.router(task).tolist()
+            for layer, logits in enumerate(prompts.routers[number].tolist()):
+                for module, logit in enumerate(logits):
+                    active = f"{weights[layer][module]:g}"
+                    writer.writerow([task, family, layer, module, f"{logit:.6g}", active])
+    os.replace(partial, path)
+
+
+def draw_curves(path: Path, losses: Path, title: str, *, dev: Path | None = None) -> None:
+    """Training loss (means over 200 windows) and, where there are any, dev scores by task, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in losses.read_text().splitlines()]
+    steps = np.array([line["step"] for line in lines])
+    values = np.array([np.nan if line["loss"] is None else line["loss"] for line in lines])
+    windows = [w for w in np.array_split(np.arange(len(values)), 200) if np.isfinite(values[w]).any()]
+    figure = Figure(figsize=(11 if dev else 6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2 if dev else 1, squeeze=False)[0]
+    axes[0].plot(
+        [steps[w].mean() for w in windows], [np.nanmean(values[w]) for w in windows], color="tab:blue"
+    )
+    axes[0].set_xlabel("step")
+    axes[0].set_ylabel("training loss (nats)")
+    if dev:
+        points = [json.loads(line) for line in dev.read_text().splitlines()]
+        at = [point["step"] for point in points]
+        for task in points[0]["scores"]:
+            axes[1].plot(at, [100 * point["scores"][task] for point in points], color="0.8", linewidth=0.8)
+        means = [100 * float(np.mean(list(point["scores"].values()))) for point in points]
+        axes[1].plot(at, means, ".-", color="tab:orange", label="mean")
+        axes[1].set_xlabel("step")
+        axes[1].set_ylabel("dev score (grey: a task)")
+        axes[1].legend()
+    figure.suptitle(title)
+    partial = path.with_name(path.name + ".part")
+    figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})
+    os.replace(partial, path)

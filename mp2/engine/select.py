@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mp2.backbone import Backbone
+from mp2.backbone import Backbone, resolve_device
+from mp2.engine.cuda_objective import CudaObjective
+from mp2.engine.cuda_runtime import CUDA_PRECISIONS, CudaRuntime
 from mp2.engine.objective import Objective
 from mp2.engine.onnx_runtime import OnnxRuntime
 from mp2.engine.runtime import PRECISIONS, Runtime
 from mp2.engine.torch_runtime import TorchRuntime
 from mp2.errors import Mp2Error, UnknownNameError, UsageError
-from mp2.export.export import tensorrt_missing
 from mp2.prompts import PromptSet
 
 if TYPE_CHECKING:
     from mp2.tasks import MrcInput
+
+AnyObjective = Objective | CudaObjective
 
 RUNTIMES = ("auto", "torch", "onnxruntime", "tensorrt")
 
@@ -35,6 +38,8 @@ def create_runtime(
 ) -> Runtime:
     """Return runtime ``name``; ``auto`` times one layer on each that works here and takes the fastest.
 
+    ``device`` ``auto`` is the GPU if torch sees one, for ``onnxruntime`` the CPU. ``precision`` ``auto`` is
+    fp32 on a CPU, where losses then are exact, and bf16 on a GPU (fp16 on one without bf16).
     ``engine_dir`` is an engine folder (`mp2 export`), which ``onnxruntime`` needs. ``threads`` sets torch's
     threads for the whole process, too. ``.reason`` of the result says why it was chosen.
 
@@ -43,16 +48,27 @@ def create_runtime(
     """
     if name not in RUNTIMES:
         raise UnknownNameError("runtime", name, RUNTIMES)
-    if precision not in PRECISIONS:
-        raise UnknownNameError("precision", precision, PRECISIONS)
+    why = []
+    if device == "auto":
+        device = "cuda" if name != "onnxruntime" and torch.cuda.is_available() else "cpu"
+        why = ["there is a GPU"] if device == "cuda" else []
+    if precision == "auto":
+        precision = _usual_precision(name, device)
+        why += [f"{precision} is usual there"] if device != "cpu" else []
     if name == "tensorrt":
-        raise tensorrt_missing()
+        return _tensorrt(backbone, engine_dir, device, precision)
+    on_gpu = name != "onnxruntime" and device != "cpu" and resolve_device(device).type == "cuda"
+    known = CUDA_PRECISIONS if on_gpu else PRECISIONS
+    if precision not in known:
+        raise UnknownNameError("precision", precision, known, f"These are for device {device}.")
     if threads is not None:
         if threads < 1:
             raise UsageError(f"threads is {threads}, expected at least 1")
         torch.set_num_threads(threads)
 
     def on_torch(reason: str = "") -> Runtime:
+        if on_gpu:
+            return CudaRuntime(backbone, device=device, precision=precision, reason=reason)
         return TorchRuntime(backbone, device=device, precision=precision, reason=reason)
 
     def on_onnx(reason: str = "") -> Runtime:
@@ -68,19 +84,48 @@ def create_runtime(
         return OnnxRuntime(backbone, Path(engine_dir), threads=threads, precision=precision, reason=reason)
 
     if name == "torch":
-        return on_torch()
+        return on_torch(f"asked for; {', '.join(why)}" if why else "")
     if name == "onnxruntime":
         return on_onnx()
+    if on_gpu:
+        return on_torch(f"auto: torch on CUDA, {', '.join(why) or 'the device asked for'}")
     if engine_dir is None:
         return on_torch("auto: torch, the only runtime without an engine folder")
     return _fastest(backbone, {"torch": on_torch, "onnxruntime": on_onnx})
 
 
+def _usual_precision(name: str, device: str) -> str:
+    if name == "tensorrt":
+        return "fp16"
+    if device == "cpu" or resolve_device(device).type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+
+
 def create_objective(
     runtime: Runtime, backbone: Backbone, prompts: PromptSet, train: Sequence[MrcInput]
-) -> Objective:
+) -> AnyObjective:
     """Return the few-shot objective that suits ``runtime``; see `Objective` for the errors."""
+    if isinstance(runtime, CudaRuntime):
+        return CudaObjective(runtime, backbone, prompts, train)
     return Objective(runtime, backbone, prompts, train)
+
+
+def _tensorrt(backbone: Backbone, engine_dir: str | Path | None, device: str, precision: str) -> Runtime:
+    from mp2.engine.tensorrt_runtime import TensorRTRuntime
+    from mp2.export.tensorrt.graphs import PRECISIONS as TYPED
+    from mp2.export.tensorrt.library import load_tensorrt
+
+    load_tensorrt()
+    if precision not in TYPED:
+        raise UnknownNameError("precision", precision, TYPED, "runtime 'tensorrt' has fp16, bf16 and fp8")
+    if engine_dir is None:
+        raise UsageError(
+            f"runtime 'tensorrt' needs an engine folder of its own; run 'mp2 export --runtime tensorrt "
+            f"--backbone {backbone.config.name} --precision {precision} --out DIR' and pass --engine DIR"
+        )
+    on = "cuda" if device == "cpu" else device
+    return TensorRTRuntime(backbone, Path(engine_dir), device=on, precision=precision)
 
 
 def _fastest(backbone: Backbone, makers: dict[str, Callable[[str], Runtime]]) -> Runtime:

@@ -1,6 +1,7 @@
 """Engine folders: ONNX graphs of a backbone with prompts as inputs, manifest and parity report."""
 
-from mp2.export.export import export_command, export_engine
+from mp2.export.command import export_command
+from mp2.export.export import export_engine
 from mp2.export.folder import EngineFolder, Manifest, read_manifest
 from mp2.export.parity import Comparison
 

@@ -1,12 +1,10 @@
-"""``mp2 export``: write an engine folder, compare it with torch, then give it its name."""
+"""Write an engine folder, compare it with torch, then give it its name."""
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +14,7 @@ import torch
 
 from mp2 import __version__
 from mp2.backbone import Backbone, Layer
-from mp2.errors import MissingDependencyError, Mp2Error, UnknownNameError, UsageError
+from mp2.errors import Mp2Error, UsageError
 from mp2.export import graphs
 from mp2.export.folder import (
     MANIFEST,
@@ -27,13 +25,11 @@ from mp2.export.folder import (
     file_sha256,
     layer_file,
 )
-from mp2.export.parity import REPORT_HEADER, Comparison, compare_folder, failed
+from mp2.export.parity import Comparison, compare_folder, failed
 from mp2.export.weights import WeightStore
 
 if TYPE_CHECKING:
     from mp2.prompts import PromptSet
-
-EXPORT_RUNTIMES = ("onnxruntime", "tensorrt")
 
 
 def export_engine(
@@ -41,7 +37,6 @@ def export_engine(
     out: str | Path,
     *,
     prompts: PromptSet | None = None,
-    runtime: str = "onnxruntime",
     report: Callable[[Comparison], None] = lambda comparison: None,
 ) -> EngineFolder:
     """Write ``backbone``'s engine folder to ``out``, which must be new, empty or an older engine folder.
@@ -51,14 +46,10 @@ def export_engine(
     leaves nothing that looks whole.
 
     Raises Mp2Error if an output differs from torch (nothing is left at ``out``), UsageError if ``out`` holds
-    something else, MissingDependencyError for a runtime that is not there.
+    something else.
     """
-    if runtime not in EXPORT_RUNTIMES:
-        raise UnknownNameError("runtime", runtime, EXPORT_RUNTIMES)
-    if runtime == "tensorrt":
-        raise tensorrt_missing()
     out = Path(out)
-    _check_target(out)
+    check_target(out)
     partial = out.with_name(f".{out.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
@@ -77,67 +68,16 @@ def export_engine(
                 f"{bad[0].max_rel:.1e} relative, expected at most {bad[0].tolerance:.0e}; "
                 f"nothing was written to {out}"
             )
-        manifest = _manifest(backbone, partial, prompts, runtime)
+        manifest = folder_manifest(backbone, partial, prompts, "onnxruntime", "fp32")
         (partial / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        _rename(partial, out)
+        put_in_place(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return EngineFolder(out, manifest)
 
 
-def export_command(
-    backbone: str,
-    out: str,
-    prompts: str | None,
-    runtime: str,
-    show: Callable[[str], None] = lambda line: None,
-) -> dict[str, object]:
-    """Do what ``mp2 export`` does: load by name, export, ``show`` the parity report; return it as JSON."""
-    from mp2.backbone import load_backbone
-
-    if runtime not in EXPORT_RUNTIMES:
-        raise UnknownNameError("runtime", runtime, EXPORT_RUNTIMES)
-    if runtime == "tensorrt":
-        raise tensorrt_missing()
-    _check_target(Path(out))
-    loaded = load_backbone(backbone)
-    prompt_set = None
-    if prompts is not None:
-        from mp2.prompts import load_prompts
-
-        prompt_set = load_prompts(prompts, loaded)
-    comparisons: list[Comparison] = []
-
-    def report(comparison: Comparison) -> None:
-        if not comparisons:
-            show(REPORT_HEADER)
-        comparisons.append(comparison)
-        show(comparison.line())
-
-    folder = export_engine(loaded, out, prompts=prompt_set, runtime=runtime, report=report)
-    n_bytes = sum(path.stat().st_size for path in folder.path.iterdir())
-    show(
-        f"{len(comparisons)} outputs equal torch's within tolerance; "
-        f"engine of '{loaded.config.name}' in {folder.path} "
-        f"({len(folder.manifest.files)} files, {n_bytes / 1e6:.1f} MB)"
-    )
-    return {
-        "out": str(folder.path),
-        "bytes": n_bytes,
-        "manifest": json.loads(folder.manifest.to_json()),
-        "parity": [{**asdict(c), "ok": c.ok} for c in comparisons],
-    }
-
-
-def tensorrt_missing() -> MissingDependencyError:
-    """Return the error for the runtime whose place is kept but which is not there yet."""
-    return MissingDependencyError(
-        "runtime 'tensorrt' needs an NVIDIA GPU, the package 'tensorrt' (pip install 'mp2[gpu]') and a "
-        "version of mp2 that builds plans: this one does not yet; use --runtime onnxruntime"
-    )
-
-
-def _check_target(out: Path) -> None:
+def check_target(out: Path) -> None:
+    """Raise UsageError unless ``out`` is new, empty or an older engine folder."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -148,7 +88,7 @@ def _check_target(out: Path) -> None:
 
 def _write_files(backbone: Backbone, folder: Path, prompts: PromptSet | None) -> None:
     config, store = backbone.config, WeightStore(folder)
-    _store_embeddings(backbone, store)
+    store_embeddings(backbone, store)
     for i in range(config.n_layers):
         _store_layer(backbone, store, i)
     if prompts is not None:
@@ -159,16 +99,17 @@ def _write_files(backbone: Backbone, folder: Path, prompts: PromptSet | None) ->
 
 def write_graphs(new: Callable[[], graphs.GraphBuilder], folder: Path, *, baked_head: bool) -> None:
     """Write every graph of an engine folder, each with a ``new`` builder whose weights are stored."""
-    _save(graphs.embed_model(new()), folder / "embed.onnx")
-    _save(graphs.embed_inline_model(new()), folder / "embed_inline.onnx")
+    save_graph(graphs.embed_model(new()), folder / "embed.onnx")
+    save_graph(graphs.embed_inline_model(new()), folder / "embed_inline.onnx")
     for i in range(new().config.n_layers):
-        _save(graphs.layer_model(new(), i), folder / layer_file(i, "onnx"))
-    _save(graphs.head_model(new()), folder / "head.onnx")
-    _save(graphs.backbone_model(new(), baked_head=baked_head), folder / "backbone.onnx")
-    _save(graphs.backbone_inline_model(new(), baked_head=baked_head), folder / "backbone_inline.onnx")
+        save_graph(graphs.layer_model(new(), i), folder / layer_file(i, "onnx"))
+    save_graph(graphs.head_model(new()), folder / "head.onnx")
+    save_graph(graphs.backbone_model(new(), baked_head=baked_head), folder / "backbone.onnx")
+    save_graph(graphs.backbone_inline_model(new(), baked_head=baked_head), folder / "backbone_inline.onnx")
 
 
-def _store_embeddings(backbone: Backbone, store: WeightStore) -> None:
+def store_embeddings(backbone: Backbone, store: WeightStore) -> None:
+    """Write the embedding tables and their norm, in float32."""
     encoder = backbone.encoder
     for name, tensor in (
         ("word_embeddings", encoder.word_embeddings.weight),
@@ -200,12 +141,16 @@ def _store_layer(backbone: Backbone, store: WeightStore, index: int) -> None:
             store.add(file, f"{name}.{part}.bias", module.bias.numpy())
 
 
-def _save(model: onnx.ModelProto, path: Path) -> None:
+def save_graph(model: onnx.ModelProto, path: Path) -> None:
+    """Write ``model`` and check it."""
     path.write_bytes(model.SerializeToString())
     onnx.checker.check_model(str(path), full_check=True)
 
 
-def _manifest(backbone: Backbone, folder: Path, prompts: PromptSet | None, runtime: str) -> Manifest:
+def folder_manifest(
+    backbone: Backbone, folder: Path, prompts: PromptSet | None, runtime: str, precision: str
+) -> Manifest:
+    """Return the manifest of the files that lie in ``folder``."""
     config = backbone.config
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -220,7 +165,7 @@ def _manifest(backbone: Backbone, folder: Path, prompts: PromptSet | None, runti
             activation=config.activation,
         ),
         max_tokens=config.max_positions,
-        precision="fp32",
+        precision=precision,
         opset=graphs.OPSET,
         runtime=runtime,
         prompts_sha256=None if prompts is None else prompts.sha256,
@@ -233,7 +178,7 @@ def _manifest(backbone: Backbone, folder: Path, prompts: PromptSet | None, runti
     )
 
 
-def _rename(partial: Path, out: Path) -> None:
+def put_in_place(partial: Path, out: Path) -> None:
     """Put ``partial`` at ``out``; an older engine folder there gives way only once the new one is whole."""
     old = out.with_name(f".{out.name}.old")
     if old.exists():

@@ -1,48 +1,109 @@
-"""One ONNX graph in ONNX Runtime, fed with torch tensors without copies."""
+"""One ONNX graph in ONNX Runtime, bound to torch's memory on the CPU or a GPU: nothing is copied."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 
+from mp2.export.onnx_providers import Provider
+
 # an empty tensor (no prompt rows) has no address, but a binding needs one
 _SOMEWHERE = torch.empty(1)
-_NUMPY = {torch.float32: np.float32, torch.int64: np.int64, torch.bool: np.bool_}
+_ELEMENTS = {
+    torch.float32: onnx.TensorProto.FLOAT,
+    torch.float16: onnx.TensorProto.FLOAT16,
+    torch.bfloat16: onnx.TensorProto.BFLOAT16,
+    torch.int64: onnx.TensorProto.INT64,
+    torch.bool: onnx.TensorProto.BOOL,
+}
+_TYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+    "tensor(int64)": torch.int64,
+    "tensor(bool)": torch.bool,
+}
 
 
 class OnnxSession:
-    """A loaded graph: feeds CPU tensors by name, fills float32 outputs of shapes that the caller knows."""
+    """A loaded graph: feeds tensors by name, fills outputs of shapes that the caller knows.
 
-    def __init__(self, path: Path, *, threads: int | None = None) -> None:
-        """Load ``path`` on the CPU with ``threads`` threads (None: torch's number)."""
+    Inputs and outputs stay on the provider's device, so a chain of sessions hands its activations on in
+    device memory. On CUDA the work is queued on a stream of its own, after torch's earlier work and before
+    its later.
+    """
+
+    def __init__(
+        self, model: Path | bytes, *, threads: int | None = None, provider: Provider | None = None
+    ) -> None:
+        """Load ``model`` (None: on the CPU) with ``threads`` CPU threads (None: torch's number).
+
+        Raises MissingDependencyError if onnxruntime has no such provider.
+        """
+        provider = provider or Provider()
+        provider.check()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         # one session a layer: threads that go on spinning after a call would slow down the next session's
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.input_names = [node.name for node in self._session.get_inputs()]
+        self._device = torch.device(provider.device)
+        self._stream: torch.cuda.Stream | None = None
+        if self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        graph = model.name if isinstance(model, Path) else ""
+        inputs = _declared(model) if provider.kind == "tensorrt" else {}
+        handle = None if self._stream is None else self._stream.cuda_stream
+        self._session = ort.InferenceSession(
+            model, options, providers=provider.arguments(graph, inputs, handle)
+        )
+        self._run_options = ort.RunOptions()
+        if self._stream is not None:  # ordered by streams, not by waiting for the device
+            self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._inputs = {node.name: _TYPES[node.type] for node in self._session.get_inputs()}
+        self._outputs = {node.name: _TYPES[node.type] for node in self._session.get_outputs()}
+        self.input_names = list(self._inputs)
 
     def run(
         self, feeds: Mapping[str, torch.Tensor], outputs: Mapping[str, Sequence[int]]
     ) -> tuple[torch.Tensor, ...]:
-        """Return the outputs named in ``outputs`` (name -> shape) for ``feeds`` (name -> CPU tensor)."""
+        """Return the outputs named in ``outputs`` (name -> shape) for ``feeds`` (name -> tensor)."""
         binding = self._session.io_binding()
+        device, index = self._device.type, self._device.index or 0
         kept = []  # tensors must outlive the run
         for name, tensor in feeds.items():
-            tensor = tensor.contiguous()
+            tensor = tensor.to(self._device, self._inputs[name]).contiguous()
             kept.append(tensor)
             address = tensor.data_ptr() or _SOMEWHERE.data_ptr()
-            binding.bind_input(name, "cpu", 0, _NUMPY[tensor.dtype], list(tensor.shape), address)
+            binding.bind_input(name, device, index, _ELEMENTS[tensor.dtype], list(tensor.shape), address)
         results = []
         for name, shape in outputs.items():
-            result = torch.empty(tuple(shape), dtype=torch.float32)
+            result = torch.empty(tuple(shape), dtype=self._outputs[name], device=self._device)
             results.append(result)
-            binding.bind_output(name, "cpu", 0, np.float32, list(shape), result.data_ptr())
-        self._session.run_with_iobinding(binding)
+            element = _ELEMENTS[result.dtype]
+            binding.bind_output(name, device, index, element, list(shape), result.data_ptr())
+        if self._stream is None:
+            self._session.run_with_iobinding(binding, self._run_options)
+        else:
+            current = torch.cuda.current_stream(self._device)
+            self._stream.wait_stream(current)
+            self._session.run_with_iobinding(binding, self._run_options)
+            current.wait_stream(self._stream)
         return tuple(results)
+
+
+def _declared(model: Path | bytes) -> dict[str, list[int | str]]:
+    loaded = (
+        onnx.load(model, load_external_data=False)
+        if isinstance(model, Path)
+        else onnx.load_from_string(model)
+    )
+    return {
+        info.name: [dim.dim_param or int(dim.dim_value) for dim in info.type.tensor_type.shape.dim]
+        for info in loaded.graph.input
+    }

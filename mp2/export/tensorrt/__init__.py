@@ -1,0 +1,5 @@
+"""TensorRT plans of an engine folder: typed graphs, profiles, builder, keyed and verified files."""
+
+from mp2.export.tensorrt.profiles import Profile, TaskShapes
+
+__all__ = ["Profile", "TaskShapes"]

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -178,7 +178,7 @@ class LayerTimer:
         *,
         population: int,
         target_tokens: float,
-        make_objective: Callable[..., Objective] = Objective,
+        make_objective: Callable[..., Any] = Objective,
     ) -> None:
         """Take about ``target_tokens`` of ``train`` as a population of ``population`` runs them."""
         self.started = time.perf_counter()
@@ -191,7 +191,7 @@ class LayerTimer:
         self.share = _n_tokens(part) / _n_tokens(train)
         self._deep = prompts.kind == "deep"
         rng = np.random.default_rng(0)
-        self._objectives: dict[int, Objective] = {}
+        self._objectives: dict[int, Any] = {}
         self._z: dict[int, np.ndarray] = {}
         for k in self.depths:
             body, fewer = first_layers(backbone, prompts, k)

@@ -1,0 +1,255 @@
+"""The CUDA path's losses, run on a CPU in float32 through the same code, against slow float64.
+
+Tests marked ``cuda`` run where there is a GPU: the same losses there, and half precision beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mp2.backbone import Backbone
+from mp2.engine import create_objective, create_runtime
+from mp2.engine.cuda_graphs import Graph
+from mp2.engine.cuda_objective import CudaObjective
+from mp2.engine.cuda_runtime import CudaRuntime
+from mp2.errors import MismatchError, OutOfMemoryError, UsageError
+from mp2.prompts import PromptSet
+from mp2.tasks import MrcInput
+
+from .slow_reference import D, SlowReference, make_inputs
+
+CLOSE = {"rtol": 1e-5, "atol": 0}
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+class Recorded:
+    """Stands in for a CUDA graph: the same work on the same buffers, its result written to one place."""
+
+    def __init__(self, work: Callable[[], torch.Tensor]) -> None:
+        self.work = work
+        self.output = torch.full_like(work(), torch.nan)  # recording computes nothing that counts
+
+    def replay(self) -> None:
+        self.output.copy_(self.work())
+
+
+def record(work: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
+    graph = Recorded(work)
+    return graph, graph.output
+
+
+@pytest.fixture(scope="module")
+def runtime(tiny_backbone: Backbone) -> CudaRuntime:
+    return CudaRuntime(tiny_backbone, device="cpu", precision="fp32")
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "replayed"])
+def make(
+    request: pytest.FixtureRequest, runtime: CudaRuntime, tiny_backbone: Backbone, train: list[MrcInput]
+) -> Callable[..., CudaObjective]:
+    def make(prompts: PromptSet, **options: int) -> CudaObjective:
+        return CudaObjective(
+            runtime, tiny_backbone, prompts, train, record=record if request.param else None, **options
+        )
+
+    return make
+
+
+def candidates(n: int, prompts: PromptSet, seed: int = 3) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return (4 * rng.standard_normal((n, prompts.z.shape[0], D))).astype(np.float32)
+
+
+@pytest.mark.parametrize("limit", [1, 40, 100, None])
+@pytest.mark.parametrize("kind", ["deep", "shallow"])
+def test_full_losses_equal_slow_float64(
+    make: Callable[..., CudaObjective],
+    request: pytest.FixtureRequest,
+    train: list[MrcInput],
+    kind: str,
+    limit: int | None,
+) -> None:
+    prompts, slow = request.getfixturevalue(kind), request.getfixturevalue(f"slow_{kind}")
+    objective = make(prompts, micro_batch_tokens=limit)
+    for seed in range(3):  # run, recorded, replayed
+        z = candidates(7, prompts, seed)
+        np.testing.assert_allclose(objective.full_losses(z), slow.losses(z, train), **CLOSE)
+    assert objective.n_evaluations == 21
+    assert objective.seconds > 0
+
+
+@pytest.mark.parametrize("limit", [30, 300])
+def test_visits_in_any_order_with_commits_equal_slow_float64(
+    make: Callable[..., CudaObjective],
+    deep: PromptSet,
+    slow_deep: SlowReference,
+    train: list[MrcInput],
+    limit: int,
+) -> None:
+    objective = make(deep, micro_batch_tokens=limit)
+    z = candidates(1, deep)[0]
+    for _ in range(2):
+        objective.set_incumbent(z)
+        z = z.copy()
+        for visit, layer in enumerate([0, 1, 2, 0, 2, 1, 1, 0, 1, 2, 0]):
+            trial = candidates(3, deep, seed=visit)[:, layer]
+            whole = np.repeat(z[None], 3, 0)
+            whole[:, layer] = trial
+            got = objective.layer_losses(layer, trial)
+            np.testing.assert_allclose(got, slow_deep.losses(whole, train), **CLOSE)
+            if visit % 3 != 2:
+                objective.commit(layer, trial[-1])
+                z[layer] = trial[-1]
+
+
+def test_shallow_visits_equal_slow_float64(
+    make: Callable[..., CudaObjective],
+    shallow: PromptSet,
+    slow_shallow: SlowReference,
+    train: list[MrcInput],
+) -> None:
+    objective = make(shallow)
+    z = candidates(3, shallow)
+    objective.set_incumbent(z[0])
+    for _ in range(3):
+        got = objective.layer_losses(0, z[:, 0])
+        np.testing.assert_allclose(got, slow_shallow.losses(z, train), **CLOSE)
+        objective.commit(0, z[1, 0])
+
+
+def test_work_is_recorded_when_it_comes_again(
+    runtime: CudaRuntime, tiny_backbone: Backbone, deep: PromptSet, train: list[MrcInput]
+) -> None:
+    objective = CudaObjective(runtime, tiny_backbone, deep, train, record=record)
+    z = candidates(4, deep)
+    counts = []
+    for n in (4, 4, 4, 3):  # a smaller, last generation is never worth recording
+        objective.full_losses(z[:n])
+        counts.append(objective.graphs.n_recorded)
+    assert counts == [0, 1, 1, 1]
+    assert objective.graphs.record_s > 0
+
+
+@pytest.mark.parametrize("kind", ["deep", "shallow"])
+def test_log_probs_keep_order_and_equal_slow_float64(
+    runtime: CudaRuntime, request: pytest.FixtureRequest, tiny_backbone: Backbone, kind: str
+) -> None:
+    prompts, slow = request.getfixturevalue(kind), request.getfixturevalue(f"slow_{kind}")
+    inputs = make_inputs((4, 21, 20, 19, 4, 40), tiny_backbone.config.vocab_size, seed=9)
+    z = candidates(1, prompts)[0]
+    objective = CudaObjective(runtime, tiny_backbone, prompts, inputs[:1], micro_batch_tokens=50)
+    starts, ends = objective.log_probs(z, inputs)
+    for item, start, end in zip(inputs, starts, ends, strict=True):
+        expected = slow.log_probs(z, item.input_ids)
+        np.testing.assert_allclose(np.stack([start, end], 1), expected, rtol=1e-5, atol=1e-5)
+    assert objective.n_evaluations == 0
+
+
+def test_a_nan_candidate_spoils_no_other(
+    make: Callable[..., CudaObjective], deep: PromptSet, slow_deep: SlowReference, train: list[MrcInput]
+) -> None:
+    z = candidates(3, deep)
+    expected = slow_deep.losses(z, train)
+    z[1, 1, 0] = np.nan
+    objective = make(deep)
+    objective.set_incumbent(z[0])
+    for _ in range(3):
+        losses = objective.full_losses(z)
+        assert np.isnan(losses[1])
+        np.testing.assert_allclose(losses[[0, 2]], expected[[0, 2]], **CLOSE)
+        losses = objective.layer_losses(1, z[:, 1])
+        assert np.isnan(losses[1])
+        assert np.isfinite(losses[[0, 2]]).all()
+
+
+class SmallMemory(CudaRuntime):
+    """Cannot hold more than ``limit`` slots at once."""
+
+    limit = 100
+    largest = 0
+
+    def packed_layer(self, index, hidden, pack, prefix):  # type: ignore[no-untyped-def]
+        slots = max(len(hidden), 1 if prefix is None else len(prefix[0])) * hidden.shape[1]
+        if slots > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+        self.largest = max(self.largest, slots)
+        return super().packed_layer(index, hidden, pack, prefix)
+
+
+@pytest.mark.parametrize("kind", ["deep", "shallow"])
+def test_out_of_memory_halves_the_batch_and_keeps_it(
+    tiny_backbone: Backbone, train: list[MrcInput], request: pytest.FixtureRequest, kind: str
+) -> None:
+    prompts, slow = request.getfixturevalue(kind), request.getfixturevalue(f"slow_{kind}")
+    runtime = SmallMemory(tiny_backbone, device="cpu", precision="fp32")
+    objective = CudaObjective(runtime, tiny_backbone, prompts, train, micro_batch_tokens=10_000)
+    z = candidates(7, prompts)
+    np.testing.assert_allclose(objective.full_losses(z), slow.losses(z, train), **CLOSE)
+    assert 36 <= objective.micro_batch_tokens <= 100
+    assert runtime.largest <= 100
+    kept = objective.micro_batch_tokens
+    objective.set_incumbent(z[0])
+    objective.layer_losses(0, z[:, 0])
+    objective.log_probs(z[0], train)
+    assert objective.micro_batch_tokens == kept
+
+
+def test_one_example_that_does_not_fit_is_an_error(
+    tiny_backbone: Backbone, train: list[MrcInput], deep: PromptSet
+) -> None:
+    runtime = SmallMemory(tiny_backbone, device="cpu", precision="fp32")
+    runtime.limit = 20
+    objective = CudaObjective(runtime, tiny_backbone, deep, train)
+    with pytest.raises(OutOfMemoryError, match="one example of 30 tokens does not fit"):
+        objective.full_losses(candidates(2, deep))
+
+
+def test_what_cannot_be_asked_for_is_refused(
+    runtime: CudaRuntime, tiny_backbone: Backbone, train: list[MrcInput], deep: PromptSet
+) -> None:
+    objective = CudaObjective(runtime, tiny_backbone, deep, train)
+    with pytest.raises(UsageError, match=r"shape \(2, 3, 4\), expected \(P, 3, 10\)"):
+        objective.full_losses(np.zeros((2, 3, 4), np.float32))
+    with pytest.raises(UsageError, match="no incumbent"):
+        objective.layer_losses(0, np.zeros((2, D), np.float32))
+    objective.set_incumbent(np.zeros((3, D), np.float32))
+    with pytest.raises(UsageError, match="layer 3, expected 0 to 2"):
+        objective.layer_losses(3, np.zeros((2, D), np.float32))
+    with pytest.raises(UsageError, match="no training examples"):
+        CudaObjective(runtime, tiny_backbone, deep, [])
+    other = replace(deep, meta=replace(deep.meta, backbone_sha256="0" * 64))
+    with pytest.raises(MismatchError, match="000000000000"):
+        CudaObjective(runtime, tiny_backbone, other, train)
+
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-4), ("fp16", 2e-2), ("bf16", 5e-2)])
+@pytest.mark.parametrize("kind", ["deep", "shallow"])
+def test_cuda_equals_slow_float64_up_to_its_precision(
+    tiny_backbone: Backbone,
+    train: list[MrcInput],
+    request: pytest.FixtureRequest,
+    kind: str,
+    precision: str,
+    tolerance: float,
+) -> None:
+    prompts, slow = request.getfixturevalue(kind), request.getfixturevalue(f"slow_{kind}")
+    runtime = create_runtime("torch", tiny_backbone, device="cuda", precision=precision)
+    objective = create_objective(runtime, tiny_backbone, prompts, train)
+    assert isinstance(objective, CudaObjective)
+    for seed in range(3):  # run, recorded, replayed
+        z = candidates(5, prompts, seed)
+        np.testing.assert_allclose(objective.full_losses(z), slow.losses(z, train), rtol=tolerance)
+        objective.set_incumbent(z[0])
+        for layer in range(z.shape[1]):
+            whole = np.repeat(z[:1], 5, 0)
+            whole[:, layer] = z[:, layer]
+            got = objective.layer_losses(layer, z[:, layer])
+            np.testing.assert_allclose(got, slow.losses(whole, train), rtol=tolerance)
+    assert objective.graphs.n_recorded > 0

@@ -75,8 +75,8 @@ class BbtConfig:
     test: bool = True
     test_limit: int | None = None
     runtime: str = "auto"
-    precision: str = "fp32"
-    device: str = "cpu"
+    precision: str = "auto"  # fp32 on a CPU, bf16 on a GPU; a run's config.json has the one it took
+    device: str = "auto"  # the GPU if there is one
     threads: int | None = None
     engine: str | None = None
 

@@ -65,7 +65,10 @@ def make_problem(config: BbtConfig, model: FrozenModel | None = None) -> FewShot
     card = load_card(config.task)
     config = resolve_paths(config)
     model = model or load_model(config)
-    config = replace(config, runtime=model.runtime.name, precision=model.runtime.precision)
+    runtime = model.runtime
+    config = replace(
+        config, runtime=runtime.name, precision=runtime.precision, device=str(runtime.device)
+    )
     return FewShotProblem(config, card, model)
 
 

@@ -17,7 +17,7 @@ from mp2.optimizers.run_folder import read_config
 from mp2.optimizers.tuned import check_fits, load_tuned
 
 if TYPE_CHECKING:
-    from mp2.engine import Objective
+    from mp2.engine.select import AnyObjective
     from mp2.tasks import Example, MrcInput, TaskCard
 
 _Floats = NDArray[np.floating[Any]]
@@ -45,7 +45,7 @@ class Predictor:
         check_fits(meta, backbone_sha256=model.backbone.sha256, prompts_sha256=model.prompts.sha256)
         self._formatter = MrcFormatter(self.card, model.backbone.tokenizer, meta.max_tokens)
         self._model = model
-        self._objective: Objective | None = None
+        self._objective: AnyObjective | None = None
 
     def predict_lines(self, lines: Iterable[bytes], name: str) -> Iterator[dict[str, Any]]:
         """Predictions for JSON lines with the task's fields, or for lines of plain text (one-text tasks).
@@ -66,7 +66,7 @@ class Predictor:
 
     def predict(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
         """Predictions for examples, in their order."""
-        from mp2.engine import Objective
+        from mp2.engine import create_objective
         from mp2.tasks import decode
 
         for example in examples:
@@ -78,7 +78,9 @@ class Predictor:
         inputs = [made for i, e in enumerate(examples) for made in self._formatter.inputs(e, i)]
         if self._objective is None:  # it wants a training set, which log_probs does not use
             model = self._model
-            self._objective = Objective(model.runtime, model.backbone, model.prompts, inputs[:1])
+            self._objective = create_objective(
+                model.runtime, model.backbone, model.prompts, inputs[:1]
+            )
         start, end = self._objective.log_probs(self._z, inputs)
         predictions = decode(self.card, examples, inputs, start, end)
         by_example: list[list[int]] = [[] for _ in examples]

@@ -78,9 +78,7 @@ class Predictor:
         inputs = [made for i, e in enumerate(examples) for made in self._formatter.inputs(e, i)]
         if self._objective is None:  # it wants a training set, which log_probs does not use
             model = self._model
-            self._objective = create_objective(
-                model.runtime, model.backbone, model.prompts, inputs[:1]
-            )
+            self._objective = create_objective(model.runtime, model.backbone, model.prompts, inputs[:1])
         start, end = self._objective.log_probs(self._z, inputs)
         predictions = decode(self.card, examples, inputs, start, end)
         by_example: list[list[int]] = [[] for _ in examples]

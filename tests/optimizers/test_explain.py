@@ -1,0 +1,88 @@
+"""`mp2 bbt --explain` and the line at the start of a run, on a tiny random backbone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from tuning_world import World, make_world
+
+from mp2.backbone import Backbone
+from mp2.cli import main
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> World:
+    return make_world(tmp_path_factory.mktemp("world"), tiny_backbone)
+
+
+def explain(*arguments: str) -> dict[str, Any]:
+    done = CliRunner().invoke(main, ["bbt", *arguments, "--explain", "--json"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    return json.loads(done.stdout)
+
+
+SHORT = ["--iters", "75", "--router-iters", "20", "--popsize", "8", "--shots", "4", "--seed", "13"]
+
+
+@pytest.mark.parametrize("kind", ["deep", "shallow"])
+def test_the_plan_counts_what_the_run_then_does(world: World, kind: str, tmp_path: Path) -> None:
+    options = [*world.options(kind=kind), *SHORT]
+    plan = explain(*options)
+    assert not (world.root / "runs").exists()
+    done = CliRunner().invoke(main, ["bbt", *options, "--out", str(tmp_path), "--json"])
+    result = json.loads(done.stdout)
+    stage1 = 20 if kind == "deep" else 16  # four modules have no more routers
+    assert sum(plan["work"]["populations"]) == stage1
+    assert result["stages"]["stage1"]["iteration"] == stage1
+    assert plan["iterations"] == [stage1, 75 - stage1]
+    assert sum(plan["iterations"]) == result["iterations"]
+    assert plan["work"]["layer_iterations"] == 75 - stage1
+    assert len(plan["costs"]["visit_s"]) == (3 if kind == "deep" else 1)
+    assert result["evaluations"]["dev"] <= plan["work"]["n_dev"]
+    assert result["evaluations"]["test"] <= plan["work"]["n_test"]
+    assert plan["training"]["examples"] == result["examples"]["train"]
+    assert plan["engine"]["runtime"] == result["engine"]["runtime"]
+    seconds = plan["seconds"]
+    assert seconds["total_s"] == pytest.approx(sum(s for name, s in seconds.items() if name != "total_s"))
+    assert min(seconds["stage1_s"], seconds["stage2_s"], seconds["dev_s"], seconds["test_s"]) > 0
+
+
+def test_the_table_says_what_why_and_how_long(world: World) -> None:
+    done = CliRunner().invoke(main, ["bbt", *world.options(), *SHORT, "--seeds", "1,2,3", "--explain"])
+    assert done.exit_code == 2
+    options = [o for o in SHORT if o not in ("--seed", "13")]
+    done = CliRunner().invoke(main, ["bbt", *world.options(), *options, "--seeds", "1,2,3", "--explain"])
+    assert done.exit_code == 0, done.output
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line[:1].strip()}
+    assert {"engine", "training", "dev", "test", "prepare", "total", "seeds"} <= set(lines)
+    assert "torch, fp32, cpu, 1 threads (asked for)" in lines["engine"]
+    assert "3 seeds" in lines["seeds"]
+    assert max(len(line) for line in done.stdout.splitlines()) <= 110
+
+
+def test_without_stage_two_and_test_neither_is_planned(world: World) -> None:
+    plan = explain(*world.options(), *SHORT, "--router-only", "--no-test")
+    assert plan["iterations"] == [20, 0]
+    assert plan["costs"]["visit_s"] == []
+    assert (plan["seconds"]["stage2_s"], plan["seconds"]["test_s"]) == (0, 0)
+
+
+def test_a_plan_is_of_a_new_run(world: World) -> None:
+    done = CliRunner().invoke(main, ["bbt", "--resume", str(world.root), "--explain"])
+    assert (done.exit_code, "no --resume" in done.stderr) == (2, True)
+
+
+def test_a_run_says_first_what_it_runs_on(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["bbt", *world.options(), *SHORT, "--router-only", "--no-test", "--out", str(tmp_path)]
+    done = CliRunner().invoke(main, options)
+    assert "mp2: torch, fp32, cpu, 1 threads (asked for)\n" in done.stderr
+    monkeypatch.setattr("mp2.optimizers.explain._WORTH_S", 0.0)
+    done = CliRunner().invoke(main, options)
+    assert "(asked for); about 0:0" in done.stderr
+    assert "(stage I 0:0" in done.stderr

@@ -336,7 +336,7 @@ class _Context:
 def memory(address: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Return the tensor that lies at ``address``."""
     n_bytes = prod(shape) * dtype.itemsize
-    return torch.frombuffer((ctypes.c_char * n_bytes).from_address(address), dtype=dtype).view(*shape)
+    return torch.frombuffer((ctypes.c_char * n_bytes).from_address(address), dtype=dtype).view(tuple(shape))
 
 
 class FakeDevice:

@@ -153,16 +153,3 @@ def plain_layer_model(b: TypedGraphBuilder, index: int) -> onnx.ModelProto:
     hidden = b.input("hidden", b.hidden_type, shape)
     out = b.layer(index, hidden, b.bias(b.input("mask", TensorProto.BOOL, ["N", "T"])), None)
     return b.model(f"layer_{index:02d}_plain", [(out, "hidden_out", b.hidden_type, shape)])
-
-
-def checked_operators(model: onnx.ModelProto) -> set[tuple[str, str]]:
-    """Return every (operator, element type name) of ``model``'s nodes, types of outputs inferred by ONNX."""
-    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    types = {tensor.name: tensor.data_type for tensor in inferred.graph.initializer}
-    for info in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):
-        types[info.name] = info.type.tensor_type.elem_type
-    return {
-        (node.op_type, TensorProto.DataType.Name(types[output]))
-        for node in inferred.graph.node
-        for output in node.output
-    }

@@ -185,7 +185,7 @@ def _same_place(sidecar: Path, origin: dict[str, Any]) -> bool:
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value) if isinstance(value, dict) else str(value)
+    text = ", ".join(str(value[name]) for name in sorted(value)) if isinstance(value, dict) else str(value)
     return text if len(text) <= 40 else f"{text[:12]}..."
 
 

@@ -73,7 +73,9 @@ def tasks_check(card: str, data: str | None, as_json: bool) -> None:
 
 
 @main.command()
-@click.option("--task", help="A name of 'mp2 tasks', or your own card (a TOML file).")
+@click.option(
+    "--task", multiple=True, help="A name of 'mp2 tasks', or your own card (a TOML file); again for more."
+)
 @click.option("--data", type=click.Path(), help="Folder with TASK/{train,test}.jsonl; or MP2_DATA.")
 @click.option("--backbone", default="mini", show_default=True, help="mini, cpt-large, a folder, or a hub id.")
 @click.option(
@@ -97,7 +99,7 @@ def tasks_check(card: str, data: str | None, as_json: bool) -> None:
 @click.option("--sigma-deep", default=1e-2, show_default=True, help="First step size, other layers, deep.")
 @click.option("--sigma-shallow", default=0.1, show_default=True, help="First step size, shallow.")
 @click.option("--seed", type=int, help="Draws the few-shot split and drives the search.  [default: 8]")
-@click.option("--seeds", metavar="8,13,...", help="Several seeds, a run each.")
+@click.option("--seeds", metavar="8,13,...", help="Several seeds, a run each, done together.")
 @click.option("--shots", type=int, help="Examples a label (in all, if the task has no labels).")
 @click.option("--max-tokens", type=int, help="Longest sequence.  [default: what the backbone allows]")
 @click.option("--engine", type=click.Path(), help="Engine folder of 'mp2 export'.")
@@ -110,14 +112,20 @@ def tasks_check(card: str, data: str | None, as_json: bool) -> None:
 @click.option(
     "--out", type=click.Path(), default="runs", show_default=True, help="Where run folders are made."
 )
-@click.option("--resume", type=click.Path(), metavar="RUNDIR", help="Go on with a run that was cut off.")
+@click.option(
+    "--resume",
+    type=click.Path(),
+    multiple=True,
+    metavar="RUNDIR",
+    help="Go on with a run that was cut off; again for more, or a folder of runs.",
+)
 @click.option("--explain", is_flag=True, help="Print the plan and how long the run would take; tune nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (a list with --seeds).")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (a list if several).")
 @click.pass_context
 def bbt(ctx: click.Context, /, **options: Any) -> None:
     """Tune prompts for a task without gradients: search the router, then CMA-ES layer by layer."""
-    from mp2.optimizers.command import bbt_plan, bbt_results, given_options
-    from mp2.optimizers.report import result_table, seeds_line
+    from mp2.optimizers.command import asks_for_many, bbt_plan, bbt_results, given_options
+    from mp2.optimizers.report import result_table, series_table
 
     if options.pop("explain"):
         from mp2.optimizers.explain import plan_table
@@ -134,9 +142,9 @@ def bbt(ctx: click.Context, /, **options: Any) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     if options["as_json"]:
-        click.echo(_json(results if options["seeds"] else results[0]))
+        click.echo(_json(results if asks_for_many(options) else results[0]))
     elif len(results) > 1:
-        click.echo(seeds_line(results))
+        click.echo(series_table(results))
 
 
 @main.command()
@@ -294,6 +302,48 @@ def scratch(backbone: str, like: str, seed: int, out: str) -> None:
 
     meta = scratch_command(backbone, like, seed, Path(out)).meta
     click.echo(f"{out}: {meta.kind}, m = {meta.prompt_tokens}, d = {meta.intrinsic_dim}, random projections")
+
+
+@main.command()
+@click.option("--task", required=True, help="A name of 'mp2 tasks', or your own card (a TOML file).")
+@click.option("--data", type=click.Path(), help="Folder with TASK/{train,test}.jsonl; or MP2_DATA.")
+@click.option("--backbone", default="mini", show_default=True, help="mini, cpt-large, a folder, or a hub id.")
+@click.option(
+    "--prompts", help="Modular prompts: a file, mini-deep or mini-shallow.  [default: the backbone's]"
+)
+@click.option("--deep", "kind", flag_value="deep", help="Prompts at every layer.  [default]")
+@click.option("--shallow", "kind", flag_value="shallow", help="Prompts at the input only.")
+@click.option("--epochs", default=1000, show_default=True, help="Both stages together, half of them each.")
+@click.option("--router-lr", type=float, help="Rate of stage I.  [default: 3e-3 deep, 1e-2 shallow]")
+@click.option("--prompt-lr", type=float, help="Rate of stage II.  [default: 2e-5 deep, 3e-4 shallow]")
+@click.option("--batch-size", default=32, show_default=True, help="Examples a step.")
+@click.option("--router-only", is_flag=True, help="Stage I only.")
+@click.option("--seed", type=int, help="Draws the few-shot split and drives training.  [default: 8]")
+@click.option("--seeds", metavar="8,13,...", help="Several seeds, a run each.")
+@click.option("--shots", type=int, help="Examples a label (in all, if the task has no labels).")
+@click.option("--max-tokens", type=int, help="Longest sequence.  [default: what the backbone allows]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
+@click.option("--threads", type=int, help="CPU threads.  [default: torch's choice]")
+@click.option("--no-test", is_flag=True, help="Do not score the test set.")
+@click.option("--test-limit", type=int, help="Score the first N test examples only.")
+@click.option(
+    "--out", type=click.Path(), default="runs", show_default=True, help="Where run folders are made."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (a list with --seeds).")
+def tune(**options: Any) -> None:
+    """Tune prompts for a task by gradient: the router, then the prompts it selects (two-stage, Adam)."""
+    from mp2.optimizers.report import result_table, series_table
+    from mp2.training.tune_run import tune_results
+
+    results = []
+    for result in tune_results(options):
+        results.append(result)
+        if not options["as_json"]:
+            click.echo(result_table(result))
+    if options["as_json"]:
+        click.echo(_json(results if options["seeds"] else results[0]))
+    elif len(results) > 1:
+        click.echo(series_table(results))
 
 
 def _note(line: str) -> None:

@@ -4,7 +4,7 @@ from mp2.optimizers.cma_layers import LayerCma, LayerSearches
 from mp2.optimizers.config import BbtConfig, LayerConfig, RouterConfig
 from mp2.optimizers.recorder import NonFiniteLossWarning, Recorder, Scores
 from mp2.optimizers.router_search import METHODS, RouterSearch, create_router_search
-from mp2.optimizers.run import resume_run, start_run, start_runs
+from mp2.optimizers.series import resume_run, resume_series, start_run, start_runs, start_series
 from mp2.optimizers.two_stage import Objective, Outcome, Progress, Space, TwoStage
 
 __all__ = [
@@ -25,6 +25,8 @@ __all__ = [
     "TwoStage",
     "create_router_search",
     "resume_run",
+    "resume_series",
     "start_run",
     "start_runs",
+    "start_series",
 ]

@@ -14,7 +14,6 @@ ranks within one generation, which share one context. Its stopping rules are ign
 from __future__ import annotations
 
 import time
-import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mp2.optimizers.config import LayerConfig
+from mp2.optimizers.quiet import quiet
 
 Floats = NDArray[np.float64]
 
@@ -42,20 +42,17 @@ class LayerCma:
             "signals_filename": None,
             "CMA_diagonal": config.cma == "diagonal",
         }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             self._es = cma.CMAEvolutionStrategy(np.zeros(n_dims), sigma, options)
 
     def ask(self) -> Floats:
         """The next population of offsets [popsize, d]."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             return np.asarray(self._es.ask(), dtype=np.float64)
 
     def tell(self, offsets: Floats, losses: Floats) -> None:
         """Update from the whole population's losses [popsize]."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             self._es.tell(list(offsets), [float(loss) for loss in losses])
 
 

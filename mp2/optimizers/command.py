@@ -1,15 +1,16 @@
-"""What ``mp2 bbt`` was asked for, as a config, and its results one by one."""
+"""What ``mp2 bbt`` was asked for, as configs, and the results one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mp2.errors import UsageError
 from mp2.optimizers.config import BbtConfig, LayerConfig, RouterConfig
-from mp2.optimizers.report import ProgressLine
-from mp2.optimizers.run import resume_run, start_runs
+from mp2.optimizers.report import SeriesProgress
+from mp2.optimizers.series import find_runs, resume_series, start_series
 
 if TYPE_CHECKING:
     import click
@@ -27,7 +28,7 @@ def given_options(ctx: click.Context) -> set[str]:
 
 
 def bbt_plan(options: dict[str, Any]) -> tuple[Plan, int]:
-    """The plan of the run (the first seed's) and the number of seeds; nothing is tuned.
+    """The plan of the first run and the number of runs; nothing is tuned.
 
     Raises:
         UsageError: options that do not go together.
@@ -37,10 +38,10 @@ def bbt_plan(options: dict[str, Any]) -> tuple[Plan, int]:
 
     if options["resume"] or not options["task"]:
         raise UsageError("--explain plans a new run: give --task NAME with it, and no --resume")
-    config, seeds = config_of(options)
-    plan = plan_run(make_problem(config))
+    configs = configs_of(options)
+    plan = plan_run(make_problem(configs[0]))
     assert plan is not None
-    return plan, len(seeds)
+    return plan, len(configs)
 
 
 def bbt_results(options: dict[str, Any], given: set[str]) -> Iterator[dict[str, Any]]:
@@ -55,35 +56,36 @@ def bbt_results(options: dict[str, Any], given: set[str]) -> Iterator[dict[str, 
             raise UsageError(
                 f"--resume takes everything from the run's config.json; drop --{others[0].replace('_', '-')}"
             )
-        progress = ProgressLine()
-        try:
-            yield resume_run(Path(options["resume"]), progress)
-        finally:
-            progress.close()
-        return
-    if not options["task"]:
-        raise UsageError("no task: give --task NAME ('mp2 tasks' lists them), a card, or --resume RUNDIR")
-    config, seeds = config_of(options)
-    lines: list[ProgressLine] = []
-
-    def observe() -> ProgressLine:
-        lines.append(ProgressLine())
-        return lines[-1]
-
+        run_dirs = [run_dir for path in options["resume"] for run_dir in find_runs(Path(path))]
+        progress = SeriesProgress()
+        results = resume_series(list(dict.fromkeys(run_dirs)), progress.observer)
+    else:
+        if not options["task"]:
+            raise UsageError("no task: give --task NAME ('mp2 tasks' lists them), a card, or --resume RUNDIR")
+        progress = SeriesProgress()
+        results = start_series(configs_of(options), Path(options["out"]), progress.observer)
     try:
-        for result in start_runs(config, seeds, Path(options["out"]), observe):
-            lines[-1].close()
+        for result in results:
+            progress.close()
             yield result
     finally:
-        for line in lines:
-            line.close()
+        progress.close()
 
 
-def config_of(options: dict[str, Any]) -> tuple[BbtConfig, list[int]]:
-    """The config of the first seed, and all seeds."""
-    seeds = _seeds(options["seed"], options["seeds"])
+def asks_for_many(options: dict[str, Any]) -> bool:
+    """Whether the options can give more than one result: then ``--json`` prints a list."""
+    if options["resume"]:
+        return len(options["resume"]) > 1 or find_runs(Path(options["resume"][0])) != [
+            Path(options["resume"][0])
+        ]
+    return options["seeds"] is not None or len(_tasks(options["task"])) > 1
+
+
+def configs_of(options: dict[str, Any]) -> list[BbtConfig]:
+    """A config for every task and seed; the seeds of a task are neighbours."""
+    seeds, tasks = read_seeds(options["seed"], options["seeds"]), _tasks(options["task"])
     config = BbtConfig(
-        task=options["task"],
+        task=tasks[0],
         data=options["data"],
         backbone=options["backbone"],
         prompts=options["prompts"],
@@ -109,10 +111,11 @@ def config_of(options: dict[str, Any]) -> tuple[BbtConfig, list[int]]:
         threads=options["threads"],
         engine=options["engine"],
     )
-    return config, seeds
+    return [replace(config, task=task, seed=seed) for task in tasks for seed in seeds]
 
 
-def _seeds(one: int | None, several: str | None) -> list[int]:
+def read_seeds(one: int | None, several: str | None) -> list[int]:
+    """The seeds of ``--seed`` or ``--seeds``; raises ``UsageError`` for both, or for what are no seeds."""
     if several is None:
         return [8 if one is None else one]
     if one is not None:
@@ -126,3 +129,14 @@ def _seeds(one: int | None, several: str | None) -> list[int]:
     if min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise UsageError(f"--seeds is '{several}', expected different numbers of 0 or more")
     return seeds
+
+
+def _tasks(given: Sequence[str]) -> list[str]:
+    """The tasks of all ``--task``, each a name, a card or several with commas."""
+    tasks: list[str] = []
+    for text in given:
+        tasks += [text] if Path(text).exists() else [part.strip() for part in text.split(",")]
+    twice = [task for task in tasks if tasks.count(task) > 1]
+    if twice:
+        raise UsageError(f"task '{twice[0]}' was given more than once")
+    return tasks

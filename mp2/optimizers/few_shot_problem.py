@@ -18,13 +18,15 @@ from mp2.errors import MismatchError, UsageError
 from mp2.optimizers.config import BbtConfig, Kind
 from mp2.optimizers.recorder import Scores
 from mp2.optimizers.router_search import Routers, check_method, stage_one_iterations
+from mp2.optimizers.task_data import TaskData
 from mp2.optimizers.two_stage import Prompt, Space
 
 if TYPE_CHECKING:
     from mp2.backbone import Backbone
-    from mp2.engine import Objective, Runtime
+    from mp2.engine import Runtime
+    from mp2.engine.select import AnyObjective
     from mp2.prompts import PromptSet
-    from mp2.tasks import Example, MrcFormatter, MrcInput, TaskCard
+    from mp2.tasks import Example, MrcInput, TaskCard
 
 
 @dataclass(frozen=True)
@@ -130,24 +132,26 @@ def load_model(config: BbtConfig) -> FrozenModel:
 class FewShotProblem:
     """Few-shot train and dev of one task and seed, formatted; the training loss; scores on any split."""
 
-    def __init__(self, config: BbtConfig, card: TaskCard, model: FrozenModel) -> None:
+    def __init__(
+        self, config: BbtConfig, card: TaskCard, model: FrozenModel, data: TaskData | None = None
+    ) -> None:
+        """``data``: the task's, where another seed has read it already."""
         from mp2.engine import create_objective
-        from mp2.tasks import MrcFormatter, few_shot_split, load_examples
+        from mp2.tasks import few_shot_split
 
         self.config, self.card, self.model = config, card, model
         space = model.space()
         shape = (space.n_layers, space.n_modules)
         stage_one_iterations(config.router.method, config.router.iterations, model.kind, shape, config.iters)
-        self.max_tokens = model.max_tokens(config.max_tokens)
-        self._formatter: MrcFormatter = MrcFormatter(card, model.backbone.tokenizer, self.max_tokens)
-        pool = [e for e in load_examples(card, "train", self._data) if self._formatter.fits(e)]
-        split = few_shot_split(card, pool, config.seed, config.shots)
+        self.data = data or TaskData(config, card, model)
+        self.max_tokens = self.data.max_tokens
+        split = few_shot_split(card, self.data.pool, config.seed, config.shots)
         self._dev = split.dev
-        self.train_inputs = [self._formatter.training_input(e, i) for i, e in enumerate(split.train)]
-        self.dev_inputs = self._inputs(split.dev)
+        self.train_inputs = [self.data.formatter.training_input(e, i) for i, e in enumerate(split.train)]
+        self.dev_inputs = self.data.inputs(split.dev)
         self.n_train, self.n_dev = len(self.train_inputs), len(split.dev)
         self.data_sha256 = _inputs_sha256([*self.train_inputs, *self.dev_inputs])
-        self.objective: Objective = create_objective(
+        self.objective: AnyObjective = create_objective(
             model.runtime, model.backbone, model.prompts, self.train_inputs
         )
 
@@ -157,38 +161,18 @@ class FewShotProblem:
 
     def test_scores(self, z: Prompt) -> Scores:
         """Score and loss of z [L', d] on the test set; examples that do not fit count as wrong."""
-        fitting = self._fitting_tests()
-        scores = self._scores(z, fitting, self._inputs(fitting))
+        fitting = self.data.fitting_tests
+        scores = self._scores(z, fitting, self.data.test_inputs)
         return replace(scores, score=scores.score * (len(fitting) / self.n_test))
 
     def test_inputs(self) -> list[MrcInput]:
         """The sequences that a test evaluation runs."""
-        return self._inputs(self._fitting_tests())
+        return self.data.test_inputs
 
     @property
     def n_test(self) -> int:
         """Test examples that are scored."""
-        return len(self._test_examples())
-
-    @property
-    def _data(self) -> Path | None:
-        return Path(self.config.data) if self.config.data else None
-
-    def _fitting_tests(self) -> list[Example]:
-        fitting = [e for e in self._test_examples() if self._formatter.fits(e)]
-        if not fitting:
-            raise UsageError(f"no test example of '{self.card.task}' fits {self.max_tokens} tokens")
-        return fitting
-
-    def _test_examples(self) -> list[Example]:
-        from mp2.tasks import load_examples
-
-        if not hasattr(self, "_test"):
-            self._test: list[Example] = load_examples(self.card, "test", self._data, self.config.test_limit)
-        return self._test
-
-    def _inputs(self, examples: Sequence[Example]) -> list[MrcInput]:
-        return [made for i, e in enumerate(examples) for made in self._formatter.inputs(e, i)]
+        return len(self.data.tests)
 
     def _scores(self, z: Prompt, examples: Sequence[Example], inputs: Sequence[MrcInput]) -> Scores:
         from mp2.tasks import decode, score

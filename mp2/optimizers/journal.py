@@ -84,7 +84,11 @@ def open_journal(path: Path, header: dict[str, Any]) -> tuple[Journal, dict[str,
     journal = Journal(path)
     if recorded is None:
         recorded = {"event": "header", "schema_version": SCHEMA_VERSION, **header}
-        journal.append([recorded])
+        try:
+            journal.append([recorded])
+        except BaseException:
+            journal.close()
+            raise
     return journal, recorded, records
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +19,12 @@ from numpy.typing import NDArray
 
 from mp2.errors import LossError, MismatchError
 from mp2.optimizers.journal import Journal, Record, finite_or_none
+from mp2.optimizers.quiet import warn
+from mp2.optimizers.together import timed
 
 Floats = NDArray[np.float64]
+Evaluate = Callable[[Callable[[], Any]], tuple[Any, float]]
+SECONDS = ("forward", "suggest", "hidden", "journal", "other")  # of losses; each event's, as ``<name>_s``
 
 
 class NonFiniteLossWarning(UserWarning):
@@ -39,18 +42,27 @@ class Scores:
 class Recorder:
     """Hands out losses and scores; counts iterations and seconds, recorded ones included.
 
-    ``live`` is false while events are replayed. ``seconds`` are over all sessions of the run;
-    ``suggest_hidden`` is optimizer time that ran beside forwards and cost no wall time.
+    ``live`` is false while events are replayed. ``seconds`` are over all sessions of the run, by what they
+    were spent on and in which stage (``forward1`` ...): evaluating; waiting for suggestions; ``hidden``,
+    optimizer time that ran beside evaluations and cost no wall time of its own; making the journal durable;
+    the rest of what the run did between two evaluations. ``dev`` and ``test`` are evaluations, too. Without
+    ``hidden``, which is in none of the others, they sum up to the run's wall time, but for what a run waited
+    while others were served (``waited``) and for replays.
     """
 
-    def __init__(self, journal: Journal, records: list[Record]) -> None:
+    def __init__(self, journal: Journal, records: list[Record], evaluate: Evaluate = timed) -> None:
+        """``evaluate`` runs a computation and says how many seconds it took itself."""
         self._journal = journal
         self._records = records
+        self._evaluate = evaluate
         self._position = 0
+        self._stage = 1
+        self._idle_since: float | None = None  # when the last live event was over; None: there was none
+        self._last_journal_s = 0.0  # of that event: it is written with the next one
         self.iteration = 0
         self.counts = {"train": 0, "dev": 0, "test": 0}
-        names = ("forward1", "forward2", "suggest1", "suggest2", "suggest_hidden", "dev", "test")
-        self.seconds = dict.fromkeys(names, 0.0)
+        names = [f"{name}{stage}" for stage in (1, 2) for name in SECONDS]
+        self.seconds = dict.fromkeys([*names, "dev", "test", "waited"], 0.0)
         self.n_non_finite = 0
 
     @property
@@ -84,46 +96,40 @@ class Recorder:
             LossError: not one loss is finite; the generation is not journaled.
             MismatchError: the replayed generation is not the recorded one.
         """
+        self._stage = stage
         hashes = _hashes(stage, layer, candidates)
         first = self.iteration
+        what = f"iterations {first + 1} to {first + len(candidates)}"
         record = self._next("losses")
         if record is None:
-            start = time.perf_counter()
-            losses = np.asarray(compute(), dtype=np.float64)
-            forward_s = time.perf_counter() - start
+            spent = self._spent(suggest_s, hidden_s)
+            raw, spent["forward_s"] = self._compute(compute)
+            losses = np.asarray(raw, dtype=np.float64)
             assert losses.shape == (len(candidates),), (
                 f"{losses.shape} losses of {len(candidates)} candidates"
             )
-            repaired, n_bad = _finite(
-                losses, worst_so_far, f"iterations {first + 1} to {first + len(losses)}"
-            )
-            spent = {"forward_s": forward_s, "suggest_s": suggest_s, "hidden_s": hidden_s}
-            self._journal.append(
-                [
-                    {"event": "losses", "stage": stage}
-                    | ({} if layer is None else {"layer": layer})
-                    | {"iteration": first + 1 + i, "of": [first, first + len(losses)], "candidate": hashes[i]}
-                    | {"loss": finite_or_none(loss)}
-                    | (spent if i == 0 else {})
-                    for i, loss in enumerate(losses)
-                ]
-            )
+            repaired, n_bad = _finite(losses, worst_so_far, what)
+            shared = {"event": "losses", "stage": stage} | ({} if layer is None else {"layer": layer})
+            of = [first, first + len(losses)]
+            lines = [
+                shared
+                | {"iteration": first + 1 + i, "of": of, "candidate": hashes[i], "loss": finite_or_none(loss)}
+                for i, loss in enumerate(losses.tolist())
+            ]
+            lines[0] |= _rounded(spent)
+            self._append(lines)
         else:
             recorded = [line.get("candidate") for line in record.lines]
             if recorded != hashes or record.lines[0].get("of", [None])[0] != first:
                 self._refuse(first + 1)
             values = [line["loss"] for line in record.lines]
             losses = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
-            repaired, n_bad = _finite(
-                losses, worst_so_far, f"iterations {first + 1} to {first + len(losses)}"
-            )
-            spent = {n: float(record.lines[0].get(n, 0.0)) for n in ("forward_s", "suggest_s", "hidden_s")}
+            repaired, n_bad = _finite(losses, worst_so_far, what)
+            spent = _recorded(record, "forward_s", "suggest_s", "hidden_s", "journal_s", "other_s")
         self.n_non_finite += n_bad
         self.iteration = first + len(losses)
         self.counts["train"] = self.iteration
-        self.seconds[f"forward{stage}"] += spent["forward_s"]
-        self.seconds[f"suggest{stage}"] += spent["suggest_s"]
-        self.seconds["suggest_hidden"] += spent["hidden_s"]
+        self._count(spent)
         return repaired
 
     def scores(self, split: str, at: str, prompt: NDArray[Any], compute: Callable[[], Scores]) -> Scores:
@@ -131,31 +137,48 @@ class Recorder:
         digest = _digest(prompt, split, at)
         record = self._next("scores")
         if record is None:
-            start = time.perf_counter()
-            scores = compute()
-            spent = time.perf_counter() - start
-            self._journal.append(
-                [
-                    {
-                        "event": "scores",
-                        "split": split,
-                        "at": at,
-                        "iteration": self.iteration,
-                        "prompt": digest,
-                    }
-                    | {"score": scores.score, "loss": finite_or_none(scores.loss), "seconds": round(spent, 6)}
-                ]
-            )
+            spent = self._spent()
+            found, seconds = self._compute(compute)
+            scores: Scores = found
+            line: dict[str, Any] = {"event": "scores", "split": split, "at": at, "iteration": self.iteration}
+            line |= {"prompt": digest, "score": scores.score, "loss": finite_or_none(scores.loss)}
+            self._append([line | _rounded({"seconds": seconds, **spent})])
         else:
             line = record.lines[0]
             if line.get("prompt") != digest or line.get("iteration") != self.iteration:
                 self._refuse(self.iteration)
             loss = line["loss"]
             scores = Scores(float(line["score"]), float("nan") if loss is None else float(loss))
-            spent = float(line.get("seconds", 0.0))
+            spent = _recorded(record, "journal_s", "other_s")
+            seconds = float(line.get("seconds", 0.0))
         self.counts[split] += 1
-        self.seconds[split] += spent
+        self.seconds[split] += seconds
+        self._count(spent)
         return scores
+
+    def _compute(self, compute: Callable[[], Any]) -> tuple[Any, float]:
+        """The result and its seconds; what was waited beyond these is others' time."""
+        start = time.perf_counter()
+        value, seconds = self._evaluate(compute)
+        self.seconds["waited"] += max(0.0, time.perf_counter() - start - seconds)
+        return value, seconds
+
+    def _spent(self, suggest_s: float = 0.0, hidden_s: float = 0.0) -> dict[str, float]:
+        """Seconds since the last live event, by what they were spent on."""
+        since = time.perf_counter() - self._idle_since if self._idle_since is not None else suggest_s
+        other_s = max(0.0, since - suggest_s)
+        spent = {"suggest_s": suggest_s, "hidden_s": hidden_s, "journal_s": self._last_journal_s}
+        return spent | {"other_s": other_s}
+
+    def _append(self, lines: list[dict[str, Any]]) -> None:
+        start = time.perf_counter()
+        self._journal.append(lines)
+        self._idle_since = time.perf_counter()
+        self._last_journal_s = self._idle_since - start
+
+    def _count(self, spent: dict[str, float]) -> None:
+        for name, seconds in spent.items():
+            self.seconds[f"{name.removesuffix('_s')}{self._stage}"] += seconds
 
     def _next(self, event: str) -> Record | None:
         if self.live:
@@ -188,7 +211,7 @@ def _finite(losses: Floats, worst_so_far: float | None, what: str) -> tuple[Floa
             f"all {len(losses)} losses of {what} are NaN or infinite; the journal is whole up to there. "
             "Half precision often overflows: try --precision fp32"
         )
-    warnings.warn(
+    warn(
         f"{n_bad} of {len(losses)} losses of {what} were NaN or infinite; "
         f"they count as the worst finite one, {worst:.4f}",
         NonFiniteLossWarning,
@@ -207,3 +230,11 @@ def _digest(array: NDArray[Any], *context: str) -> str:
     h = hashlib.sha256("/".join(context).encode())
     h.update(np.ascontiguousarray(array).tobytes())
     return h.hexdigest()[:16]
+
+
+def _recorded(record: Record, *names: str) -> dict[str, float]:
+    return {name: float(record.lines[0].get(name, 0.0)) for name in names}
+
+
+def _rounded(seconds: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in seconds.items()}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, TextIO
@@ -69,6 +70,49 @@ class ProgressLine:
         )
 
 
+class SeriesProgress:
+    """One line for the runs of a series: iterations in all, losses and scores in the mean.
+
+    Each run calls an :meth:`observer` of its own, from any thread.
+    """
+
+    def __init__(self, line: ProgressLine | None = None) -> None:
+        self._line = line or ProgressLine()
+        self._lock = threading.Lock()
+        self._latest: list[Progress | None] = []
+
+    def observer(self) -> Callable[[Progress], None]:
+        """What the next run is to call."""
+        number = len(self._latest)
+        self._latest.append(None)
+
+        def observe(progress: Progress) -> None:
+            with self._lock:
+                self._latest[number] = progress
+                self._line(self._sum())
+
+        return observe
+
+    def close(self) -> None:
+        """End the live line."""
+        with self._lock:
+            self._line.close()
+
+    def _sum(self) -> Progress:
+        begun = [p for p in self._latest if p is not None]
+        # a run that has not begun yet will take as long as the others
+        iters = sum(p.iters for p in begun) * len(self._latest) // len(begun)
+        scores = [p.dev_score for p in begun if math.isfinite(p.dev_score)]
+        return Progress(
+            stage=min(p.stage for p in begun) if len(begun) == len(self._latest) else 1,
+            iteration=sum(p.iteration for p in begun),
+            iters=iters,
+            train_loss=mean(p.train_loss for p in begun),
+            dev_score=mean(scores) if scores else math.nan,
+            live=any(p.live for p in begun),
+        )
+
+
 def result_table(result: dict[str, Any]) -> str:
     """The result for people: a line a stage, then where and how long."""
     rows = [("", "train loss", f"dev {result['metric']}", f"test {result['metric']}")]
@@ -96,7 +140,8 @@ def result_table(result: dict[str, Any]) -> str:
     lines.append(
         f"{result['iterations']} iterations in {clock(seconds['stage1'] + seconds['stage2'])}"
         f" (stage I {seconds['stage1']:.1f} s, stage II {seconds['stage2']:.1f} s;"
-        f" forward {seconds['forward']:.1f} s, suggest {seconds['suggest']:.1f} s),"
+        f" forward {seconds['forward']:.1f} s, suggest {seconds['suggest']:.1f} s,"
+        f" journal {seconds['journal']:.1f} s, other {seconds['other']:.1f} s),"
         f" dev {seconds['dev']:.1f} s  [{engine['runtime']}, {engine['precision']}, {engine['device']}]"
     )
     if result["non_finite_losses"]:
@@ -107,16 +152,40 @@ def result_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def seeds_line(results: Sequence[dict[str, Any]]) -> str:
-    """Mean and standard deviation over seeds."""
+def series_table(results: Sequence[dict[str, Any]]) -> str:
+    """A line a run, and for every task the mean and standard deviation over its seeds."""
+    columns = ["untuned", "stage1", "stage2"]
+    columns = [name for name in columns if any(name in r["stages"] for r in results)]
+    titles = {"untuned": "untuned", "stage1": "stage I", "stage2": "stage II"}
+    rows = [["task", "seed", "train loss", *(f"{titles[c]} dev / test" for c in columns)]]
+    for task in dict.fromkeys(r["task"] for r in results):
+        members = [r for r in results if r["task"] == task]
+        for r in members:
+            scores = [_pair(r["stages"].get(c, {})) for c in columns]
+            rows.append([task, str(r["seed"]), f"{r['train_loss']:.4f}", *scores])
+        if len(members) > 1:
+            losses = f"{mean(r['train_loss'] for r in members):.4f}"
+            scores = [_mean_pair([r["stages"].get(c, {}) for r in members]) for c in columns]
+            rows.append([task, f"mean of {len(members)}", losses, *scores])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def _pair(stage: dict[str, Any]) -> str:
+    scores = (stage.get("dev_score"), stage.get("test_score"))
+    return " / ".join("-" if s is None else _percent(s) for s in scores)
+
+
+def _mean_pair(stages: Sequence[dict[str, Any]]) -> str:
+    """Mean and standard deviation of the dev and of the test scores."""
     parts = []
-    for split in ("dev", "test"):
-        scores = [r[f"{split}_score"] for r in results]
-        if all(s is not None for s in scores):
-            spread = 100 * stdev(scores) if len(scores) > 1 else 0.0
-            parts.append(f"{split} {100 * mean(scores):.1f} ± {spread:.1f}")
-    seeds = ", ".join(str(r["seed"]) for r in results)
-    return f"{results[0]['task']}  {len(results)} seeds ({seeds})  " + "  ".join(parts)
+    for name in ("dev_score", "test_score"):
+        scores = [s.get(name) for s in stages]
+        known = [s for s in scores if s is not None]
+        whole = len(known) == len(scores)
+        parts.append(f"{100 * mean(known):.1f} ± {100 * stdev(known):.1f}" if whole else "-")
+    return " / ".join(parts)
 
 
 def draw_curve(path: Path, outcome: Outcome, title: str, metric: str) -> None:

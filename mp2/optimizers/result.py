@@ -40,7 +40,7 @@ def run_result(
     run_dir: Path, problem: FewShotProblem, outcome: Outcome, recorder: Recorder, tests: dict[str, float]
 ) -> dict[str, Any]:
     """What ``result.json`` holds."""
-    config, model, seconds, final = problem.config, problem.model, recorder.seconds, outcome.final
+    config, model, final = problem.config, problem.model, outcome.final
     stages = _stages(config, outcome)
     final_test = next((tests[name] for name, c in stages.items() if c is final and tests), None)
     return {
@@ -53,15 +53,7 @@ def run_result(
         "dev_score": final.dev.score,
         "test_score": final_test,
         "metric": problem.card.metric,
-        "seconds": {
-            "stage1": seconds["forward1"] + seconds["suggest1"],
-            "stage2": seconds["forward2"] + seconds["suggest2"],
-            "forward": seconds["forward1"] + seconds["forward2"],
-            "suggest": seconds["suggest1"] + seconds["suggest2"],
-            "suggest_hidden": seconds["suggest_hidden"],
-            "dev": seconds["dev"],
-            "test": seconds["test"],
-        },
+        "seconds": run_seconds(recorder.seconds),
         "engine": {
             "runtime": model.runtime.name,
             "precision": model.runtime.precision,
@@ -87,6 +79,21 @@ def run_result(
         "non_finite_losses": recorder.n_non_finite,
         "provenance": {**identity(problem), "versions": versions()},
     }
+
+
+def run_seconds(seconds: dict[str, float]) -> dict[str, float]:
+    """The result's seconds from the recorder's: what each stage took, and what for.
+
+    ``stage1`` + ``stage2`` = ``forward`` + ``suggest`` + ``journal`` + ``other``; these, ``dev`` and ``test``
+    make up the run's time. ``suggest`` is what was waited for, ``suggest_hidden`` ran beside forwards;
+    ``waited`` is time that other runs of a series had the engine.
+    """
+    wall = ("forward", "suggest", "journal", "other")
+    stages = {f"stage{stage}": sum(seconds[f"{name}{stage}"] for name in wall) for stage in (1, 2)}
+    parts = {name: seconds[f"{name}1"] + seconds[f"{name}2"] for name in wall}
+    hidden = seconds["hidden1"] + seconds["hidden2"]
+    rest = {name: seconds[name] for name in ("dev", "test", "waited")}
+    return {**stages, **parts, "suggest_hidden": hidden, **rest}
 
 
 def _router_text(outcome: Outcome) -> list[str]:

@@ -6,9 +6,7 @@ dimensions. One candidate an ask, after a first population of random ones.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
 from typing import Any
 
 import numpy as np
@@ -52,10 +50,7 @@ class BayesSearch:
             centre = np.where(router.reshape(-1), BOX / 2, -BOX / 2)
             logits = self._pending.get(router.tobytes(), centre)
             params = dict(zip(self._names, map(float, logits), strict=True))
-            with contextlib.redirect_stdout(
-                io.StringIO()
-            ):  # it prints about duplicates; stdout is the result's
-                self._optimizer.register(params=params, target=-float(loss))
+            self._optimizer.register(params=params, target=-float(loss))
 
     def _suggest(self) -> Any:
         return self._optimizer.suggest(*self._utility)
@@ -64,7 +59,10 @@ class BayesSearch:
 def _create(bounds: dict[str, tuple[float, float]], seed: int) -> tuple[Any, tuple[Any, ...]]:
     """The library's optimizer, and the arguments that its ``suggest`` wants."""
     import bayes_opt
+    from bayes_opt import target_space
 
+    # It prints about duplicates, and stdout is the result's; swapping sys.stdout would silence other threads.
+    vars(target_space)["print"] = lambda *args, **kwargs: None
     options: dict[str, Any] = {"f": None, "pbounds": bounds, "random_state": seed, "verbose": 0}
     options["allow_duplicate_points"] = True
     if hasattr(bayes_opt, "UtilityFunction"):  # 1.4

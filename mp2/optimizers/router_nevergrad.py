@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
 
 from mp2.errors import UnknownNameError, UsageError
+from mp2.optimizers.quiet import quiet
 from mp2.optimizers.router_search import Losses, Routers
 
 BOX = 5.0
@@ -15,8 +15,7 @@ BOX = 5.0
 
 def check_optimizer(name: str) -> None:
     """Raise ``UnknownNameError``, with the nearest names, if nevergrad has no optimizer ``name``."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         import nevergrad
 
     if name not in nevergrad.optimizers.registry:
@@ -31,8 +30,7 @@ class NevergradSearch:
         self._shape = shape
         self._asked: dict[bytes, Any] = {}
         seed = int(rng.integers(2**31))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             import nevergrad
 
             space = nevergrad.p.Array(init=np.zeros(shape[0] * shape[1])).set_bounds(-BOX, BOX)
@@ -44,8 +42,7 @@ class NevergradSearch:
 
     def ask(self, n: int) -> Routers:
         """One router [1, L', K]."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             candidate = self._optimizer.ask()
         router = np.asarray(candidate.value > 0).reshape(1, *self._shape)
         self._asked = {router[0].tobytes(): candidate}
@@ -56,6 +53,5 @@ class NevergradSearch:
         for router, loss in zip(routers, losses, strict=True):
             candidate = self._asked.pop(router.tobytes(), None)
             if candidate is not None:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
+                with quiet():
                     self._optimizer.tell(candidate, float(loss))

@@ -28,9 +28,9 @@ def read_config(run_dir: Path) -> BbtConfig:
     return BbtConfig.from_json(values.get("config", {}), path)
 
 
-def resume_command(run_dir: Path) -> str:
+def resume_command(*run_dirs: Path) -> str:
     """What to type to go on."""
-    return f"mp2 bbt --resume {run_dir}"
+    return " ".join(["mp2 bbt", *(f"--resume {run_dir}" for run_dir in run_dirs)])
 
 
 def new_folder(out: Path, name: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from mp2.optimizers.report import ProgressLine, seeds_line
+from mp2.optimizers.report import ProgressLine, SeriesProgress, series_table
 from mp2.optimizers.two_stage import Progress
 
 
@@ -45,6 +45,33 @@ def test_a_replay_is_silent_and_does_not_count_for_the_rate() -> None:
     assert stream.getvalue() == ""
 
 
-def test_mean_and_standard_deviation_over_seeds() -> None:
-    runs = [{"task": "t", "seed": s, "dev_score": d, "test_score": None} for s, d in ((8, 0.5), (13, 0.7))]
-    assert seeds_line(runs) == "t  2 seeds (8, 13)  dev 60.0 ± 14.1"
+def run(task: str, seed: int, dev: float, test: float | None) -> dict[str, object]:
+    stages = {
+        "untuned": {"dev_score": 0.25, "test_score": test},
+        "stage1": {"dev_score": dev, "test_score": test},
+    }
+    return {"task": task, "seed": seed, "train_loss": dev, "stages": stages}
+
+
+def test_a_line_a_run_and_mean_and_deviation_of_every_tasks_seeds() -> None:
+    runs = [run("a", 8, 0.5, None), run("a", 13, 0.7, None), run("b", 8, 0.5, 0.25)]
+    assert [" ".join(line.split()) for line in series_table(runs).splitlines()] == [
+        "task seed train loss untuned dev / test stage I dev / test",
+        "a 8 0.5000 25.0 / - 50.0 / -",
+        "a 13 0.7000 25.0 / - 70.0 / -",
+        "a mean of 2 0.6000 25.0 ± 0.0 / - 60.0 ± 14.1 / -",
+        "b 8 0.5000 25.0 / 25.0 50.0 / 25.0",
+    ]
+
+
+def test_one_line_for_several_runs_counts_all_iterations() -> None:
+    stream = io.StringIO()
+    series = SeriesProgress(ProgressLine(stream))
+    observers = [series.observer() for _ in range(2)]
+    for i in range(0, 101, 10):
+        observers[0](Progress(1 if i < 20 else 2, i, 100, 1.0, 0.5, live=True))
+        observers[1](Progress(1 if i < 20 else 2, i, 100, 0.0, 0.7, live=True))
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 10
+    assert lines[0].startswith("stage I    20/200  train loss 0.5000  dev 60.0")
+    assert lines[-1].startswith("stage II  200/200  train loss 0.5000  dev 60.0")

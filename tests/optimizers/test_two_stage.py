@@ -61,7 +61,7 @@ def bits(outcome: Outcome) -> tuple[object, ...]:
 
 def without_times(path: Path) -> list[dict[str, object]]:
     _, records, _ = read_journal(path)
-    times = {"forward_s", "suggest_s", "hidden_s", "seconds"}
+    times = {"forward_s", "suggest_s", "hidden_s", "journal_s", "other_s", "seconds"}
     return [{k: v for k, v in line.items() if k not in times} for r in records for line in r.lines]
 
 

@@ -1,0 +1,187 @@
+"""From the cells of the transfer benchmark to its table and to the answers that it gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any
+
+Row = dict[str, Any]
+
+COLUMNS = {  # column -> (method of the cell, how its score is read)
+    "majority": ("majority", "final"),
+    "untuned": ("deep", "untuned"),
+    "BBT": ("bbt", "final"),
+    "BBTv2": ("bbtv2", "final"),
+    "shallow router-only": ("shallow", "router"),
+    "shallow": ("shallow", "final"),
+    "deep router-only": ("deep", "router"),
+    "deep": ("deep", "final"),
+    "gradient": ("gradient", "final"),
+    "gradient shallow": ("gradient-shallow", "final"),
+    "deep, by sum": ("deep-sum", "final"),
+    "shallow, by sum": ("shallow-sum", "final"),
+    "gradient, soft": ("gradient-soft", "final"),
+}
+TRACKS = {
+    "unseen_data": "unseen data",
+    "unseen_task": "unseen task",
+    "extra": "extra",
+    "upstream": "upstream",
+}
+
+
+def read_score(stages: dict[str, Any], what: str) -> float:
+    """A test score of a run: ``untuned``, ``router`` (what router-only would have returned) or ``final``."""
+    if what == "router":  # the better of untuned and stage I by dev, ties to the lower loss, then the earlier
+        best = max(("untuned", "stage1"), key=lambda s: (stages[s]["dev_score"], -_loss(stages[s])))
+        return float(stages[best]["test_score"])
+    if what == "untuned":
+        return float(stages["untuned"]["test_score"])
+    return float(list(stages.values())[-1]["test_score"])
+
+
+def _loss(stage: dict[str, Any]) -> float:
+    return math.inf if stage["dev_loss"] is None else float(stage["dev_loss"])
+
+
+def summarise(cells: Sequence[dict[str, Any]]) -> list[Row]:
+    """A row a task and column: scores by seed, mean and standard deviation (n - 1), in per cent."""
+    rows = []
+    tracks = {cell["task"]: list(TRACKS).index(cell["track"]) for cell in cells}
+    for task in sorted(tracks, key=lambda t: (tracks[t], t)):
+        for column, (method, what) in COLUMNS.items():
+            found = [c for c in cells if c["task"] == task and c["method"] == method]
+            if not found:
+                continue
+            about = {key: found[0][key] for key in ("track", "metric")}
+            row: Row = {"task": task, **about, "column": column}
+            refused = [c["refused"] for c in found if "refused" in c]
+            if refused:
+                rows.append(row | {"refused": refused[0]})
+                continue
+            scores = {
+                str(c["seed"]): 100 * read_score(c["stages"], what)
+                for c in sorted(found, key=lambda c: int(c["seed"]))
+            }
+            values = list(scores.values())
+            spread = stdev(values) if len(values) > 1 else 0.0
+            rows.append(row | {"mean": mean(values), "sd": spread, "n": len(values), "by_seed": scores})
+    return rows
+
+
+def answers(rows: Sequence[Row]) -> dict[str, Any]:
+    """What the table was made for; every comparison over the tasks where both columns have scores.
+
+    ``gap`` is the mean over tasks of (first - second), points; seeds that only one of them has are left out.
+    """
+    questions: dict[str, tuple[str, str]] = {
+        "deep MP2 against BBTv2 from scratch": ("deep", "BBTv2"),
+        "shallow MP2 against BBT from scratch": ("shallow", "BBT"),
+        "deep MP2 against untuned": ("deep", "untuned"),
+        "deep router-only against two-stage": ("deep router-only", "deep"),
+        "shallow router-only against two-stage": ("shallow router-only", "shallow"),
+        "deep against shallow": ("deep", "shallow"),
+        "BBTv2 (prefix) against BBT (inline at the input)": ("BBTv2", "BBT"),
+        "gradient against black-box, deep": ("gradient", "deep"),
+        "division by the sum against by K, deep": ("deep, by sum", "deep"),
+        "division by the sum against by K, shallow": ("shallow, by sum", "shallow"),
+        "soft against hard router at inference, gradient": ("gradient, soft", "gradient"),
+    }
+    found: dict[str, Any] = {}
+    for question, (first, second) in questions.items():
+        gaps = _gaps(rows, first, second)
+        if gaps:
+            values = list(gaps.values())
+            found[question] = {
+                "tasks": len(values),
+                "better": sum(v > 0 for v in values),
+                "within_2": sum(abs(v) <= 2 for v in values),
+                "gap": round(mean(values), 2),
+                "by_task": {task: round(v, 2) for task, v in gaps.items()},
+            }
+    below = {}
+    for column in COLUMNS:
+        gaps = _gaps(rows, column, "majority")
+        if column != "majority" and gaps:
+            below[column] = [task for task, gap in gaps.items() if gap <= 0]
+    if below:
+        found["not better than majority"] = below
+    return found
+
+
+def _gaps(rows: Sequence[Row], first: str, second: str) -> dict[str, float]:
+    """Mean over common seeds of (first - second) for each task; majority is the same for every seed."""
+    scores = {(r["task"], r["column"]): r["by_seed"] for r in rows if "by_seed" in r}
+    gaps = {}
+    for task in dict.fromkeys(r["task"] for r in rows):
+        a, b = scores.get((task, first)), scores.get((task, second))
+        if a is None or b is None:
+            continue
+        if second == "majority":
+            gaps[task] = mean(a.values()) - mean(b.values())
+        elif common := [seed for seed in a if seed in b]:
+            gaps[task] = mean(a[seed] - b[seed] for seed in common)
+    return gaps
+
+
+def markdown(rows: Sequence[Row], found: dict[str, Any], settings: dict[str, Any]) -> str:
+    """The table (mean ± sd over seeds, test score in per cent), then the answers, then what was not run."""
+    columns = [column for column in COLUMNS if any(r["column"] == column for r in rows)]
+    lines = [f"| task | metric | {' | '.join(columns)} |", "| --- |" + " --- |" * (len(columns) + 1)]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    track = None
+    for task in tasks:
+        about = next(row for row in rows if row["task"] == task)
+        if about["track"] != track:
+            track = about["track"]
+            lines.append(f"| *{TRACKS[track]}* |" + " |" * (len(columns) + 1))
+        lines.append(f"| {task} | {about['metric']} | {' | '.join(_cell(rows, task, c) for c in columns)} |")
+    complete = [t for t in tasks if all(_mean(rows, t, c) is not None for c in columns)]
+    if complete:
+        means = [mean(_mean(rows, t, c) or 0.0 for t in complete) for c in columns]
+        lines.append(f"| mean of {len(complete)} | | {' | '.join(f'{value:.1f}' for value in means)} |")
+    lines += ["", _footnote(rows, settings), ""]
+    for question, answer in found.items():
+        if "gap" in answer:
+            lines.append(
+                f"- {question}: better on {answer['better']} of {answer['tasks']} tasks, "
+                f"within 2 points on {answer['within_2']}, mean gap {answer['gap']:+.1f} points"
+            )
+    for column, tasks_below in found.get("not better than majority", {}).items():
+        which = ", ".join(tasks_below) if tasks_below else "none"
+        lines.append(f"- not better than majority, {column}: {which}")
+    refused: dict[str, str] = {r["task"]: r["refused"] for r in rows if "refused" in r}
+    lines += [f"- {task} was not run: {why}" for task, why in refused.items()]
+    return "\n".join(lines)
+
+
+def _footnote(rows: Sequence[Row], settings: dict[str, Any]) -> str:
+    counts = sorted({row["n"] for row in rows if "n" in row})
+    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return (
+        f"Test score, mean ± standard deviation over {seeds} seeds; the first {settings['test_limit']} test "
+        f"examples; backbone {settings['backbone']}; {settings['iters']} iterations (black-box), "
+        f"{settings['epochs']} epochs (gradient); at most {settings['max_tokens']} tokens. Majority: the "
+        "test set's most frequent label or option; in extraction tasks the whole context as the answer. BBT "
+        "and BBTv2 have the span head of the pre-trained prompts."
+    )
+
+
+def _cell(rows: Sequence[Row], task: str, column: str) -> str:
+    row = next((r for r in rows if r["task"] == task and r["column"] == column), None)
+    if row is None:
+        return ""
+    if "refused" in row:
+        return "-"
+    return (
+        f"{row['mean']:.1f}"
+        if row["n"] == 1 or column == "majority"
+        else f"{row['mean']:.1f} ± {row['sd']:.1f}"
+    )
+
+
+def _mean(rows: Sequence[Row], task: str, column: str) -> float | None:
+    found = [r["mean"] for r in rows if r["task"] == task and r["column"] == column and "mean" in r]
+    return float(found[0]) if found else None

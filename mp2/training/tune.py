@@ -1,0 +1,258 @@
+"""MP2 on a few-shot task by gradient: the router first, then the prompts (paper section 3.4, Figure 6a).
+
+Stage I trains the new task's router logits [L', K] from a random start by Adam, through relaxed Bernoulli
+samples (eqs. 2-5), with everything else frozen. Stage II freezes the router and trains the soft prompts p_k
+[m, H] themselves that it has selected (not their intrinsic z: Figure 6a). The backbone, and the span head,
+never change.
+
+The prompts are held as modular prompts of intrinsic dimension K whose z is the identity: A then *is* the K
+soft prompts, so that training, the engine's dev and test scores and the prompt file all stay what they are.
+
+*Selection* is as in black-box tuning: dev is scored for the untuned prompt (every module on) and every
+``dev_every`` epochs, the best score wins, ties go to the lower dev loss, then to the earlier checkpoint.
+Stage II starts from the router that stage I's best checkpoint had. An *iteration* is an epoch: one pass over
+the few-shot training set (here forward and backward).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mp2.engine import create_objective
+from mp2.errors import LossError, UsageError
+from mp2.optimizers import Outcome, Progress, Scores
+from mp2.optimizers.config import BbtConfig, Kind
+from mp2.optimizers.few_shot_problem import FewShotProblem
+from mp2.optimizers.two_stage import Checkpoint, Prompt
+from mp2.prompts import ModularPrompts, PromptSet
+from mp2.tasks import MrcInput
+from mp2.training.mixture import pad
+from mp2.training.model import span_losses
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Token ids and mask [N, T], gold starts and ends [N]."""
+PARTS = 4  # of a batch, by length
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Gradient tuning; defaults are the paper's (appendix A.2)."""
+
+    run: BbtConfig  # what black-box tuning has too: task, data, prompts, seed ...; its search is not used
+    epochs: int = 1000  # half of them stage I
+    router_lr: float | None = None  # None: 3e-3 deep, 1e-2 shallow
+    prompt_lr: float | None = None  # None: 2e-5 deep, 3e-4 shallow
+    batch_size: int = 32
+    temperature: float = 1.0  # of the relaxed Bernoulli routers, as in pre-training
+    dev_every: int = 10  # epochs
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 2), ("batch_size", 1), ("dev_every", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        if not self.temperature > 0:
+            raise UsageError(f"temperature is {self.temperature}, expected a positive number")
+        for name in ("router_lr", "prompt_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise UsageError(f"{name} is {value}, expected 0 < rate < 1")
+
+    def rates(self, kind: Kind) -> tuple[float, float]:
+        """Learning rates (router, prompts): the paper's unless given."""
+        router, prompts = (3e-3, 2e-5) if kind == "deep" else (1e-2, 3e-4)
+        return self.router_lr or router, self.prompt_lr or prompts
+
+    def method(self, kind: Kind) -> str:
+        """What the result calls this run: ``mp2-deep-gradient``, ``mp2-deep-gradient-router``, ..."""
+        return f"mp2-{kind}-gradient" + ("-router" if self.run.router_only else "")
+
+
+def as_soft_prompts(prompts: PromptSet, task: str) -> PromptSet:
+    """The same modular prompts with d = K and z = 1: A [L', K, m*H] holds the soft prompts p_k = z_k A."""
+    meta = replace(
+        prompts.meta,
+        intrinsic_dim=prompts.meta.n_modules,
+        tasks=(task,),
+        provenance={"made_by": "mp2 tune", "from": prompts.sha256},
+    )
+    return PromptSet(
+        meta=meta,
+        z=torch.eye(meta.n_modules).expand(meta.shapes()["z"]).contiguous(),
+        projection=torch.bmm(prompts.z, prompts.projection),
+        routers=torch.zeros(meta.shapes()["routers"]),
+        span_weight=prompts.span_weight,
+        span_bias=prompts.span_bias,
+    )
+
+
+@dataclass
+class TuneOutcome:
+    """What tuning found: the stages as black-box tuning reports them, and the selected soft prompts."""
+
+    stages: Outcome
+    prompts: PromptSet
+    seconds: dict[str, float] = field(default_factory=dict)
+    n_dev: int = 0
+
+
+class GradientTuner:
+    """One run of both stages; :meth:`run` once. A function of its config and data (CPU, float32)."""
+
+    def __init__(
+        self,
+        config: TuneConfig,
+        problem: FewShotProblem,
+        observe: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        self.config, self.problem, self._observe = config, problem, observe
+        self._device = torch.device(problem.model.runtime.device)
+        self._start = as_soft_prompts(problem.model.prompts, problem.card.task)
+        generator = torch.Generator().manual_seed(config.run.seed)
+        self._model = ModularPrompts(self._start.meta, generator)  # a random router, U(+-1e-3)
+        with torch.no_grad():
+            for name in ("z", "projection", "span_weight", "span_bias"):
+                getattr(self._model, name).copy_(getattr(self._start, name))
+        self._model.to(self._device).requires_grad_(False)
+        encoder = problem.model.backbone.encoder
+        self._encoder = encoder if self._device.type == "cpu" else copy.deepcopy(encoder).to(self._device)
+        self._rng = np.random.default_rng([config.run.seed, 7])
+        self._noise = torch.Generator().manual_seed(config.run.seed + 1)
+        self._seconds = dict.fromkeys(("stage1", "stage2", "dev"), 0.0)
+        self._checkpoints: list[Checkpoint] = []
+        self._best: tuple[Checkpoint, PromptSet, Tensor] | None = None  # with its router weights [L', K]
+        self._loss_curve: list[tuple[int, float]] = []
+        self._epoch = 0
+
+    def run(self) -> TuneOutcome:
+        """Tune; raises ``LossError`` at a loss that is not finite."""
+        router_lr, prompt_lr = self.config.rates(self.problem.model.kind)
+        untuned = self._check("untuned", self._start, torch.ones(self._model.routers.shape[1:]))
+        stage_one = self.config.epochs // 2
+        self._train("stage1", self._model.routers, router_lr, stage_one)
+        assert self._best is not None
+        stage1, _, weights = self._best
+        if not self.config.run.router_only:
+            self._train("stage2", self._model.projection, prompt_lr, self.config.epochs, weights)
+        final, prompts, _ = self._best
+        return TuneOutcome(
+            stages=Outcome(
+                untuned=untuned,
+                stage1=stage1,
+                final=final,
+                router=(weights > 0.5).numpy(),
+                incumbent_loss=min(c.train_loss for c in self._checkpoints),
+                loss_curve=self._loss_curve,
+                dev_curve=[(c.iteration, c.dev.score) for c in self._checkpoints],
+            ),
+            prompts=prompts,
+            seconds=self._seconds,
+            n_dev=len(self._checkpoints),
+        )
+
+    def scorer(self, prompts: PromptSet) -> FewShotProblem:
+        """The same examples under other soft prompts."""
+        problem = copy.copy(self.problem)
+        problem.model = replace(problem.model, prompts=prompts)
+        problem.objective = create_objective(
+            problem.model.runtime, problem.model.backbone, prompts, problem.train_inputs
+        )
+        return problem
+
+    def test_scores(
+        self, stages: Mapping[str, Checkpoint], selected: PromptSet
+    ) -> tuple[dict[str, float], float]:
+        """Test score of each stage's prompt, each prompt once, and the seconds it took.
+
+        ``selected`` are the soft prompts of a checkpoint of stage II; those of all others are the first ones.
+        """
+        begun = time.perf_counter()
+        known: dict[tuple[bytes, bool], float] = {}
+        scores = {}
+        for name, checkpoint in stages.items():
+            trained = checkpoint.at == "stage2"
+            key = (checkpoint.z.tobytes(), trained)
+            if key not in known:
+                scorer = self.scorer(selected if trained else self._start)
+                known[key] = scorer.test_scores(checkpoint.z).score
+            scores[name] = known[key]
+        return scores, time.perf_counter() - begun
+
+    def _train(
+        self, stage: str, parameter: torch.nn.Parameter, rate: float, until: int, frozen: Tensor | None = None
+    ) -> None:
+        """Train ``parameter`` to epoch ``until``; router weights are ``frozen`` [L', K], or sampled anew."""
+        parameter.requires_grad_(True)
+        optimizer = torch.optim.Adam([parameter], lr=rate)
+        while self._epoch < until:
+            begun = time.perf_counter()
+            for parts in self._batches():
+                weights = frozen if frozen is not None else self._sampled_weights()
+                optimizer.zero_grad(set_to_none=True)
+                loss = self._backward(parts, weights.to(self._device))
+                if not math.isfinite(loss):
+                    raise LossError(f"the loss is {loss} in epoch {self._epoch + 1}")
+                optimizer.step()
+            self._epoch += 1
+            self._seconds[stage] += time.perf_counter() - begun
+            if self._epoch % self.config.dev_every == 0 or self._epoch == until:
+                prompts = self._model.to_set() if stage == "stage2" else self._start
+                inference = frozen if frozen is not None else self._model.router_weights(0).detach().cpu()
+                self._check(stage, prompts, inference)
+        parameter.requires_grad_(False)
+
+    def _sampled_weights(self) -> Tensor:
+        return self._model.router_weights(0, temperature=self.config.temperature, generator=self._noise)
+
+    def _backward(self, parts: list[Batch], weights: Tensor) -> float:
+        """Add the gradient of a batch's mean loss, part by part; returns the loss."""
+        n = sum(len(part[0]) for part in parts)
+        total = torch.zeros((), device=self._device)
+        for ids, mask, starts, ends in parts:
+            start, end = self._model(self._encoder, ids, mask, weights)
+            total = total + span_losses(start, end, mask, starts, ends).sum() / n
+        total.backward()  # type: ignore[no-untyped-call]
+        return float(total.detach())
+
+    def _batches(self) -> list[list[Batch]]:
+        """An epoch's batches, in an order of its own; each in parts of similar length, to save padding."""
+        train = self.problem.train_inputs
+        order = self._rng.permutation(len(train))
+        batches = []
+        for first in range(0, len(order), self.config.batch_size):
+            chosen = [train[i] for i in order[first : first + self.config.batch_size]]
+            chosen.sort(key=lambda x: x.n_tokens)
+            size = math.ceil(len(chosen) / PARTS)
+            batches.append([self._place(chosen[i : i + size]) for i in range(0, len(chosen), size)])
+        return batches
+
+    def _place(self, inputs: list[MrcInput]) -> Batch:
+        ids, mask = pad(inputs, self.problem.model.backbone.tokenizer.pad_id)
+        gold = np.array([[x.start, x.end] for x in inputs], np.int64)
+        arrays = (ids, mask, gold[:, 0].copy(), gold[:, 1].copy())
+        ids_t, mask_t, starts, ends = (torch.from_numpy(a).to(self._device) for a in arrays)
+        return ids_t, mask_t, starts, ends
+
+    def _check(self, at: str, prompts: PromptSet, weights: Tensor) -> Checkpoint:
+        """Train loss and dev score of the prompts under inference weights [L', K]."""
+        begun = time.perf_counter()
+        scorer = self.scorer(prompts)
+        z: Prompt = prompts.fuse(weights).numpy()
+        train_loss = float(scorer.objective.full_losses(z[None])[0])
+        dev: Scores = scorer.dev_scores(z)
+        self._seconds["dev"] += time.perf_counter() - begun
+        checkpoint = Checkpoint(at, self._epoch, z, train_loss, dev)
+        self._checkpoints.append(checkpoint)
+        self._loss_curve.append((self._epoch, train_loss))
+        if self._best is None or checkpoint.rank() < self._best[0].rank():
+            self._best = (checkpoint, prompts, weights)
+        stage = 2 if at == "stage2" else 1
+        self._observe(Progress(stage, self._epoch, self.config.epochs, train_loss, dev.score, True))
+        return checkpoint

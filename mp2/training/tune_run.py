@@ -1,0 +1,179 @@
+"""A gradient-tuning run: a folder like that of ``mp2 bbt``, which ``mp2 predict`` reads too.
+
+``tune.json`` (what was asked for), ``card.toml``, and at the end ``prompts.safetensors`` (the selected soft
+prompts), ``prompt.safetensors`` (their mixture), ``config.json`` (how to load both), ``curve.png``,
+``result.json``. A run takes minutes and keeps no checkpoint: one that was cut off is started again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from mp2.optimizers import Progress
+from mp2.optimizers.command import read_seeds
+from mp2.optimizers.config import BbtConfig, RouterConfig
+from mp2.optimizers.few_shot_problem import FewShotProblem, FrozenModel, load_model, resolve_paths
+from mp2.optimizers.journal import finite_or_none
+from mp2.optimizers.provenance import config_file, identity, versions
+from mp2.optimizers.report import ProgressLine, draw_curve
+from mp2.optimizers.run_folder import locked, new_folder, write_json, write_text
+from mp2.optimizers.tuned import TunedMeta, save_tuned
+from mp2.optimizers.two_stage import Checkpoint
+from mp2.prompts import save_prompts
+from mp2.tasks import load_card
+from mp2.training.tune import GradientTuner, TuneConfig, TuneOutcome
+
+Observe = Callable[[Progress], None]
+
+
+def start_tune(
+    config: TuneConfig, out: Path, observe: Observe = lambda p: None, model: FrozenModel | None = None
+) -> dict[str, Any]:
+    """Tune in a new folder under ``out``; returns the result, with the keys of a black-box result.
+
+    Raises:
+        UsageError: bad names, files or data; nothing was made.
+        LossError: a loss was not finite.
+    """
+    card = load_card(config.run.task)
+    run = resolve_paths(replace(config.run, router=RouterConfig(method="none")))
+    model = model or load_model(run)
+    run = replace(run, runtime=model.runtime.name, precision=model.runtime.precision)
+    config = replace(config, run=run)
+    problem = FewShotProblem(run, card, model)
+    run_dir = new_folder(out, f"{card.task}-{config.method(model.kind)}-seed{run.seed}").resolve()
+    with locked(run_dir):
+        write_text(run_dir / "card.toml", Path(card.path).read_text(encoding="utf-8"))
+        write_json(run_dir / "tune.json", {"config": asdict(config), "versions": versions()})
+        tuner = GradientTuner(config, problem, observe)
+        outcome = tuner.run()
+        result = _result(run_dir, config, tuner, outcome)
+        _write(run_dir, tuner, outcome, result)
+    return result
+
+
+def start_tunes(
+    config: TuneConfig, seeds: list[int], out: Path, observe: Callable[[], Observe]
+) -> Iterator[dict[str, Any]]:
+    """One run a seed, with one loaded model; yields each result as it comes."""
+    model = load_model(resolve_paths(config.run))
+    for seed in seeds:
+        yield start_tune(replace(config, run=replace(config.run, seed=seed)), out, observe(), model)
+
+
+def _write(run_dir: Path, tuner: GradientTuner, outcome: TuneOutcome, result: dict[str, Any]) -> None:
+    problem, final = tuner.problem, outcome.stages.final
+    file = run_dir / "prompts.safetensors"
+    save_prompts(outcome.prompts, file)
+    meta = TunedMeta(
+        task=problem.card.task,
+        kind=problem.model.kind,
+        backbone=problem.model.backbone.config.name,
+        backbone_sha256=problem.model.backbone.sha256,
+        prompts=str(file),
+        prompts_sha256=outcome.prompts.sha256,
+        router=result["router"],
+        card=Path(problem.card.path).read_text(encoding="utf-8"),
+        max_tokens=problem.max_tokens,
+        at=final.at,
+        iteration=final.iteration,
+        seed=problem.config.seed,
+    )
+    save_tuned(run_dir / "prompt.safetensors", final.z, meta)
+    tuned: BbtConfig = replace(problem.config, prompts=str(file))
+    write_json(run_dir / "config.json", config_file(tuned, problem.model))
+    title = f"{result['task']}  {result['method']}  seed {result['seed']}"
+    draw_curve(run_dir / "curve.png", outcome.stages, title, problem.card.metric)
+    write_json(run_dir / "result.json", result)  # last: it says that the run has ended
+
+
+def _result(run_dir: Path, config: TuneConfig, tuner: GradientTuner, outcome: TuneOutcome) -> dict[str, Any]:
+    problem, model, found = tuner.problem, tuner.problem.model, outcome.stages
+    stages: dict[str, Checkpoint] = {"untuned": found.untuned, "stage1": found.stage1}
+    if not config.run.router_only:
+        stages["stage2"] = found.final
+    tests, tested_s = tuner.test_scores(stages, outcome.prompts) if config.run.test else ({}, 0.0)
+    seconds = outcome.seconds
+    return {
+        "task": problem.card.task,
+        "method": config.method(model.kind),
+        "seed": config.run.seed,
+        "backbone": model.backbone.config.name,
+        "iterations": found.loss_curve[-1][0],
+        "train_loss": finite_or_none(found.final.train_loss),
+        "dev_score": found.final.dev.score,
+        "test_score": tests.get(list(stages)[-1]),
+        "metric": problem.card.metric,
+        "seconds": {
+            "stage1": seconds["stage1"],
+            "stage2": seconds["stage2"],
+            "forward": seconds["stage1"] + seconds["stage2"],
+            "suggest": 0.0,
+            "suggest_hidden": 0.0,
+            "dev": seconds["dev"],
+            "test": tested_s,
+        },
+        "engine": {
+            "runtime": model.runtime.name,
+            "precision": model.runtime.precision,
+            "device": str(model.runtime.device),
+        },
+        "run_dir": str(run_dir),
+        "router_search": "adam",
+        "router": ["".join("1" if bit else "0" for bit in layer) for layer in found.router],
+        "best_train_loss": finite_or_none(found.incumbent_loss),
+        "selected": {"at": found.final.at, "iteration": found.final.iteration},
+        "stages": {
+            name: {
+                "iteration": c.iteration,
+                "train_loss": finite_or_none(c.train_loss),
+                "dev_score": c.dev.score,
+                "dev_loss": finite_or_none(c.dev.loss),
+                "test_score": tests.get(name),
+            }
+            for name, c in stages.items()
+        },
+        "evaluations": {"train": found.loss_curve[-1][0], "dev": outcome.n_dev, "test": len(set(tests))},
+        "examples": {"train": problem.n_train, "dev": problem.n_dev, "test": problem.n_test if tests else 0},
+        "non_finite_losses": 0,
+        "provenance": {**identity(problem), "versions": versions()},
+    }
+
+
+def tune_results(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What ``mp2 tune`` does: a run for each seed; yields each result as it comes."""
+    seeds = read_seeds(options["seed"], options["seeds"])
+    run = BbtConfig(
+        task=options["task"],
+        data=options["data"],
+        backbone=options["backbone"],
+        prompts=options["prompts"],
+        kind=options["kind"] or "auto",
+        router_only=options["router_only"],
+        seed=seeds[0],
+        shots=options["shots"],
+        max_tokens=options["max_tokens"],
+        test=not options["no_test"],
+        test_limit=options["test_limit"],
+        runtime="torch",
+        device=options["device"],
+        threads=options["threads"],
+    )
+    names = ("epochs", "router_lr", "prompt_lr", "batch_size")
+    config = TuneConfig(run=run, **{name: options[name] for name in names})
+    lines: list[ProgressLine] = []
+
+    def observe() -> ProgressLine:
+        lines.append(ProgressLine())
+        return lines[-1]
+
+    try:
+        for result in start_tunes(config, seeds, Path(options["out"]), observe):
+            lines[-1].close()
+            yield result
+    finally:
+        for line in lines:
+            line.close()

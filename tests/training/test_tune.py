@@ -1,0 +1,185 @@
+"""Gradient tuning: what each stage may change, selection, the run folder, and that predict reads it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from tuning_world import World, make_world
+
+from mp2.backbone import Backbone
+from mp2.cli import main
+from mp2.errors import UsageError
+from mp2.optimizers import BbtConfig
+from mp2.optimizers.few_shot_problem import FewShotProblem, load_model
+from mp2.prompts import fuse, load_prompts, random_prompts
+from mp2.tasks import load_card
+from mp2.training.tune import GradientTuner, TuneConfig, as_soft_prompts
+from mp2.training.tune_run import start_tune
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> World:
+    return make_world(tmp_path_factory.mktemp("tune"), tiny_backbone)
+
+
+def config_of(world: World, kind: str = "deep", **run: object) -> BbtConfig:
+    values = {
+        "task": str(world.card),
+        "data": str(world.data),
+        "backbone": str(world.backbone),
+        "prompts": str(world.deep if kind == "deep" else world.shallow),
+        "runtime": "torch",
+        "threads": 1,
+    }
+    return BbtConfig(**{**values, **run})  # type: ignore[arg-type]
+
+
+def tuner_of(world: World, kind: str = "deep", **settings: object) -> GradientTuner:
+    run = config_of(world, kind)
+    problem = FewShotProblem(run, load_card(run.task), load_model(run))
+    rates = {"epochs": 12, "dev_every": 3, "router_lr": 0.3, "prompt_lr": 0.05}
+    return GradientTuner(TuneConfig(run=run, **{**rates, **settings}), problem)  # type: ignore[arg-type]
+
+
+def test_soft_prompts_are_z_times_projection(tiny_backbone: Backbone) -> None:
+    prompts = random_prompts(tiny_backbone, "deep", n_modules=3, prompt_tokens=4, intrinsic_dim=5, seed=2)
+    soft = as_soft_prompts(prompts, "t")
+    router = torch.tensor([[1.0, 0, 1], [0, 0, 1], [1, 1, 1]])
+    expected = np.einsum(
+        "lk,lkd,ldx->lx", router.double() / 3, prompts.z.double(), prompts.projection.double()
+    )
+    got = torch.einsum("ld,ldx->lx", soft.fuse(router), soft.projection)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["deep", "shallow"])
+def test_losses_of_untuned_prompts_are_those_of_black_box_tuning(world: World, kind: str) -> None:
+    tuner = tuner_of(world, kind)
+    every = torch.ones(tuner.problem.model.prompts.z.shape[:2])
+    meta = tuner.problem.model.prompts.meta
+    z = fuse(tuner.problem.model.prompts.z, every, meta.router_normalisation).numpy()
+    expected = tuner.problem.objective.full_losses(z[None])[0]
+    assert tuner.run().stages.untuned.train_loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_part_of_a_batch_changes_no_gradient(world: World) -> None:
+    """Parts by length against all examples padded into one forward."""
+    tuner = tuner_of(world)
+    weights = torch.ones(tuner.problem.model.prompts.z.shape[:2])
+    model = tuner._model.requires_grad_(False)
+    model.projection.requires_grad_(True)
+    parts = tuner._batches()[0]
+    assert len(parts) > 1
+    loss = tuner._backward(parts, weights)
+    gradient = model.projection.grad.clone()
+    model.projection.grad = None
+    assert tuner._backward([tuner._place(tuner.problem.train_inputs)], weights) == pytest.approx(
+        loss, rel=1e-5
+    )
+    torch.testing.assert_close(model.projection.grad, gradient, rtol=1e-3, atol=1e-6)
+    assert gradient.abs().max() > 0
+
+
+def test_stage_one_moves_the_router_alone_and_stage_two_only_selected_prompts(world: World) -> None:
+    tuner = tuner_of(world)
+    before = tuner._model.projection.detach().clone()
+    head = tuner._model.span_weight.detach().clone()
+    logits = tuner._model.routers.detach().clone()
+    tuner._train("stage1", tuner._model.routers, 0.3, 6)
+    assert not torch.equal(tuner._model.routers, logits)
+    assert torch.equal(tuner._model.projection, before)
+    logits = tuner._model.routers.detach().clone()
+    frozen = torch.zeros(tuner._model.routers.shape[1:])
+    frozen[:, 1] = 1.0
+    tuner._train("stage2", tuner._model.projection, 0.05, 12, frozen)
+    assert torch.equal(tuner._model.routers, logits)
+    assert torch.equal(tuner._model.span_weight, head)
+    changed = (tuner._model.projection != before).flatten(2).any(-1)
+    assert changed[:, 1].all()
+    assert not changed[:, [0, 2, 3]].any()
+
+
+@pytest.mark.parametrize("kind", ["deep", "shallow"])
+def test_training_lowers_the_loss_and_keeps_the_backbone(world: World, kind: str) -> None:
+    tuner = tuner_of(world, kind, epochs=40)
+    backbone = {n: t.clone() for n, t in tuner.problem.model.backbone.encoder.state_dict().items()}
+    found = tuner.run().stages
+    # a tiny random backbone hardly listens to prefixes
+    assert found.loss_curve[-1][1] < found.untuned.train_loss - 1e-4
+    for name, tensor in tuner.problem.model.backbone.encoder.state_dict().items():
+        assert torch.equal(tensor, backbone[name]), name
+
+
+def test_the_best_dev_score_is_selected(world: World) -> None:
+    found = tuner_of(world, epochs=40).run().stages
+    assert found.final.dev.score == max(score for _, score in found.dev_curve)
+    assert found.stage1.rank() <= found.untuned.rank()
+    assert found.final.rank() <= found.stage1.rank()
+
+
+def test_soft_router_is_kept_in_stage_two(world: World) -> None:
+    tuner = tuner_of(world)
+    prompts = tuner.problem.model.prompts
+    soft = replace(prompts, meta=replace(prompts.meta, router_inference="soft"))
+    tuner.problem.model = replace(tuner.problem.model, prompts=soft)
+    found = GradientTuner(tuner.config, tuner.problem).run().stages
+    later = [c for c in (found.stage1, found.final) if c.at != "untuned"]
+    for checkpoint in later:
+        weights = checkpoint.z * prompts.meta.n_modules
+        assert ((weights > 0) & (weights < 1)).all()
+
+
+def test_same_seed_same_result(world: World, tmp_path: Path) -> None:
+    config = TuneConfig(run=config_of(world, seed=5), epochs=6, dev_every=2, router_lr=0.3, prompt_lr=0.05)
+    first, again = (start_tune(config, tmp_path) for _ in range(2))
+    for name in ("router", "stages", "best_train_loss", "selected"):
+        assert first[name] == again[name]
+    assert first["run_dir"] != again["run_dir"]
+
+
+def test_run_folder_can_be_predicted_with(world: World, tmp_path: Path) -> None:
+    options = [*world.options(), "--epochs", "20", "--router-lr", "0.3", "--prompt-lr", "0.05", "--json"]
+    done = CliRunner().invoke(main, ["tune", *[o for o in options if o not in ("--runtime", "torch")]])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    run_dir = Path(result["run_dir"])
+    assert result["method"] == "mp2-deep-gradient"
+    assert set(result["stages"]) == {"untuned", "stage1", "stage2"}
+    assert result["test_score"] == result["stages"]["stage2"]["test_score"]
+    assert (run_dir / "curve.png").stat().st_size > 1000
+    lines = (world.data / "mood" / "test.jsonl").read_text().splitlines()
+    texts = "\n".join(json.loads(line)["text"] for line in lines)
+    predicted = CliRunner().invoke(main, ["predict", "--run", str(run_dir), "--input", "-"], input=texts)
+    assert predicted.exit_code == 0, predicted.output
+    labels = [json.loads(line)["label"] for line in predicted.stdout.splitlines()]
+    right = np.mean([label == json.loads(line)["label"] for label, line in zip(labels, lines, strict=True)])
+    assert right == pytest.approx(result["test_score"])
+    kind = load_prompts(run_dir / "prompts.safetensors").meta
+    assert (kind.intrinsic_dim, kind.n_modules) == (4, 4)
+
+
+def test_several_seeds_give_a_list(world: World) -> None:
+    options = [o for o in world.options(kind="shallow") if o not in ("--runtime", "torch")]
+    done = CliRunner().invoke(
+        main, ["tune", *options, "--epochs", "2", "--seeds", "8,13", "--router-only", "--no-test", "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    results = json.loads(done.stdout)
+    assert [r["seed"] for r in results] == [8, 13]
+    assert {r["method"] for r in results} == {"mp2-shallow-gradient-router"}
+    assert set(results[0]["stages"]) == {"untuned", "stage1"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"epochs": 1}, "epochs is 1"), ({"router_lr": 2.0}, "router_lr is 2.0"), ({"temperature": 0.0}, "0.0")],
+)
+def test_impossible_settings_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TuneConfig(run=BbtConfig(task="t"), **settings)  # type: ignore[arg-type]

@@ -6,35 +6,62 @@ from pathlib import Path
 
 import torch
 
-from mp2.backbone import Backbone
+from mp2.backbone import Backbone, resolve_device
 from mp2.engine.runtime import Prefix
 from mp2.errors import MismatchError, UsageError
 from mp2.export.folder import EngineFolder, layer_file
+from mp2.export.onnx_providers import Provider
 from mp2.export.onnx_session import OnnxSession
+from mp2.export.tensorrt.graphs import plain_layer_file
+from mp2.export.tensorrt.plans import SHAPES, read_shapes
+
+_CACHE = "onnxruntime"  # of the TensorRT provider, inside the engine folder
+_CHOSEN_BY_TENSORRT = ("fp16", "bf16")  # precisions that its provider can run a float32 graph in
 
 
 class OnnxRuntime:
-    """`Runtime` on ONNX Runtime's CPU provider; a stage's session is opened when it is first used."""
+    """`Runtime` on one of ONNX Runtime's providers; a stage's session is opened when it is first used.
+
+    Activations stay on the provider's device from one graph of the chain to the next.
+    """
 
     name = "onnxruntime"
-    device = "cpu"
 
     def __init__(
         self,
         backbone: Backbone,
         engine_dir: Path,
         *,
+        device: str = "cpu",
+        provider: str | None = None,
         threads: int | None = None,
         precision: str = "fp32",
         reason: str = "",
     ) -> None:
-        """Verify ``engine_dir`` against ``backbone``; FormatError or MismatchError if it does not fit."""
+        """Verify ``engine_dir`` against ``backbone``; FormatError or MismatchError if it does not fit.
+
+        ``provider`` is ``cpu``, ``cuda`` or ``tensorrt`` (None: what ``device`` says), and
+        MissingDependencyError says what to install for it. The TensorRT provider keeps engines in the folder.
+        """
+        kind = provider or resolve_device(device).type
         self._folder = EngineFolder.open(engine_dir, backbone)
-        if self._folder.manifest.precision != precision:
+        manifest = self._folder.manifest
+        chosen = kind == "tensorrt" and manifest.precision == "fp32" and precision in _CHOSEN_BY_TENSORRT
+        if manifest.precision != precision and not chosen:
             raise MismatchError(
-                f"engine folder {engine_dir} holds {self._folder.manifest.precision}, expected {precision}; "
-                f"pass --precision {self._folder.manifest.precision}"
+                f"engine folder {engine_dir} holds {manifest.precision}, expected {precision}; "
+                f"pass --precision {manifest.precision}"
             )
+        self._provider = Provider(
+            kind=kind,
+            device=device,
+            cache=self._folder.path / _CACHE if kind == "tensorrt" else None,
+            precision=precision if chosen else "fp32",
+            shapes=read_shapes(self._folder) if SHAPES in manifest.files else None,
+        )
+        self._provider.check()
+        resolve_device(device)
+        self.device = device
         self.precision = precision
         self.reason = reason or "asked for"
         self._threads = threads
@@ -63,9 +90,12 @@ class OnnxRuntime:
         """See `Runtime.layer`."""
         p, n, t, width = hidden.shape
         if mask is None:
-            mask = torch.ones(n, t, dtype=torch.bool)
+            mask = torch.ones(n, t, dtype=torch.bool, device=hidden.device)
+        if prefix is None and plain_layer_file(index) in self._folder.manifest.files:
+            feeds = {"hidden": hidden, "mask": mask}
+            return self._run(plain_layer_file(index), feeds, (p, n, t, width))
         if prefix is None:
-            empty = torch.empty(1, 1, self._config.n_heads, 0, self._config.head_size)
+            empty = hidden.new_empty(1, 1, self._config.n_heads, 0, self._config.head_size)
             prefix = (empty, empty)
         feeds = {"hidden": hidden, "mask": mask, "prefix_keys": prefix[0], "prefix_values": prefix[1]}
         return self._run(
@@ -81,5 +111,7 @@ class OnnxRuntime:
         self, graph: str, feeds: dict[str, torch.Tensor], shape: tuple[int, ...], output: str = "hidden_out"
     ) -> torch.Tensor:
         if graph not in self._sessions:
-            self._sessions[graph] = OnnxSession(self._folder.file(graph), threads=self._threads)
+            self._sessions[graph] = OnnxSession(
+                self._folder.file(graph), threads=self._threads, provider=self._provider
+            )
         return self._sessions[graph].run(feeds, {output: shape})[0]

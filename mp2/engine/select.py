@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 AnyObjective = Objective | CudaObjective
 
-RUNTIMES = ("auto", "torch", "onnxruntime", "tensorrt")
+RUNTIMES = ("auto", "torch", "onnxruntime", "onnxruntime-tensorrt", "tensorrt")
+_FOLDER_PRECISIONS = ("fp32", "fp16", "bf16", "fp8")  # onnxruntime's: what the engine folder was exported in
 
 
 def create_runtime(
@@ -57,8 +58,9 @@ def create_runtime(
         why += [f"{precision} is usual there"] if device != "cpu" else []
     if name == "tensorrt":
         return _tensorrt(backbone, engine_dir, device, precision)
-    on_gpu = name != "onnxruntime" and device != "cpu" and resolve_device(device).type == "cuda"
-    known = CUDA_PRECISIONS if on_gpu else PRECISIONS
+    on_onnxruntime = name.startswith("onnxruntime")
+    on_gpu = not on_onnxruntime and device != "cpu" and resolve_device(device).type == "cuda"
+    known = _FOLDER_PRECISIONS if on_onnxruntime else CUDA_PRECISIONS if on_gpu else PRECISIONS
     if precision not in known:
         raise UnknownNameError("precision", precision, known, f"These are for device {device}.")
     if threads is not None:
@@ -74,18 +76,23 @@ def create_runtime(
     def on_onnx(reason: str = "") -> Runtime:
         if engine_dir is None:
             raise UsageError(
-                "runtime 'onnxruntime' needs an engine folder; "
+                f"runtime '{'onnxruntime' if name == 'auto' else name}' needs an engine folder; "
                 f"run 'mp2 export --backbone {backbone.config.name} --out DIR' and pass --engine DIR"
             )
-        if device != "cpu":
-            raise UsageError(
-                f"runtime 'onnxruntime' runs on the CPU only, got device '{device}'; use --runtime torch"
-            )
-        return OnnxRuntime(backbone, Path(engine_dir), threads=threads, precision=precision, reason=reason)
+        provider = "tensorrt" if name == "onnxruntime-tensorrt" else None
+        return OnnxRuntime(
+            backbone,
+            Path(engine_dir),
+            device="cuda" if provider and device == "cpu" else device,
+            provider=provider,
+            threads=threads,
+            precision=precision,
+            reason=reason,
+        )
 
     if name == "torch":
         return on_torch(f"asked for; {', '.join(why)}" if why else "")
-    if name == "onnxruntime":
+    if on_onnxruntime:
         return on_onnx()
     if on_gpu:
         return on_torch(f"auto: torch on CUDA, {', '.join(why) or 'the device asked for'}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnxruntime as ort
@@ -25,15 +25,16 @@ Options = dict[str, str]
 class Provider:
     """Where a session runs and how: ``cpu``, ``cuda`` or ``tensorrt`` on a torch ``device``.
 
-    ``tensorrt`` keeps engines and timings in ``cache``, tuned for ``shapes``; ``precision`` fp16 or bf16 lets
-    it choose that type for a float32 graph (TensorRT 10 only; typed graphs need no flag).
+    ``tensorrt`` keeps engines and timings in ``cache``, tuned for ``shapes`` (None: it grows its own profile,
+    and rebuilds, as shapes come); ``precision`` fp16 or bf16 lets it choose that type for a float32 graph
+    (TensorRT 10 only; typed graphs need no flag).
     """
 
     kind: str = "cpu"
     device: str = "cpu"
     cache: Path | None = None
     precision: str = "fp32"
-    shapes: TaskShapes = field(default_factory=TaskShapes)
+    shapes: TaskShapes | None = None
 
     def check(self) -> None:
         """Raise MissingDependencyError if the installed onnxruntime does not have the provider."""
@@ -69,8 +70,9 @@ class Provider:
             "trt_layer_norm_fp32_fallback": "True",
             "trt_fp16_enable": str(self.precision == "fp16"),
             "trt_bf16_enable": str(self.precision == "bf16"),
-            **self._profile(graph, inputs),
         }
+        if self.shapes is not None:
+            options |= _profile(self.shapes, graph, inputs)
         if self.cache is not None:
             self.cache.mkdir(parents=True, exist_ok=True)
             options |= {
@@ -82,18 +84,16 @@ class Provider:
             }
         return options
 
-    def _profile(self, graph: str, inputs: Mapping[str, Shape]) -> Options:
-        """Return one explicit profile that covers all of the task's; without it every new shape rebuilds."""
-        profiles = self.shapes.profiles(graph)
-        ranges = [p.shapes(shape) for shape in inputs.values() for p in profiles]
-        names = [name for name in inputs for _ in profiles]
-        options = {}
-        for key, which, pick in (("min", 0, min), ("opt", 1, max), ("max", 2, max)):
-            sizes: dict[str, tuple[int, ...]] = {}
-            for name, shapes in zip(names, ranges, strict=True):
-                shape = shapes[which]
-                sizes[name] = tuple(map(pick, sizes[name], shape)) if name in sizes else shape
-            options[f"trt_profile_{key}_shapes"] = ",".join(
-                f"{name}:{'x'.join(map(str, shape))}" for name, shape in sizes.items() if shape
-            )
-        return options
+
+def _profile(shapes: TaskShapes, graph: str, inputs: Mapping[str, Shape]) -> Options:
+    """Return one explicit profile that holds all of the task's."""
+    profiles = shapes.profiles(graph)
+    options = {}
+    for key, which, pick in (("min", 0, min), ("opt", 1, max), ("max", 2, max)):
+        given = []
+        for name, declared in inputs.items():
+            sizes = [profile.shapes(declared)[which] for profile in profiles]
+            if any(isinstance(size, str) for size in declared):
+                given.append(f"{name}:{'x'.join(str(pick(column)) for column in zip(*sizes, strict=True))}")
+        options[f"trt_profile_{key}_shapes"] = ",".join(given)
+    return options

@@ -136,8 +136,10 @@ def test_runtimes_that_cannot_be_had_say_what_to_do(tiny_backbone: Backbone, eng
         create_runtime("tensorrt", tiny_backbone)
     with pytest.raises(UsageError, match="mp2 export"):
         create_runtime("onnxruntime", tiny_backbone)
-    with pytest.raises(UsageError, match="CPU only"):
-        create_runtime("onnxruntime", tiny_backbone, engine_dir=engine_dir, device="cuda")
+    with pytest.raises(UsageError, match="'onnxruntime-tensorrt' needs an engine folder"):
+        create_runtime("onnxruntime-tensorrt", tiny_backbone)
+    with pytest.raises(MissingDependencyError, match="pip install onnxruntime-gpu tensorrt"):
+        create_runtime("onnxruntime-tensorrt", tiny_backbone, engine_dir=engine_dir)
     with pytest.raises(MismatchError, match="holds fp32, expected bf16"):
         create_runtime("onnxruntime", tiny_backbone, engine_dir=engine_dir, precision="bf16")
     with pytest.raises(UsageError, match="threads is 0"):
@@ -145,6 +147,8 @@ def test_runtimes_that_cannot_be_had_say_what_to_do(tiny_backbone: Backbone, eng
     if not torch.cuda.is_available():
         with pytest.raises(MissingDependencyError, match="sees 0 CUDA devices"):
             create_runtime("torch", tiny_backbone, device="cuda")
+        with pytest.raises(MissingDependencyError, match="sees 0 CUDA devices"):
+            create_runtime("onnxruntime", tiny_backbone, engine_dir=engine_dir, device="cuda")
 
 
 def test_too_long_sequences_are_refused_by_name(tiny_backbone: Backbone, engine_dir: Path) -> None:

@@ -103,7 +103,12 @@ def tasks_check(card: str, data: str | None, as_json: bool) -> None:
 @click.option("--shots", type=int, help="Examples a label (in all, if the task has no labels).")
 @click.option("--max-tokens", type=int, help="Longest sequence.  [default: what the backbone allows]")
 @click.option("--engine", type=click.Path(), help="Engine folder of 'mp2 export'.")
-@click.option("--runtime", default="auto", show_default=True, help="auto, torch, onnxruntime or tensorrt.")
+@click.option(
+    "--runtime",
+    default="auto",
+    show_default=True,
+    help="auto, torch, onnxruntime, onnxruntime-tensorrt or tensorrt.",
+)
 @click.option("--precision", default="auto", show_default=True, help="fp32, bf16; on a GPU fp16, fp8 too.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 ...")
 @click.option("--threads", type=int, help="Threads of the runtime.  [default: its own choice]")

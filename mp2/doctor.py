@@ -30,7 +30,7 @@ _INSTRUCTIONS = (
     "asimd",
     "sve",
 )
-TENSORRT_NOTE = "execution through TensorRT has not been run by the authors of this version"
+_NEEDS = "runtime 'tensorrt' needs "
 
 
 def examine() -> dict[str, Any]:
@@ -138,13 +138,14 @@ def _onnxruntime() -> dict[str, Any]:
 
 
 def _tensorrt() -> dict[str, Any]:
-    if importlib.util.find_spec("tensorrt") is None:
-        return {
-            "available": False,
-            "install": "pip install 'mp2[gpu]' on a CUDA machine",
-            "note": TENSORRT_NOTE,
-        }
-    return {"available": True, "version": _version("tensorrt"), "note": TENSORRT_NOTE}
+    from mp2.errors import MissingDependencyError
+    from mp2.export.tensorrt.library import NOT_RUN, load_tensorrt
+
+    try:
+        module = load_tensorrt()
+    except MissingDependencyError as error:
+        return {"available": False, "install": str(error).removeprefix(_NEEDS), "note": NOT_RUN}
+    return {"available": True, "version": str(module.__version__), "note": NOT_RUN}
 
 
 def _embedded() -> dict[str, str | None]:

@@ -419,7 +419,9 @@ def test_doctor_names_what_there_is_and_what_is_missing() -> None:
     assert done.exit_code == 0
     found = json.loads(done.stdout)
     assert found["runtimes"]["torch"]["available"]
-    assert "has not been run" in found["runtimes"]["tensorrt"]["note"]
+    tensorrt = found["runtimes"]["tensorrt"]
+    assert "has not been run by the authors" in tensorrt["note"]
+    assert tensorrt["available"] or "pip install 'mp2[gpu]'" in tensorrt["install"]
     text = mp2("doctor").stdout
     for part in ("python", "onnxruntime", "tensorrt", "cores", "memory", "data"):
         assert part in text

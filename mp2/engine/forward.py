@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 from mp2.backbone import Backbone, Layer
 from mp2.engine.batches import Bucket, pieces
+from mp2.engine.int8_runtime import Int8Runtime
 from mp2.engine.runtime import Prefix, Runtime, is_out_of_memory
 from mp2.errors import OutOfMemoryError
 from mp2.prompts import PrefixProjector, PromptSet
@@ -19,7 +21,27 @@ Run = Callable[[slice, slice, "torch.Tensor | None", Bucket], torch.Tensor]
 
 # Tokens a micro-batch, before memory says otherwise. On CPUs: enough to fill the cores, few enough that a
 # feed-forward's rows stay in the last-level cache. On GPUs: enough to hide launches.
+# For int8: that the reference, which is not int8, is a small share of a batch.
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
+_INT8_MICRO_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Population:
+    """P candidates' intrinsic prompts, behind the reference that precision int8 computes them against."""
+
+    z: torch.Tensor  # [P or 1 + P, ...]
+    n_references: int  # 0 or 1
+
+    @property
+    def n_candidates(self) -> int:
+        """P."""
+        return len(self.z) - self.n_references
+
+    def part(self, x: torch.Tensor, candidates: slice) -> torch.Tensor:
+        """Return the rows of ``x`` [P or 1 + P, ...] of the reference, if any, and some candidates."""
+        own = x[self.n_references :][candidates]
+        return torch.cat([x[: self.n_references], own]) if self.n_references else own
 
 
 class PopulationForward:
@@ -30,13 +52,27 @@ class PopulationForward:
     ) -> None:
         """Run ``prompts``' kind of candidates on ``runtime``; None: the device's usual micro-batch."""
         self.runtime = runtime
-        self.micro_batch_tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[torch.device(runtime.device).type]
+        usual = MICRO_BATCH_TOKENS[torch.device(runtime.device).type]
+        if isinstance(runtime, Int8Runtime):
+            usual = _INT8_MICRO_BATCH_TOKENS
+        self.micro_batch_tokens = micro_batch_tokens or usual
         self.deep = prompts.kind == "deep"
         self.n_inline = 0 if self.deep else prompts.meta.prompt_tokens
         self._config = backbone.config
         self._encoder = backbone.encoder
         self._projector = PrefixProjector(backbone.encoder, prompts)
         self._span = (prompts.span_weight.detach().float(), prompts.span_bias.detach().float())
+
+    def population(self, z: torch.Tensor) -> Population:
+        """Return candidates ``z`` [P, ...] as this runtime wants them.
+
+        The reference is the mean of the finite ones. A single candidate needs none: it runs in float32.
+        """
+        if len(z) == 1 or not isinstance(self.runtime, Int8Runtime):
+            return Population(z, 0)
+        finite = z[torch.isfinite(z).flatten(1).all(1)]
+        reference = finite.mean(0) if len(finite) else torch.zeros_like(z[0])
+        return Population(torch.cat([reference.unsqueeze(0), z]), 1)
 
     def prefix(self, layer: int, z: torch.Tensor) -> Prefix:
         """Return the keys and values [P, 1, h, m, d_h] of intrinsic prompts ``z`` [P, d] at ``layer``."""
@@ -45,23 +81,50 @@ class PopulationForward:
 
     def every_layer(self, z: torch.Tensor) -> Run:
         """Return the forward of candidates ``z`` [P, L', d] through all layers."""
-        return self._deep_run(z) if self.deep else self._inline_run(z)
+        population = self.population(z)
+        return self._deep_run(population) if self.deep else self._inline_run(population)
 
-    def _deep_run(self, z: torch.Tensor) -> Run:
+    def layers_above(
+        self,
+        layer: int,
+        text: torch.Tensor,
+        population: Population,
+        prefix: Prefix,
+        prefixes_above: Callable[[int], Prefix],
+    ) -> Run:
+        """Return the forward from ``layer``, whose input is ``text`` [1, N, T, H], to the last.
+
+        ``prefix`` is the ``population``'s at ``layer``; layers above have ``prefixes_above(layer)``.
+        """
+
+        def run(
+            candidates: slice, examples: slice, mask: torch.Tensor | None, bucket: Bucket
+        ) -> torch.Tensor:
+            own = population.part(prefix[0], candidates), population.part(prefix[1], candidates)
+            hidden = self.runtime.layer(layer, text[:, examples], mask, own)
+            for i in range(layer + 1, self._config.n_layers):
+                hidden = self.runtime.layer(i, hidden, mask, prefixes_above(i))
+            return hidden[population.n_references :]
+
+        return run
+
+    def _deep_run(self, population: Population) -> Run:
+        z = population.z
         prefixes = [self.prefix(i, z[:, i]) for i in range(self._config.n_layers)]
 
         def run(
             candidates: slice, examples: slice, mask: torch.Tensor | None, bucket: Bucket
         ) -> torch.Tensor:
             hidden = self.runtime.embed(bucket.input_ids[examples])
-            for i, (keys, values) in enumerate(prefixes):
-                hidden = self.runtime.layer(i, hidden, mask, (keys[candidates], values[candidates]))
-            return hidden
+            for i, prefix in enumerate(prefixes):
+                keys, values = (population.part(x, candidates) for x in prefix)
+                hidden = self.runtime.layer(i, hidden, mask, (keys, values))
+            return hidden[population.n_references :]
 
         return run
 
-    def _inline_run(self, z: torch.Tensor) -> Run:
-        prompts = self._projector.inline(z[:, 0]).detach().to(self.runtime.device)
+    def _inline_run(self, population: Population) -> Run:
+        prompts = self._projector.inline(population.z[:, 0]).detach().to(self.runtime.device)
         rows = self.runtime.embed_inline(prompts)  # [P, 1, m, H]
         m, last = self.n_inline, self._config.n_layers - 1
 
@@ -69,7 +132,7 @@ class PopulationForward:
             candidates: slice, examples: slice, mask: torch.Tensor | None, bucket: Bucket
         ) -> torch.Tensor:
             text = self.runtime.embed(bucket.input_ids[examples], m)
-            own = rows[candidates]
+            own = population.part(rows, candidates)
             p, (_, n, t, width) = own.shape[0], text.shape
             hidden = text.new_empty(p, n, m + t, width)
             hidden[:, :, :1], hidden[:, :, m + 1 :] = text[:, :, :1], text[:, :, 1:]
@@ -81,7 +144,7 @@ class PopulationForward:
             # nothing reads the rows' last hidden states: only their keys and values count, which is a prefix
             prefix = self._rows_prefix(last, hidden[:, :, 1 : m + 1])
             hidden = torch.cat([hidden[:, :, :1], hidden[:, :, m + 1 :]], 2)
-            return self.runtime.layer(last, hidden, mask, prefix)
+            return self.runtime.layer(last, hidden, mask, prefix)[population.n_references :]
 
         return run
 

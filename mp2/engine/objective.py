@@ -19,7 +19,7 @@ import torch
 from mp2.backbone import Backbone
 from mp2.engine.batches import Bucket, make_buckets
 from mp2.engine.cache import ActivationCache
-from mp2.engine.forward import PopulationForward, Run
+from mp2.engine.forward import PopulationForward
 from mp2.engine.runtime import Prefix, Runtime
 from mp2.errors import UsageError
 from mp2.prompts import PromptSet
@@ -111,10 +111,12 @@ class Objective:
         started = time.perf_counter()
         ce = np.empty((len(candidates), len(self._train)))
         for chunk in self._chunks(len(candidates)):
-            prefix = self._forward.prefix(layer, candidates[chunk])
+            population = self._forward.population(candidates[chunk])
+            prefix = self._forward.prefix(layer, population.z)
             for number, bucket in enumerate(self._cached_buckets):
-                run = self._layers_above(layer, self._cache.at(number, layer), prefix)
-                ce[chunk, bucket.indices] = self._forward.cross_entropy(run, bucket, len(prefix[0]))
+                text = self._cache.at(number, layer)
+                run = self._forward.layers_above(layer, text, population, prefix, self._incumbent_prefix)
+                ce[chunk, bucket.indices] = self._forward.cross_entropy(run, bucket, population.n_candidates)
         return self._finish(ce, started)
 
     def commit(self, layer: int, z: np.ndarray) -> None:
@@ -138,20 +140,6 @@ class Objective:
                 for row, k in zip(logp[0].cpu().numpy(), range(examples.start, examples.stop), strict=True):
                     logps[bucket.indices[k]] = row[: bucket.lengths[k]]
         return [logp[:, 0] for logp in logps], [logp[:, 1] for logp in logps]
-
-    def _layers_above(self, layer: int, text: torch.Tensor, prefix: Prefix) -> Run:
-        """Return the forward from ``layer``, whose input is ``text`` [1, N, T, H], under P prefixes."""
-
-        def run(
-            candidates: slice, examples: slice, mask: torch.Tensor | None, bucket: Bucket
-        ) -> torch.Tensor:
-            own = (prefix[0][candidates], prefix[1][candidates])
-            hidden = self.runtime.layer(layer, text[:, examples], mask, own)
-            for i in range(layer + 1, self._backbone.config.n_layers):
-                hidden = self.runtime.layer(i, hidden, mask, self._incumbent_prefix(i))
-            return hidden
-
-        return run
 
     def _incumbent_prefix(self, layer: int) -> Prefix:
         if layer not in self._incumbent:

@@ -17,7 +17,7 @@ from mp2.errors import Mp2Error
 Prefix = tuple[torch.Tensor, torch.Tensor]
 """Keys and values ``[P or 1, N or 1, h, m, d_h]``, put before the layer's own."""
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "int8")
 
 
 class Runtime(Protocol):

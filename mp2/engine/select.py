@@ -12,6 +12,7 @@ import torch
 from mp2.backbone import Backbone, resolve_device
 from mp2.engine.cuda_objective import CudaObjective
 from mp2.engine.cuda_runtime import CUDA_PRECISIONS, CudaRuntime
+from mp2.engine.int8_runtime import Int8Runtime
 from mp2.engine.objective import Objective
 from mp2.engine.onnx_runtime import OnnxRuntime
 from mp2.engine.runtime import PRECISIONS, Runtime
@@ -71,6 +72,8 @@ def create_runtime(
     def on_torch(reason: str = "") -> Runtime:
         if on_gpu:
             return CudaRuntime(backbone, device=device, precision=precision, reason=reason)
+        if precision == "int8":
+            return Int8Runtime(backbone, reason=reason)
         return TorchRuntime(backbone, device=device, precision=precision, reason=reason)
 
     def on_onnx(reason: str = "") -> Runtime:

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from mp2.backbone import Backbone, Layer, resolve_device
+from mp2.engine.attention import attend, attend_shared_text
 from mp2.engine.linear import FastLinear
-from mp2.engine.runtime import PRECISIONS, Prefix
+from mp2.engine.runtime import Prefix
 from mp2.errors import UnknownNameError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,8 +41,8 @@ class TorchRuntime:
         bf16 keeps weights and activations in bf16; LayerNorm statistics, softmax, logits and losses stay in
         float32.
         """
-        if precision not in PRECISIONS:
-            raise UnknownNameError("precision", precision, PRECISIONS)
+        if precision not in _DTYPES:
+            raise UnknownNameError("precision", precision, tuple(_DTYPES))
         resolve_device(device)
         self.device = device
         self.precision = precision
@@ -77,11 +78,11 @@ class TorchRuntime:
         if prefix is not None:
             prefix = (prefix[0].to(self._dtype), prefix[1].to(self._dtype))
         if prefix is not None and hidden.shape[0] == 1 and prefix[0].shape[0] > 1:
-            context = _attend_shared_text(qkv[0], mask, prefix)
+            context = attend_shared_text(qkv[0], mask, prefix)
             y = layer.attention_output(context.reshape(-1, width)).view(-1, n, t, width).add_(hidden)
             y = y.view(-1, width)
         else:
-            context = _attend(qkv, mask, prefix)
+            context = attend(qkv, mask, prefix)
             y = layer.attention_output.plus(context.reshape(-1, width), x)
         y = self._norm(y, layer.attention_norm)
         y = self._norm(
@@ -126,63 +127,3 @@ class TorchRuntime:
             output_norm=norm("output_norm"),
         )
         return self._layers[index]
-
-
-def _attend(qkv: torch.Tensor, mask: torch.Tensor | None, prefix: Prefix | None) -> torch.Tensor:
-    """Return contexts [P, N, T, h, d_h] for ``qkv`` [P, N, T, 3, h, d_h], the prefix before the text."""
-    p, n, t, _, h, d = qkv.shape
-    m = 0 if prefix is None else prefix[0].shape[3]
-    query, key, value = qkv.view(p * n, t, 3, h, d).unbind(2)
-    if prefix is not None and m > 0:
-        # one buffer for prefix and text: a single fused attention call beats two and a merge
-        both = qkv.new_empty(p, n, m + t, 2, h, d)
-        both[:, :, :m, 0] = prefix[0].transpose(2, 3)
-        both[:, :, :m, 1] = prefix[1].transpose(2, 3)
-        both[:, :, m:] = qkv[:, :, :, 1:]
-        key, value = both.view(p * n, m + t, 2, h, d).unbind(2)
-    bias = None
-    if mask is not None:
-        bias = _bias(mask, m, qkv.dtype).expand(p, n, 1, m + t).reshape(p * n, 1, 1, m + t)
-        bias = bias.expand(-1, -1, t, -1)  # the fused CPU kernel wants the query axis spelled out
-    context = F.scaled_dot_product_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=bias
-    )
-    return context.transpose(1, 2).reshape(p, n, t, h, d)
-
-
-def _attend_shared_text(qkv: torch.Tensor, mask: torch.Tensor | None, prefix: Prefix) -> torch.Tensor:
-    """Return contexts [P, N, T, h, d_h] of P prefixes over one text ``qkv`` [N, T, 3, h, d_h].
-
-    The text's own attention is computed once. For each candidate it then enters the softmax as one further
-    key, whose score is the log-sum-exp of the text scores and whose value is the text's context: the same
-    weights, exactly.
-    """
-    n, t, _, h, d = qkv.shape
-    keys, values = prefix  # [P, N or 1, h, m, d_h]
-    p, per_example, _, m, _ = keys.shape
-    query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [N, h, T, d_h] each
-    query = query * d**-0.5
-    scores = torch.matmul(query, key.transpose(-1, -2)).float()  # [N, h, T, T]
-    if mask is not None:
-        scores = scores + _bias(mask, 0, scores.dtype).unsqueeze(1)
-    total = torch.logsumexp(scores, -1, keepdim=True)  # [N, h, T, 1]
-    text = torch.matmul(torch.exp(scores - total).to(qkv.dtype), value)  # [N, h, T, d_h]
-
-    if per_example == 1:  # a prefix's product runs over the rows of all examples at once
-        query, text, total = (x.transpose(0, 1).reshape(1, 1, h, n * t, -1) for x in (query, text, total))
-    else:
-        query, text, total = (x.unsqueeze(0) for x in (query, text, total))
-    rows = query.shape[3]
-    scores = torch.matmul(query, keys.transpose(-1, -2)).float()  # [P, 1 or N, h, rows, m]
-    weights = torch.cat([scores, total.expand(p, -1, h, rows, 1)], -1).softmax(-1).to(qkv.dtype)
-    context = torch.matmul(weights[..., :m], values).addcmul_(
-        weights[..., m:], text.expand(p, -1, h, rows, d)
-    )
-    return context.transpose(2, 3).reshape(p, n, t, h, d)
-
-
-def _bias(mask: torch.Tensor, m: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return [N, 1, m + T]: 0 where attended (the whole prefix, real tokens), -inf on padding."""
-    bias = torch.zeros(mask.shape[0], 1, m + mask.shape[1], dtype=dtype, device=mask.device)
-    bias[:, 0, m:].masked_fill_(~mask, float("-inf"))
-    return bias

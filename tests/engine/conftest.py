@@ -48,9 +48,16 @@ def engine_dir(tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory
     return export_engine(tiny_backbone, tmp_path_factory.mktemp("engine") / "tiny").path
 
 
-@pytest.fixture(params=["torch", "onnxruntime"])
-def runtime(request: pytest.FixtureRequest, tiny_backbone: Backbone, engine_dir: Path) -> Runtime:
-    if request.param == "torch":
+@pytest.fixture(params=["torch", "torch without C", "onnxruntime"])
+def runtime(
+    request: pytest.FixtureRequest,
+    tiny_backbone: Backbone,
+    engine_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Runtime:
+    if request.param != "onnxruntime":
+        if request.param == "torch without C":
+            monkeypatch.setattr("mp2.engine.native.load", lambda: None)
         return TorchRuntime(tiny_backbone)
     return OnnxRuntime(tiny_backbone, engine_dir, threads=1)
 

@@ -1,0 +1,76 @@
+"""Compile the package's C kernels with the machine's own compiler, once, for exactly its processor.
+
+A compiler is a wish, not a need: without one (or with ``MP2_NATIVE=0``) the callers do the same in torch,
+more slowly. The library is kept in the user's cache folder under a name made from source, flags, compiler
+and processor, so that none of these can change unnoticed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+_FLAGS = (
+    *("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    # of -ffast-math, what does not lose NaN
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fassociative-math", "-fno-signed-zeros", "-freciprocal-math"),
+)
+_TIMEOUT_S = 120
+_HERE = Path(__file__).parent
+_SOURCES = ("attention.c", "int8.c")
+_HEADERS = ("vector_math.h",)
+
+
+@functools.cache
+def load() -> ctypes.CDLL | None:
+    """Return the library made from this folder's C files; None where it cannot be made."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or os.environ.get("MP2_NATIVE") == "0":
+        return None
+    try:
+        library = _cache_dir() / f"kernels-{_key(compiler)}.so"
+        if not library.is_file():
+            _compile(compiler, library)
+        # torch's OpenMP library is loaded already and answers to the same name: one pool of threads
+        return ctypes.CDLL(str(library))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _key(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT_S)
+    h = hashlib.sha256(version.stdout + " ".join(_FLAGS).encode())
+    for name in _SOURCES + _HEADERS:
+        h.update((_HERE / name).read_bytes())
+    h.update(_processor().encode())
+    return h.hexdigest()[:16]
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return f"{platform.machine()} {platform.processor()}"
+    lines = info.read_text().splitlines()
+    return "".join(sorted({x for x in lines if x.startswith(("model name", "flags", "Features"))}))
+
+
+def _cache_dir() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mp2"
+
+
+def _compile(compiler: str, library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        command = [compiler, *_FLAGS, *(str(_HERE / name) for name in _SOURCES), "-o", str(made), "-lm"]
+        subprocess.run(command, capture_output=True, check=True, timeout=_TIMEOUT_S)
+        made.replace(library)  # whole or not at all, whoever else compiles it now

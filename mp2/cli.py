@@ -109,7 +109,9 @@ def tasks_check(card: str, data: str | None, as_json: bool) -> None:
     show_default=True,
     help="auto, torch, onnxruntime, onnxruntime-tensorrt or tensorrt.",
 )
-@click.option("--precision", default="auto", show_default=True, help="fp32, bf16, int8; on a GPU fp16, fp8, not int8.")
+@click.option(
+    "--precision", default="auto", show_default=True, help="fp32, bf16, int8; on a GPU fp32, fp16, bf16, fp8."
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 ...")
 @click.option("--threads", type=int, help="Threads of the runtime.  [default: its own choice]")
 @click.option("--no-test", is_flag=True, help="Do not score the test set.")

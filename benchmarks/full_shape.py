@@ -35,6 +35,15 @@ from mp2.prompts import random_prompts, save_prompts
 HIDDEN, HEADS, VOCAB, POSITIONS = 1024, 16, 51271, 1024
 
 
+def vocabulary() -> list[str]:
+    """As many tokens as CPT has: special ones, single characters, and the rest unused."""
+    characters = [chr(c) for c in range(0x4E00, 0x9FA6)] + list(
+        "，。！？：；、“”‘’（）《》0123456789abcdefghijklmnopqrstuvwxyz"
+    )
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]
+    return vocab + [f"[unused{i}]" for i in range(VOCAB - len(vocab))]
+
+
 def write_checkpoint(folder: Path, n_layers: int) -> None:
     """Write random weights in CPT's published format."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,12 +60,7 @@ def write_checkpoint(folder: Path, n_layers: int) -> None:
         "max_position_embeddings": POSITIONS,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    characters = [chr(c) for c in range(0x4E00, 0x9FA6)] + list(
-        "，。！？：；、“”‘’（）《》0123456789abcdefghijklmnopqrstuvwxyz"
-    )
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]
-    vocab += [f"[unused{i}]" for i in range(VOCAB - len(vocab))]
-    (folder / "vocab.txt").write_text("\n".join(vocab) + "\n", "utf-8")
+    (folder / "vocab.txt").write_text("\n".join(vocabulary()) + "\n", "utf-8")
     shape = read_config(folder, "cpt-large-random")
     shapes, names = expected_shapes(shape), checkpoint_names(n_layers)
     generator = torch.Generator().manual_seed(0)

@@ -26,15 +26,20 @@ PLACEHOLDER = 1000
 class PlainLoop:
     """Losses of one candidate at a time."""
 
-    def __init__(self, backbone: Backbone, prompts: PromptSet, inputs: Sequence[MrcInput]) -> None:
-        """Copy the backbone's weights into a ``BertModel`` and pad ``inputs`` into one batch."""
+    def __init__(
+        self, backbone: Backbone, prompts: PromptSet, inputs: Sequence[MrcInput], device: str = "cpu"
+    ) -> None:
+        """Copy the backbone's weights into a ``BertModel`` and pad ``inputs`` into one batch.
+
+        Shallow prompts are added before the first layer only.
+        """
         from transformers import BertModel, logging
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         with tempfile.TemporaryDirectory() as folder:
             save_backbone(backbone, Path(folder))
-            self.model = BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
+            self.model = BertModel.from_pretrained(folder, add_pooling_layer=False).eval().to(device)
         self.prompts = prompts
         m = prompts.meta.prompt_tokens
         length = max(x.n_tokens for x in inputs) + m
@@ -50,7 +55,11 @@ class PlainLoop:
         shift = torch.tensor([[m if x.start else 0, m if x.end else 0] for x in inputs])
         self.gold = torch.tensor([[x.start, x.end] for x in inputs]) + shift
         self.added: list[torch.Tensor] = []
-        for i, layer in enumerate(self.model.encoder.layer):
+        self.ids, self.mask, self.real = self.ids.to(device), self.mask.to(device), self.real.to(device)
+        self.gold, self.device = self.gold.to(device), device
+        self.projection = prompts.projection.to(device)
+        self.span = prompts.span_weight.to(device), prompts.span_bias.to(device)
+        for i, layer in enumerate(self.model.encoder.layer[: len(prompts.z)]):
             layer.register_forward_pre_hook(self._hook(i), with_kwargs=True)
 
     def _hook(self, layer: int) -> Any:
@@ -66,11 +75,11 @@ class PlainLoop:
     def loss(self, z: np.ndarray) -> float:
         """Mean of start and end cross-entropy under intrinsic prompts z [L, d]."""
         meta = self.prompts.meta
-        flat = torch.einsum("ld,ldx->lx", torch.from_numpy(z), self.prompts.projection)
+        flat = torch.einsum("ld,ldx->lx", torch.from_numpy(z).to(self.device), self.projection)
         self.added = list(flat.view(-1, meta.prompt_tokens, meta.hidden))
         hidden = self.model(input_ids=self.ids, attention_mask=self.mask).last_hidden_state
-        logits = hidden @ self.prompts.span_weight.T + self.prompts.span_bias
+        logits = hidden @ self.span[0].T + self.span[1]
         logits = logits.masked_fill(~self.real[..., None], -torch.inf)
         logp = logits.log_softmax(1)
-        rows = torch.arange(len(logp))
+        rows = torch.arange(len(logp), device=logp.device)
         return float(-(logp[rows, self.gold[:, 0], 0] + logp[rows, self.gold[:, 1], 1]).mean() / 2)

@@ -12,6 +12,9 @@ Several processes work on one global batch; every process holds all parameters a
 from __future__ import annotations
 
 import os
+import time
+import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +28,8 @@ from mp2.backbone.device import resolve_device
 from mp2.errors import UsageError
 
 _TIMEOUT = timedelta(hours=2)  # the others may wait for one process to format or to score data
+_RELEASE_S = 10.0
+_reduced: deque[weakref.ref[torch.Tensor]] = deque(maxlen=64)
 _CPU = torch.device("cpu")
 
 
@@ -54,6 +59,7 @@ class Ranks:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
+        _reduced.append(weakref.ref(tensor))
         return [float(x) for x in tensor.tolist()]
 
     @contextmanager
@@ -95,6 +101,18 @@ def joined(device: str) -> Iterator[Ranks]:
     try:
         yield Ranks(dist.get_rank(), size, where)
     except SystemExit:  # stopped by a signal, all of them at the same step
-        dist.destroy_process_group()
+        _leave()
         raise
-    dist.destroy_process_group()  # not after an error: the others would be waited for
+    _leave()  # not after an error: the others would be waited for
+
+
+def _leave() -> None:
+    """Destroy the process group, once gloo's threads have let go of all tensors.
+
+    They drop their references only some time after a call, and need the interpreter's lock for it; whoever
+    frees the group waits for these threads and may hold that lock: a deadlock.
+    """
+    give_up = time.monotonic() + _RELEASE_S
+    while any(tensor() is not None for tensor in _reduced) and time.monotonic() < give_up:
+        time.sleep(0.001)
+    dist.destroy_process_group()

@@ -107,6 +107,63 @@ def test_pretrain_with_a_backbone_rate_writes_the_new_backbone(options: list[obj
     load_prompts(out / "prompts.safetensors", new)
 
 
+def test_tasks_may_be_given_as_the_shell_expands_a_glob(options: list[object], tmp_path: Path) -> None:
+    cards = [tmp_path / f"{task}.toml" for task in ("find", "mood", "pick")]
+    done = mp2("pretrain", "--tasks", *cards, *options[1:], "--out", tmp_path / "out", "--steps", 2)
+    assert done.exit_code == 0, done.stderr
+    assert load_prompts(tmp_path / "out" / "prompts.safetensors").meta.tasks == ("find", "mood", "pick")
+    twice = mp2(*options, "--tasks", cards[0], cards[0], "--out", tmp_path / "twice", "--steps", 2)
+    assert twice.exit_code == 2
+    assert "task 'find' was given twice" in twice.stderr
+    none = mp2(*options, "--tasks", "nowhere/*.toml", "--out", tmp_path / "none", "--steps", 2)
+    assert none.exit_code == 2
+    assert "no task card nowhere/*.toml" in none.stderr
+
+
+def test_resume_takes_everything_from_the_folder(
+    options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mp2.training import Pretrainer
+
+    command = [*options, "--tasks", tmp_path / "mood.toml", "--steps", 6, "--checkpoint-minutes", 0]
+    unbroken = mp2(*command, "--out", tmp_path / "unbroken", "--temperature-end", 0.5)
+    save = Pretrainer.save
+
+    def cut(self: Pretrainer) -> None:
+        save(self)
+        if self.step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Pretrainer, "save", cut)
+        assert mp2(*command, "--out", tmp_path / "cut", "--temperature-end", 0.5).exit_code == 1
+    monkeypatch.chdir(tmp_path / "data")  # from any folder
+    resumed = mp2("pretrain", "--resume", tmp_path / "cut", "--threads", 1)
+    assert resumed.exit_code == 0, resumed.stderr
+    assert "resumed at step 3" in resumed.stderr
+    assert resumed.stdout == unbroken.stdout
+    hashes = [load_prompts(tmp_path / out / "prompts.safetensors").sha256 for out in ("cut", "unbroken")]
+    assert hashes[0] == hashes[1]
+    more = mp2("pretrain", "--resume", tmp_path / "cut", "--batch-size", 9)
+    assert more.exit_code == 2
+    assert "drop 'batch-size'" in more.stderr
+
+
+def test_resume_of_no_run_and_a_run_without_a_folder_are_refused(
+    options: list[object], tmp_path: Path
+) -> None:
+    nothing = mp2("pretrain", "--resume", tmp_path / "nothing")
+    assert nothing.exit_code == 2
+    assert f"there is no {tmp_path / 'nothing' / 'config.json'}" in nothing.stderr
+    (tmp_path / "config.json").write_text('{"steps": 3}')
+    other = mp2("pretrain", "--resume", tmp_path)
+    assert other.exit_code == 2
+    assert "not the settings of a run of 'mp2 pretrain'" in other.stderr
+    nowhere = mp2(*options, "--tasks", tmp_path / "mood.toml")
+    assert nowhere.exit_code == 2
+    assert "give --out DIR" in nowhere.stderr
+
+
 def test_pretrain_without_names_takes_every_known_task_with_data(
     options: list[object], tmp_path: Path
 ) -> None:

@@ -82,6 +82,21 @@ def test_packing_is_kept_and_made_again_for_other_settings_or_files(corpus: Path
     assert len(list(cache.iterdir())) == 4
 
 
+def test_packing_is_made_again_when_the_text_changes_but_name_and_size_do_not(
+    corpus: Path, tmp_path: Path
+) -> None:
+    tokenizer, cache = Tokenizer.from_vocab(tiny_vocab()), tmp_path / "cache"
+    first = np.array(pack(corpus_files(corpus), tokenizer, 12, cache))
+    text = (corpus / "b.txt").read_text("utf-8")
+    (corpus / "b.txt").write_text(text.replace("天气", "旅游"), "utf-8")
+    assert (corpus / "b.txt").stat().st_size == len(text.encode())
+    assert not np.array_equal(pack(corpus_files(corpus), tokenizer, 12, cache), first)
+    (corpus / "b.txt").write_text(text, "utf-8")
+    (corpus / "b.txt").rename(corpus / "c.txt")  # the same content in the same order
+    assert np.array_equal(pack(corpus_files(corpus), tokenizer, 12, cache), first)
+    assert len(list(cache.iterdir())) == 2
+
+
 def brute_ppmi(packed: np.ndarray, size: int, window: int) -> np.ndarray:
     counts = np.zeros((size, size))
     for row in packed[:, 1:-1].tolist():

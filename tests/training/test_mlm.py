@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -16,9 +17,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from mp2.backbone import Backbone, BackboneConfig, load_backbone
+from mp2.backbone import Backbone, BackboneConfig, load_backbone, weights_sha256
 from mp2.backbone.checkpoint import checkpoint_names
-from mp2.errors import FormatError, MismatchError, RunLockedError, UsageError
+from mp2.errors import FormatError, LossError, MismatchError, RunLockedError, UsageError
 from mp2.training import MlmConfig, train_mlm
 from mp2.training.checkpoint import alone_in
 from mp2.training.mlm import MaskedLanguageModel, schedule
@@ -203,7 +204,7 @@ train_mlm(Path(sys.argv[1]), Path(sys.argv[2]), MlmConfig(**eval(sys.argv[3])), 
 def test_a_run_killed_by_sigkill_goes_on_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
     from dataclasses import asdict
 
-    config = tiny(steps=120)
+    config = tiny(steps=60)
     expected = train(corpus, tmp_path / "unbroken" / "tiny", config).sha256
     out = tmp_path / "tiny"
     process = subprocess.Popen(
@@ -222,6 +223,75 @@ def test_a_run_killed_by_sigkill_goes_on_bit_for_bit(corpus: Path, tmp_path: Pat
     assert train(corpus, out, config, lines).sha256 == expected
     assert any(line.startswith("resumed at step ") for line in lines)
     assert losses(out) == losses(tmp_path / "unbroken" / "tiny")
+
+
+def test_non_finite_losses_are_skipped_counted_and_told(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = MlmTrainer.loss
+    moved: list[str] = []
+
+    def poisoned(self: MlmTrainer, batch: Any) -> torch.Tensor:
+        moved.append(weights_sha256(self.model.encoder))
+        return loss(self, batch) * (torch.nan if self.step in (3, 4) else 1.0)
+
+    monkeypatch.setattr(MlmTrainer, "loss", poisoned)
+    train(corpus, tmp_path / "tiny", tiny(steps=8))
+    assert [i for i, value in enumerate(losses(tmp_path / "tiny")) if value is None] == [3, 4]
+    assert moved[3] == moved[4] == moved[5] != moved[6]
+    assert json.loads((tmp_path / "tiny" / "mlm_result.json").read_text())["skipped_steps"] == 2
+    assert "2 steps had a non-finite loss" in (tmp_path / "tiny" / "model_card.md").read_text()
+
+
+def test_ten_non_finite_losses_in_a_row_stop_the_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = MlmTrainer.loss
+    monkeypatch.setattr(
+        MlmTrainer, "loss", lambda self, b: loss(self, b) * (torch.inf if self.step > 1 else 1.0)
+    )
+    with pytest.raises(LossError, match=r"10 non-finite losses in a row at step 11; .*mlm_checkpoint"):
+        train(corpus, tmp_path / "tiny", tiny())
+
+
+def test_span_masking_trains_other_positions(
+    corpus: Path, tmp_path: Path, unbroken: tuple[list[float], str]
+) -> None:
+    backbone = train(corpus, tmp_path / "tiny", tiny(masking="span"))
+    assert backbone.sha256 != unbroken[1]
+    assert "(span masking)" in (tmp_path / "tiny" / "model_card.md").read_text()
+
+
+@pytest.mark.parametrize(("compiled", "expected"), [(None, 0), (False, 0), (True, 1)])
+def test_the_model_is_compiled_where_asked(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compiled: bool | None,
+    expected: int,
+    unbroken: tuple[list[float], str],
+) -> None:
+    seen: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch, "compile", lambda model: seen.append(model) or model)
+    backbone = train_mlm(corpus, tmp_path / "tiny", tiny(), log=lambda _: None, compiled=compiled)
+    assert [type(model) for model in seen] == [MaskedLanguageModel] * expected
+    assert backbone.sha256 == unbroken[1]
+
+
+def test_the_card_names_the_texts_by_hash_and_the_losses(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tiny"
+    train_mlm(corpus, out, tiny(), log=lambda _: None, command="mp2 pretrain-backbone --steps 14")
+    card = (out / "model_card.md").read_text()
+    digest = hashlib.sha256((corpus / "a.txt").read_bytes()).hexdigest()
+    assert f"| a.txt | {(corpus / 'a.txt').stat().st_size:,} | `{digest[:16]}` |" in card
+    assert f"{losses(out)[0]:.3f} over the first twentieth" in card
+    assert "mp2 pretrain-backbone --steps 14" in card
+    assert "Seed 3; 1 process on cpu" in card
+    assert "purely self-supervised" in card
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    numbers = json.loads((out / "mlm_result.json").read_text())
+    assert numbers["tokens_per_s"] > 0
+    assert 0 <= numbers["data_wait_share"] <= 1
 
 
 def test_a_finished_run_started_again_trains_no_more(corpus: Path, tmp_path: Path) -> None:

@@ -21,7 +21,14 @@ from mp2.backbone import Backbone, load_backbone, random_backbone, save_backbone
 from mp2.errors import FormatError, LossError, MismatchError, RunLockedError, UsageError
 from mp2.prompts import PromptSet, load_prompts, random_prompts
 from mp2.tasks import TaskCard
-from mp2.training import PretrainConfig, Pretrainer, PretrainResult, score_table, span_loss
+from mp2.training import (
+    PretrainConfig,
+    Pretrainer,
+    PretrainResult,
+    PromptedEncoder,
+    score_table,
+    span_loss,
+)
 from mp2.training import pretrain as pretrain_function
 from mp2.training.checkpoint import alone_in
 from mp2.training.mixture import Batch, load_mixture
@@ -232,13 +239,70 @@ def test_each_step_draws_its_own_router_noise_at_the_configured_temperature(
     assert abs(noise.mean().item()) < 0.2
 
 
+def test_the_temperature_falls_geometrically_from_the_first_step_to_the_last() -> None:
+    config = tiny(steps=101, temperature=2.0, temperature_end=0.02)
+    got = [config.temperature_at(step) for step in range(101)]
+    assert got[0] == 2.0
+    assert got[50] == pytest.approx(0.2)
+    assert got[100] == pytest.approx(0.02)
+    assert np.allclose(np.diff(np.log(got)), math.log(0.01) / 100)
+    assert tiny(temperature=0.7).temperature_at(11) == 0.7
+    assert tiny(steps=1, temperature=0.7, temperature_end=0.1).temperature_at(0) == 0.7
+
+
+def test_each_step_uses_its_own_temperature(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(steps=9, temperature_end=0.1)
+    used: list[float] = []
+    forward = PromptedEncoder.forward
+
+    def remember(self: PromptedEncoder, batch: Batch, temperature: float, noise: Any) -> torch.Tensor:
+        used.append(temperature)
+        return forward(self, batch, temperature, noise)
+
+    monkeypatch.setattr(PromptedEncoder, "forward", remember)
+    run(world, backbone, config, tmp_path)
+    assert used == [config.temperature_at(step) for step in range(9)]
+
+
+# ---- dev scores on the way
+
+
+def test_dev_is_scored_every_so_many_steps_and_shown_as_a_table(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    result = run(world, backbone, tiny(steps=12, eval_every=4), tmp_path / "scored", log=lines.append)
+    plain = run(world, backbone, tiny(steps=12), tmp_path / "plain")
+    assert result.prompts.sha256 == plain.prompts.sha256  # looking changes nothing
+    points = [
+        json.loads(line) for line in (tmp_path / "scored" / "dev_scores.jsonl").read_text().splitlines()
+    ]
+    assert [point["step"] for point in points] == [0, 4, 8, 12]
+    for name, scores in result.scores.items():
+        assert (points[0]["scores"][name], points[-1]["scores"][name]) == (scores["before"], scores["after"])
+    tables = [line.splitlines() for line in lines if line.startswith("dev at step")]
+    assert [rows[0] for rows in tables] == ["dev at step 4", "dev at step 8"]
+    assert tables[0][1].split() == ["task", "before", "now"]
+    row = next(row.split() for row in tables[1] if row.startswith("find"))
+    assert row[2] == f"{100 * points[2]['scores']['find']:.1f}"
+    stopped = tiny(steps=4)  # what step 4 was scored at is what a run of four steps ends with
+    four = run(world, backbone, stopped, tmp_path / "four")
+    assert {name: scores["after"] for name, scores in four.scores.items()} == points[1]["scores"]
+
+
 # ---- runs that are cut off
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"kind": "deep"}, {"kind": "shallow"}, {"kind": "deep", "backbone_lr": 1e-3, "schedule": "linear"}],
-    ids=["deep", "shallow", "with-backbone"],
+    [
+        {"kind": "deep", "temperature_end": 0.1, "eval_every": 2},
+        {"kind": "shallow"},
+        {"kind": "deep", "backbone_lr": 1e-3, "schedule": "linear"},
+    ],
+    ids=["deep-annealed-scored", "shallow", "with-backbone"],
 )
 @pytest.mark.parametrize(("last_saved", "killed_at"), [(4, 4), (3, 9)])
 def test_a_run_cut_off_after_a_checkpoint_goes_on_bit_for_bit(
@@ -270,6 +334,8 @@ def test_a_run_cut_off_after_a_checkpoint_goes_on_bit_for_bit(
     resumed = run(world, backbone, config, tmp_path / "cut", log=lines.append)
     assert f"resumed at step {last_saved}" in lines
     assert losses(tmp_path / "cut") == losses(tmp_path / "unbroken")
+    curves = [(tmp_path / name / "dev_scores.jsonl").read_text() for name in ("cut", "unbroken")]
+    assert curves[0] == curves[1]
     assert resumed.prompts.sha256 == unbroken.prompts.sha256
     assert resumed.backbone.sha256 == unbroken.backbone.sha256
     assert resumed.scores == unbroken.scores
@@ -294,7 +360,7 @@ def test_a_run_killed_by_sigkill_goes_on_bit_for_bit(
     from dataclasses import asdict
 
     save_backbone(backbone, tmp_path / "lively")
-    config = tiny(steps=120)
+    config = tiny(steps=60, temperature_end=0.2, eval_every=7)
     unbroken = run(world, backbone, config, tmp_path / "unbroken")
     out = tmp_path / "cut"
     cards = [str(card.path) for card in world[0]]
@@ -314,6 +380,7 @@ def test_a_run_killed_by_sigkill_goes_on_bit_for_bit(
     assert any(line.startswith("resumed at step ") for line in lines)
     assert resumed.prompts.sha256 == unbroken.prompts.sha256
     assert losses(out) == losses(tmp_path / "unbroken")
+    assert (out / "dev_scores.jsonl").read_text() == (tmp_path / "unbroken" / "dev_scores.jsonl").read_text()
 
 
 def test_a_finished_run_started_again_trains_no_more(
@@ -389,6 +456,20 @@ def test_a_non_finite_loss_is_skipped_and_counted_and_moves_nothing(
     assert (one.step, one.skipped, one.in_a_row) == (5, 2, 0)
 
 
+def test_a_non_finite_gradient_of_a_finite_loss_is_skipped_too(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path
+) -> None:
+    one = trainer(world, backbone, tiny(), tmp_path)
+    handle = one.model.prompts.z.register_hook(lambda gradient: gradient * torch.inf)
+    before = one.model.prompts.to_set().sha256
+    assert math.isnan(one.train_step())
+    assert one.model.prompts.to_set().sha256 == before
+    assert (one.step, one.skipped) == (1, 1)
+    handle.remove()
+    assert math.isfinite(one.train_step())
+    assert one.model.prompts.to_set().sha256 != before
+
+
 def test_skipped_steps_stand_in_the_journal_the_result_and_the_table(
     world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -462,6 +543,22 @@ def test_init_for_a_backbone_of_another_shape_is_refused(
         trainer(world, backbone, tiny(), tmp_path, init=init_prompts(tiny_backbone))
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_init_for_other_weights_of_the_same_shape_is_a_start_and_said_so(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path, same: bool
+) -> None:
+    other = random_backbone(backbone.config, backbone.tokenizer.tokens(), seed=1)
+    lines: list[str] = []
+    init = init_prompts(backbone if same else other)
+    trainer(world, backbone, tiny(), tmp_path, init=init, log=lines.append)
+    if same:
+        assert not lines
+    else:
+        assert len(lines) == 1
+        assert other.sha256[:12] in lines[0]
+        assert backbone.sha256[:12] in lines[0]
+
+
 # ---- settings
 
 
@@ -475,6 +572,10 @@ def test_init_for_a_backbone_of_another_shape_is_refused(
         ({"router_lr": 1.5}, r"router_lr is 1\.5, expected 0 <= rate < 1"),
         ({"prompt_lr": -1e-3}, r"prompt_lr is -0\.001"),
         ({"backbone_lr": float("nan")}, "backbone_lr is nan"),
+        ({"temperature_end": 0.0}, r"temperature_end is 0\.0, expected a positive"),
+        ({"eval_every": -1}, "eval_every is -1, expected 0 or more"),
+        ({"checkpoint_minutes": -0.5}, r"checkpoint_minutes is -0\.5"),
+        ({"warmup_steps": -3}, "warmup_steps is -3"),
     ],
 )
 def test_bad_settings_name_the_value(changes: dict[str, Any], expected: str) -> None:

@@ -42,7 +42,7 @@ class FlipSearch:
         self._shape, self._rng, self._population = shape, rng, population
         self._n_bits = shape[0] * shape[1]
         self._seen: set[bytes] = set()
-        self._warm: Routers | None = _distinct(warm.reshape(-1, self._n_bits), max(1, iterations // 2))
+        self._warm: Routers | None = distinct(warm.reshape(-1, self._n_bits), max(1, iterations // 2))
         self._left = iterations  # before any candidate is told of
         self._best: Routers = np.ones(self._n_bits, dtype=bool)  # the best that was measured
         self._best_loss = np.inf
@@ -146,7 +146,7 @@ class FlipSearch:
         return np.array(candidates, dtype=bool).reshape(len(candidates), *self._shape)
 
 
-def _distinct(routers: Routers, n: int) -> Routers:
+def distinct(routers: Routers, n: int) -> Routers:
     """At most ``n`` different rows; when there are more, each next one is the farthest from those taken."""
     _, first = np.unique(routers, axis=0, return_index=True)
     rows = routers[np.sort(first)]

@@ -17,7 +17,7 @@ from mp2.errors import UnknownNameError, UsageError
 Routers = NDArray[np.bool_]
 Losses = NDArray[np.float64]
 
-METHODS = ("flips", "exhaustive", "bo", "nevergrad:<optimizer>", "random", "none")
+METHODS = ("bits", "flips", "exhaustive", "bo", "nevergrad:<optimizer>", "random", "none")
 DEFAULT_METHOD = "flips"
 DEFAULT_ITERATIONS = {"shallow": 200, "deep": 100}  # appendix A.2
 MAX_EXHAUSTIVE_BITS = 20
@@ -90,10 +90,14 @@ def create_router_search(
         method: one of ``METHODS``.
         shape: (L', K).
         iterations: how many candidates it will be asked for in all.
-        warm: hard routers of the pre-training tasks [n_tasks, L', K]; only ``flips`` uses them.
+        warm: hard routers of the pre-training tasks [n_tasks, L', K]; ``bits`` and ``flips`` use them.
         rng: the method's own generator.
     """
     method = check_method(method)
+    if method == "bits":
+        from mp2.optimizers.router_bits import BitsSearch
+
+        return BitsSearch(shape, iterations, warm, rng)
     if method == "flips":
         from mp2.optimizers.router_flips import FlipSearch
 

@@ -1,0 +1,91 @@
+"""Growth curves of `benchmarks.throughput`: cost of stage II against each size, the others held.
+
+Random backbones 256 wide and random texts of one length; the base case is 4 layers, 16 examples of 64
+tokens, a population of 20. Cost is ms an evaluation, mean over the layers visited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from benchmarks.engine_work import (
+    INTRINSIC_DIM,
+    PROMPT_TOKENS,
+    Engine,
+    random_inputs,
+    seconds,
+    shaped_backbone,
+)
+from benchmarks.plain_loop import PlainLoop
+from benchmarks.provenance import RESULTS, save
+from mp2.prompts import random_prompts
+
+BASE = {"examples": 16, "tokens": 64, "population": 20, "layers": 4}
+CURVES = {
+    "examples": (1, 4, 16, 64, 128),
+    "tokens": (16, 32, 64, 128, 256, 448),
+    "population": (1, 2, 5, 10, 20, 40),
+    "layers": (1, 2, 4, 8, 12),
+}
+
+
+def measure(engines: Sequence[Engine], device: str, folder: Path, name: str) -> tuple[Path, Path]:
+    """Measure all curves; returns the paths of the JSON and of the picture."""
+    rows = []
+    for axis, values in CURVES.items():
+        for value in values:
+            row = point({**BASE, axis: value}, engines, device, folder)
+            rows.append({"axis": axis, "value": value, **row})
+            print({key: x for key, x in rows[-1].items() if key not in BASE}, flush=True)
+    return save(f"{name}_growth", rows), draw(rows, RESULTS / f"{name}_growth.png")
+
+
+def point(size: dict[str, int], engines: Sequence[Engine], device: str, folder: Path) -> dict[str, Any]:
+    """Ms an evaluation of every engine and of the plain loop for one size."""
+    backbone = shaped_backbone(size["layers"], 256, 8)
+    prompts = random_prompts(
+        backbone, "deep", prompt_tokens=PROMPT_TOKENS, intrinsic_dim=INTRINSIC_DIM, seed=1
+    )
+    inputs = random_inputs(size["examples"], size["tokens"], backbone.config.vocab_size)
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((size["layers"], INTRINSIC_DIM)).astype(np.float32)
+    candidates = rng.standard_normal((size["population"], INTRINSIC_DIM)).astype(np.float32)
+    cost = {}
+    for engine in engines:
+        objective = engine.objective(backbone, prompts, inputs, device, folder)
+        objective.set_incumbent(z)
+        times = []
+        for layer in range(size["layers"]):
+            objective.layer_losses(layer, candidates)
+            times.append(seconds(lambda o=objective, i=layer: o.layer_losses(i, candidates)))  # type: ignore[misc]
+        cost[f"{engine.runtime}:{engine.precision}"] = round(1e3 * mean(times) / size["population"], 3)
+    plain = PlainLoop(backbone, prompts, inputs, device)
+    plain.loss(z)
+    cost["plain loop"] = round(1e3 * seconds(lambda: plain.loss(z), 3), 3)
+    return {**size, "ms": cost}
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Four panels, both axes logarithmic."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
+    for panel, axis in zip(panels.flat, CURVES, strict=True):
+        own = [row for row in rows if row["axis"] == axis]
+        for name in own[0]["ms"]:
+            panel.plot([row["value"] for row in own], [row["ms"][name] for row in own], "o-", label=name)
+        panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms an evaluation")
+        panel.set_xticks([row["value"] for row in own], [str(row["value"]) for row in own])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0, 0].legend()
+    base = ", ".join(f"{value} {axis}" for axis, value in BASE.items())
+    figure.suptitle(f"Stage II, width 256; held where not varied: {base}", fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

@@ -53,7 +53,8 @@ class Settings:
     epochs: int
     test_limit: int
     max_tokens: int
-    runtime: str = "torch"
+    device: str = "cpu"
+    precision: str = "fp32"
 
 
 class Lab:
@@ -68,7 +69,9 @@ class Lab:
             if found.kind in self.prompts:
                 raise UsageError(f"--prompts: both {self.prompts[found.kind][0]} and {name} are {found.kind}")
             self.prompts[found.kind] = (name, found)
-        self.runtime = create_runtime(settings.runtime, self.backbone, threads=1)
+        self.runtime = create_runtime(
+            "torch", self.backbone, device=settings.device, threads=1, precision=settings.precision
+        )
 
     def identity(self) -> dict[str, str]:
         """Hashes of the weights that scores depend on."""
@@ -105,7 +108,9 @@ class Lab:
             seed=seed,
             max_tokens=self.settings.max_tokens,
             test_limit=self.settings.test_limit,
-            runtime=self.settings.runtime,
+            runtime="torch",
+            device=self.settings.device,
+            precision=self.settings.precision,
             threads=1,
         )
         model = FrozenModel(self.backbone, prompts, self.runtime)

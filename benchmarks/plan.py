@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--test-limit", type=int, default=500)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--name", default="plan", help="of the JSON in benchmarks/results")
     args = parser.parse_args()
     rows = []
     head = f"{'task':16} {'kind':8} " + " ".join(f"{part:>15}" for part in (*PARTS, "total")) + "  ratio"
@@ -91,7 +92,7 @@ def main() -> None:
             pairs.append((row["predicted_total_s"], row["actual_total_s"]))
             cells = " ".join(f"{f'{a:.2f} / {b:.2f}':>15}" for a, b in pairs)
             print(f"{task:16} {kind:8} {cells}  {row['ratio']:.2f}", flush=True)
-    print("written:", save("plan", rows))
+    print("written:", save(args.name, rows))
 
 
 if __name__ == "__main__":

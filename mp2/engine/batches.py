@@ -1,8 +1,8 @@
 """Cut examples and populations into batches: sorted by length, little or no padding, bounded memory.
 
 With a population of P candidates an example already is P sequences of one length, so examples are grouped
-by *equal* length and nothing is padded. Only when a group would be too small to keep the device busy (P
-small) are neighbours in length put together, padded to the longest of them and masked.
+by *equal* length and nothing is padded, or next to nothing. Only when a group would be too small to keep
+the device busy (P small) are neighbours in length put together, padded to the longest of them and masked.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # 1 / _MIN_FILL of an example's own length: below that, two calls are cheaper than the padding.
 _SMALL_SHARE = 0.25
 _MIN_FILL = 0.75
+_ALMOST_FULL = 0.97  # padding that costs less than a call of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ def group_by_length(lengths: Sequence[int], n_candidates: int, limit_tokens: int
             tokens = n_candidates * len(group) * longest
             fits = tokens + n_candidates * longest <= limit_tokens
             small = tokens < _SMALL_SHARE * limit_tokens and length >= _MIN_FILL * longest
-            if fits and (length == longest or small):
+            if fits and (length >= _ALMOST_FULL * longest or small):
                 group.append(index)
                 continue
         groups.append([index])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mp2.backbone import Backbone, Layer
+from mp2.backbone import Backbone, BackboneConfig, Layer
 from mp2.engine.batches import Bucket, pieces
 from mp2.engine.int8_runtime import Int8Runtime
 from mp2.engine.runtime import Prefix, Runtime, is_out_of_memory
@@ -19,11 +19,18 @@ from mp2.prompts import PrefixProjector, PromptSet
 Run = Callable[[slice, slice, "torch.Tensor | None", Bucket], torch.Tensor]
 """(candidates, examples, mask of these examples, bucket) -> last hidden states [p, n, T, H]."""
 
-# Tokens a micro-batch, before memory says otherwise. On CPUs: enough to fill the cores, few enough that a
-# feed-forward's rows stay in the last-level cache. On GPUs: enough to hide launches.
-# For int8: that the reference, which is not int8, is a small share of a batch.
-MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
-_INT8_MICRO_BATCH_TOKENS = 4096
+_GPU_TOKENS = 65536  # enough to hide launches
+_CPU_TOKENS = 2048  # enough to fill the cores, few enough that a feed-forward stays in the last-level cache
+_NARROW_FFN = 1024  # up to here twice as many do, and calls are short enough for their overhead to show
+
+
+def usual_micro_batch_tokens(runtime: Runtime, config: BackboneConfig) -> int:
+    """Return the tokens of a micro-batch, before memory says otherwise."""
+    if torch.device(runtime.device).type != "cpu":
+        return _GPU_TOKENS
+    tokens = _CPU_TOKENS * (2 if config.ffn <= _NARROW_FFN else 1)
+    # more of int8's calls are short, and its reference, which is not int8, should be a small share
+    return tokens * (2 if isinstance(runtime, Int8Runtime) else 1)
 
 
 @dataclass(frozen=True)
@@ -52,10 +59,7 @@ class PopulationForward:
     ) -> None:
         """Run ``prompts``' kind of candidates on ``runtime``; None: the device's usual micro-batch."""
         self.runtime = runtime
-        usual = MICRO_BATCH_TOKENS[torch.device(runtime.device).type]
-        if isinstance(runtime, Int8Runtime):
-            usual = _INT8_MICRO_BATCH_TOKENS
-        self.micro_batch_tokens = micro_batch_tokens or usual
+        self.micro_batch_tokens = micro_batch_tokens or usual_micro_batch_tokens(runtime, backbone.config)
         self.deep = prompts.kind == "deep"
         self.n_inline = 0 if self.deep else prompts.meta.prompt_tokens
         self._config = backbone.config

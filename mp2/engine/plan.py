@@ -24,7 +24,7 @@ import torch
 
 from mp2.backbone import Backbone
 from mp2.engine.batches import group_by_length
-from mp2.engine.forward import MICRO_BATCH_TOKENS
+from mp2.engine.forward import usual_micro_batch_tokens
 from mp2.engine.objective import Objective
 from mp2.engine.runtime import Runtime
 from mp2.prompts import PromptSet
@@ -187,7 +187,7 @@ class LayerTimer:
         self.n_layers = backbone.config.n_layers
         self.depths = sorted({1, min(DEPTH, self.n_layers)})
         self._target = target_tokens
-        self._limit = MICRO_BATCH_TOKENS[torch.device(runtime.device).type]
+        self._limit = usual_micro_batch_tokens(runtime, backbone.config)
         part = sample_batches(train, population, self._limit, target_tokens)
         self.share = _n_tokens(part) / _n_tokens(train)
         self._deep = prompts.kind == "deep"

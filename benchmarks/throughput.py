@@ -88,9 +88,8 @@ def compare(
     subjects = []
     for engine in engines:
         subject = Subject(engine, engine.objective(backbone, prompts, inputs, device, folder), z)
-        if device == "cpu":
-            for layer in range(config.n_layers):
-                subject.objective.layer_losses(layer, z[layer] + moves[:2])
+        if device == "cpu":  # from layer 0 every layer is prepared
+            subject.objective.layer_losses(0, z[0] + moves[:2])
         else:  # the second time records CUDA graphs
             for _ in range(2):
                 for layer in range(config.n_layers):

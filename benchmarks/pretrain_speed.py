@@ -10,7 +10,7 @@ of the forward pass, and in the backward pass those of the gradients that reach 
 no weight gradients, and layer 0 no gradient of its text). The rate is that of a large matrix product in the
 same precision, measured before and after, the larger taken.
 
-    python -m benchmarks.pretrain_speed [--data DIR] [--shape mini 256 1024 cpt-large] [--device cpu|cuda] [--threads 1]
+    python -m benchmarks.pretrain_speed [--data DIR] [--shape mini 256 1024 cpt-large] [--device cuda]
 
 DIR holds waimai/, kuake_qic/, bq/ and cmrc2018/; without it the embedded demo tasks are used. A few minutes
 on one core.

@@ -55,17 +55,10 @@ class Batch:
         ids, mask = self.input_ids[rows, :longest], self.mask[rows, :longest]
         return Batch(self.task, ids, mask, self.start[rows], self.end[rows], weight)
 
-    def pinned(self) -> Batch:
-        """The batch in page-locked memory, from where a GPU copies without blocking."""
-        return self._each(Tensor.pin_memory)
-
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tensors = (self.input_ids, self.mask, self.start, self.end, self.weight)
-        return Batch(self.task, *map(change, tensors))
+        return Batch(self.task, *(tensor.to(device) for tensor in tensors))
 
 
 def load_mixture(

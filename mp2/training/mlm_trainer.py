@@ -109,13 +109,12 @@ class MlmTrainer(Trainer[Tensors]):
             chosen = (within[own] + np.arange(len(own))[:, None] * config.length).ravel()
             inputs, starts = inputs[own], starts[own]
             targets = targets.reshape(len(rows), -1)[own].ravel()
-        tensors = tuple(torch.from_numpy(a) for a in (inputs, chosen, targets, starts))
-        return tuple(t.pin_memory() for t in tensors) if ranks.device.type == "cuda" else tensors
+        return tuple(torch.from_numpy(a) for a in (inputs, chosen, targets, starts))
 
     def loss(self, batch: Tensors) -> Tensor:
         """This process's share of the batch's mean loss: every row has as many chosen positions."""
         device = self.ranks.device
-        tensors = [t.to(device, non_blocking=True) for t in batch]
+        tensors = [t.to(device) for t in batch]
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             mean: Tensor = self._on_ranks(*tensors)
         return mean * (len(batch[0]) / self.config.batch_size)

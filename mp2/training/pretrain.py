@@ -156,8 +156,7 @@ class Pretrainer(Trainer[Batch]):
         whole = sample_batch(
             self.tasks, step, batch_size=config.batch_size, seed=config.seed, pad_id=self.pad_id
         )
-        part = whole.part(self.ranks.rank, self.ranks.size)
-        return part.pinned() if self.ranks.device.type == "cuda" else part
+        return whole.part(self.ranks.rank, self.ranks.size)
 
     def loss(self, batch: Batch) -> Tensor:
         """This process's share of the batch's mean span loss, under router noise that all processes share."""

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from mp2.backbone import Backbone, load_backbone, save_backbone
 from mp2.prompts import load_prompts
 from mp2.tasks import TaskCard
-from mp2.training import PretrainConfig, pretrain
+from mp2.training import MlmConfig, PretrainConfig, pretrain, train_mlm
 from mp2.training.mixture import Batch, MixtureTask, sample_batch
 from training.toy_tasks import lively_backbone, write_tasks
 
@@ -33,6 +34,23 @@ RUNS: dict[str, dict[str, Any]] = {
     "shallow": {"kind": "shallow", "batch_size": 8, "steps": 8},
     "with-backbone": {"batch_size": 5, "backbone_lr": 1e-3, "steps": 8},
 }
+BACKBONES: dict[str, dict[str, Any]] = {
+    f"{masking}-{size}": {
+        "n_layers": 2,
+        "hidden": 16,
+        "n_heads": 2,
+        "ffn": 24,
+        "vocab_size": 200,
+        "max_positions": 32,
+        "length": 24,
+        "batch_size": size,
+        "steps": 12,
+        "precision": "fp32",
+        "masking": masking,
+        "ppmi_init": False,
+    }
+    for masking, size in (("char", 8), ("span", 5))
+}
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -40,8 +58,12 @@ from mp2.backbone import load_backbone
 from mp2.tasks import load_card
 from mp2.training import PretrainConfig, Pretrainer
 from mp2.training.mixture import load_mixture
+from mp2.training.corpus import build_vocab, corpus_files, pack
+from mp2.training.mlm import MlmConfig
+from mp2.training.mlm_trainer import MlmTrainer
 from mp2.training.ranks import joined
-cards, data, backbone, out, runs = json.loads(sys.argv[1])
+from mp2.backbone import Tokenizer
+cards, data, backbone, out, runs, corpus, backbones = json.loads(sys.argv[1])
 body = load_backbone(backbone)
 with joined("cpu") as ranks:
     for name, settings in runs.items():
@@ -49,6 +71,15 @@ with joined("cpu") as ranks:
         tasks = load_mixture(loaded, Path(data), body.tokenizer, 64, dev_limit=6, log=print)
         say = print if ranks.main else (lambda line: None)
         Pretrainer(body, tasks, PretrainConfig(**settings), Path(out) / name, ranks=ranks, log=say).run()
+    for name, settings in backbones.items():
+        config, folder = MlmConfig(**settings), Path(out) / name
+        folder.mkdir(exist_ok=True)
+        with ranks.main_first():
+            tokenizer = Tokenizer.from_vocab(build_vocab(corpus_files(Path(corpus)), config.vocab_size))
+            packed = pack(corpus_files(Path(corpus)), tokenizer, config.length, folder / "cache")
+        run = MlmTrainer(folder, config, packed, tokenizer, ranks=ranks, compiled=False, log=str)
+        with run.resumed():
+            run.train()
 """
 
 
@@ -99,8 +130,20 @@ def two_processes(
     cards, data, _, backbone = world
     root = tmp_path_factory.mktemp("two")
     (root / "program.py").write_text(PROGRAM)
+    (root / "corpus").mkdir()
+    rng = np.random.default_rng(0)
+    lines = rng.choice(["天气今日晴有雨！", "这个东西真的很好，不错。", "旅游美食体育科技"], 150)
+    (root / "corpus" / "a.txt").write_text("\n".join(lines), "utf-8")
     runs = {name: {**SIZES, **RATES, **settings} for name, settings in RUNS.items()}
-    arguments = [[str(card.path) for card in cards], str(data), str(backbone), str(root), runs]
+    arguments = [
+        [str(card.path) for card in cards],
+        str(data),
+        str(backbone),
+        str(root),
+        runs,
+        str(root / "corpus"),
+        BACKBONES,
+    ]
     finish(start(str(root / "program.py"), json.dumps(arguments)))
     return root
 
@@ -132,6 +175,21 @@ def test_two_processes_agree_with_one_on_losses_prompts_and_scores(
     assert json.loads((two / "result.json").read_text())["processes"] == 2
     curves = [(folder / "dev_scores.jsonl").read_text() for folder in (two, tmp_path)]
     assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_two_processes_agree_with_one_on_a_backbone(two_processes: Path, tmp_path: Path, name: str) -> None:
+    one = train_mlm(
+        two_processes / "corpus", tmp_path / name, MlmConfig(**BACKBONES[name]), log=lambda _: None
+    )
+    assert one.config.n_layers == 2
+    ours, theirs = (
+        [json.loads(line)["loss"] for line in (folder / name / "mlm_losses.jsonl").read_text().splitlines()]
+        for folder in (tmp_path, two_processes)
+    )
+    assert len(ours) == 12
+    assert ours[-1] < ours[0]
+    assert np.allclose(ours, theirs, rtol=1e-4)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -196,6 +254,28 @@ def test_two_killed_processes_go_on_bit_for_bit(
     assert (out / "dev_scores.jsonl").read_text() == (two_processes / "deep" / "dev_scores.jsonl").read_text()
     ours, theirs = (load_prompts(f / "prompts.safetensors") for f in (out, two_processes / "deep"))
     assert ours.sha256 == theirs.sha256
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(
+    world: tuple[list[TaskCard], Path, Backbone, Path], tmp_path: Path
+) -> None:
+    cards, data, _, backbone = world
+    (tmp_path / "program.py").write_text(PROGRAM)
+    settings = {**SIZES, **RATES, "steps": 100_000, "batch_size": 8}
+    arguments = [[str(card.path) for card in cards], str(data), str(backbone), str(tmp_path)]
+    program = str(tmp_path / "program.py"), json.dumps([*arguments, {"deep": settings}, "", {}])
+    processes = start(*program)
+    out = tmp_path / "deep"
+    while not ((out / "losses.jsonl").is_file() and len(lines_so_far(out)) >= 2):  # both hear signals now
+        assert [process.poll() for process in processes] == [None, None]
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, outputs
+    with safe_open(out / "checkpoint.safetensors", framework="pt") as file:
+        step = json.loads(file.metadata()["state"])["step"]
+    assert step == len(losses(out))
+    assert f"stopped at step {step}" in outputs[0]
 
 
 def lines_so_far(out: Path) -> list[str]:

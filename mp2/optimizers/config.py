@@ -19,7 +19,7 @@ SCHEMA_VERSION = 1
 class RouterConfig:
     """Stage I: the search for the router."""
 
-    method: str = "flips"  # ours; the paper's is "bo" (section 3.3)
+    method: str = "bits"  # ours; the paper's is "bo" (section 3.3)
     iterations: int | None = None  # None: 200 shallow, 100 deep (appendix A.2); exhaustive: all 2^K
 
     def __post_init__(self) -> None:

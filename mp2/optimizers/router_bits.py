@@ -65,7 +65,9 @@ class _Model:
         matrix[np.diag_indices(len(matrix))] += _NUGGET
         inverse = np.linalg.inv(matrix)
         weights = inverse @ losses
-        return cls(signs, losses, share, rate, inverse, weights, float(losses @ weights) / len(losses))
+        return cls(
+            signs, losses, share, rate, inverse, weights, max(float(losses @ weights) / len(losses), 1e-12)
+        )
 
     def expect(self, x: Floats) -> float:
         """Expected loss at x [D]."""

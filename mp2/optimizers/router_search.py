@@ -18,7 +18,7 @@ Routers = NDArray[np.bool_]
 Losses = NDArray[np.float64]
 
 METHODS = ("bits", "flips", "exhaustive", "bo", "nevergrad:<optimizer>", "random", "none")
-DEFAULT_METHOD = "flips"
+DEFAULT_METHOD = "bits"
 DEFAULT_ITERATIONS = {"shallow": 200, "deep": 100}  # appendix A.2
 MAX_EXHAUSTIVE_BITS = 20
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -54,7 +52,7 @@ def search(method: str, problem: HiddenBits, iterations: int, seed: int = 0, war
     return np.concatenate(losses)
 
 
-CHEAP = ["flips", "random", "nevergrad:DiscreteOnePlusOne", "nevergrad:CMA", "exhaustive"]
+CHEAP = ["bits", "flips", "random", "nevergrad:DiscreteOnePlusOne", "nevergrad:CMA", "exhaustive"]
 
 
 @pytest.mark.parametrize("method", CHEAP)
@@ -72,33 +70,29 @@ def test_bo_is_deterministic_random_first_and_quiet(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("method", ["bits", "flips"])
 @pytest.mark.parametrize("layers", [4, 24])
 @pytest.mark.parametrize("warm", [True, False])
-def test_flips_beats_random_at_equal_budget(layers: int, warm: bool) -> None:
+def test_ours_beat_random_at_equal_budget(layers: int, warm: bool, method: str) -> None:
     ours, random = [], []
     for seed in range(6):
         problem = HiddenBits((layers, 8), seed)
-        ours.append(search("flips", problem, 100, seed, warm).min())
+        ours.append(search(method, problem, 100, seed, warm).min())
         random.append(search("random", problem, 100, seed).min())
     assert np.mean(ours) < 0.8 * np.mean(random), (np.mean(ours), np.mean(random))
     assert sum(a < b for a, b in zip(ours, random, strict=True)) >= 5
 
 
-def test_flips_takes_under_a_second_for_100_iterations_of_24_layers() -> None:
-    start = time.process_time()
-    search("flips", HiddenBits((24, 8), 0), 100)
-    assert time.process_time() - start < 1.0
-
-
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 4)),
     n_tasks=st.integers(0, 9),
     iterations=st.integers(1, 40),
     seed=st.integers(0, 99),
+    method=st.sampled_from(["bits", "flips"]),
 )
-def test_flips_never_asks_twice_and_ends_when_all_are_known(
-    shape: tuple[int, int], n_tasks: int, iterations: int, seed: int
+def test_ours_never_ask_twice_and_end_when_all_are_known(
+    shape: tuple[int, int], n_tasks: int, iterations: int, seed: int, method: str
 ) -> None:
     problem = HiddenBits(shape, seed, n_tasks=max(1, n_tasks))
     seen: list[bytes] = []
@@ -113,16 +107,17 @@ def test_flips_never_asks_twice_and_ends_when_all_are_known(
             seen.extend(r.tobytes() for r in routers)
             return inner(routers)
 
-    losses = search("flips", Watched(), iterations, seed, warm=n_tasks > 0)
+    losses = search(method, Watched(), iterations, seed, warm=n_tasks > 0)
     assert len(set(seen)) == len(seen) == len(losses) == min(iterations, 2 ** (shape[0] * shape[1]))
 
 
-def test_flips_with_equal_losses_goes_on() -> None:
+@pytest.mark.parametrize("method", ["bits", "flips"])
+def test_ours_go_on_when_losses_are_equal(method: str) -> None:
     class Flat(HiddenBits):
         def __call__(self, routers: Routers) -> np.ndarray:
             return np.zeros(len(routers))
 
-    assert len(search("flips", Flat((4, 8), 0), 60)) == 60
+    assert len(search(method, Flat((4, 8), 0), 60)) == 60
 
 
 def test_exhaustive_finds_the_best_of_all_256() -> None:
@@ -143,8 +138,8 @@ def test_exhaustive_of_a_space_over_the_budget_is_refused() -> None:
 
 def test_default_budgets_are_the_papers() -> None:
     assert stage_one_iterations("bo", None, "deep", (24, 8), 8000) == 100
-    assert stage_one_iterations("flips", None, "shallow", (1, 8), 8000) == 200
-    assert stage_one_iterations("flips", None, "deep", (24, 8), 20) == 20
+    assert stage_one_iterations("bits", None, "shallow", (1, 8), 8000) == 200
+    assert stage_one_iterations("bits", None, "deep", (24, 8), 20) == 20
 
 
 def test_unknown_names_come_with_the_nearest() -> None:
@@ -154,4 +149,42 @@ def test_unknown_names_come_with_the_nearest() -> None:
         UnknownNameError, match=r"nevergrad optimizer 'OnePlusOn'.*Did you mean .*'OnePlusOne'"
     ):
         check_method("nevergrad:OnePlusOn")
-    assert check_method("default") == "flips"
+    assert check_method("default") == "bits"
+
+
+def test_the_model_of_bits_finds_what_single_flips_do_not() -> None:
+    """Two bits that only help together, beside a base that looks best: a trap for single flips."""
+
+    class Trap(HiddenBits):
+        def __call__(self, routers: Routers) -> np.ndarray:
+            bits = routers.reshape(len(routers), -1)
+            return (
+                1.0
+                + 0.1 * (bits[:, 2:] != self.hidden.reshape(-1)[2:]).mean(1)
+                + 0.2 * (bits[:, 0] != bits[:, 1])
+            )
+
+    problem = Trap((2, 4), 3)
+    assert search("bits", problem, 60).min() == 1.0
+
+
+def test_expected_improvement_matches_brute_force() -> None:
+    from scipy.stats import norm
+
+    from mp2.optimizers.router_bits import _log_improvement
+
+    z = np.array([-30.0, -24.9, -6.0, -1.0, 0.0, 2.0, 9.0])
+    direct = np.log(z[2:] * norm.cdf(z[2:]) + norm.pdf(z[2:]))
+    assert np.allclose(_log_improvement(z)[2:], direct, rtol=1e-6)
+    assert np.allclose(_log_improvement(z)[:2], norm.logpdf(z[:2]) - np.log(z[:2] ** 2), rtol=1e-3)
+
+
+def test_worth_of_flips_is_the_worth_of_the_neighbours() -> None:
+    from mp2.optimizers.router_bits import _Model
+
+    rng = np.random.default_rng(0)
+    signs = rng.choice([-1.0, 1.0], (12, 7))
+    model = _Model.of(signs, rng.normal(size=12), 0.3, 2.0)
+    x = rng.choice([-1.0, 1.0], 7)
+    neighbours = np.where(np.eye(7, dtype=bool), -x, x)
+    assert np.allclose(model.worth_of_flips(x), model.worth(neighbours))

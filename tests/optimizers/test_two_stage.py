@@ -69,7 +69,7 @@ class Killed(BaseException):
     """Nobody catches it."""
 
 
-@pytest.mark.parametrize("method", ["flips", "nevergrad:DiscreteOnePlusOne", "random"])
+@pytest.mark.parametrize("method", ["bits", "flips", "nevergrad:DiscreteOnePlusOne"])
 def test_killed_at_every_journal_write_and_resumed_is_bit_identical(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:

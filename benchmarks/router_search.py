@@ -1,0 +1,249 @@
+"""Stage I compared: final train loss and dev score of router searches at equal budget, on the real model.
+
+Every method gets 100 and 200 evaluations of the few-shot training loss, the untuned router (every module
+on) the first of them, on the same problems: a task, a seed, deep (4 layers of 8 modules in ``mini``) or
+shallow (8 modules). Losses are computed once a router and kept, so that methods share them. A second table
+has the cost of suggestions at 192 dimensions (CPT-large, deep) on a synthetic function of bits.
+
+    python -m benchmarks.router_search --data DIR [--task NAME ...] [--seed N ...] [--minutes 3]
+
+DIR has the task folders, or ``upstream`` and ``downstream`` with them. All that is computed is kept in
+``--work`` and found again by the hash of weights, prompts and data, so that the command can be stopped
+(``--minutes`` does) and started again until it prints the tables and writes
+``benchmarks/results/router_search.json``. ``bo`` runs on the first seed of each task only: it takes longer
+than everything else together. ``--seed 8 --task lcqmc chnsent`` is a quarter of the whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.provenance import save
+from benchmarks.router_tables import cost_table, quality_table
+from mp2.optimizers import BbtConfig, RouterConfig, create_router_search
+from mp2.optimizers.few_shot_problem import FewShotProblem, FrozenModel, load_model, resolve_paths
+from mp2.tasks import load_card
+
+NEVERGRAD = (
+    "NGOpt",
+    "CMA",
+    "TwoPointsDE",
+    "cGA",
+    "DiscreteOnePlusOne",
+    "PortfolioDiscreteOnePlusOne",
+    "FastGADiscreteOnePlusOne",
+)
+METHODS = ("bits", "bits without warm", "flips", "bo", *(f"nevergrad:{n}" for n in NEVERGRAD), "random")
+BUDGETS = (100, 200)
+TASKS = ("lcqmc", "chnsent", "cmnli", "cote_mfw")
+SEEDS = (8, 13)
+LARGE = (24, 8)  # layers and modules of CPT-large
+
+
+class Problem:
+    """The few-shot loss of routers, each computed once ever; a file keeps them."""
+
+    def __init__(self, config: BbtConfig, model: FrozenModel, folder: Path) -> None:
+        self._problem = FewShotProblem(config, load_card(config.task), model)
+        self.space = model.space()
+        self.shape = (self.space.n_layers, self.space.n_modules)
+        names = (self._problem.data_sha256, model.prompts.sha256, model.backbone.sha256)
+        key = "-".join((self._problem.card.task, model.kind, str(config.seed), *(n[:8] for n in names)))
+        self.file = folder / f"{key}.jsonl"
+        self._losses: dict[str, float] = {}
+        self.cells: dict[str, dict[str, Any]] = {}
+        for line in self.file.read_text().splitlines() if self.file.exists() else []:
+            values = json.loads(line)
+            self._losses.update(values.get("losses", {}))
+            self.cells.update(values.get("cells", {}))
+
+    def __call__(self, routers: np.ndarray) -> np.ndarray:
+        """Losses [P] of routers [P, L', K]."""
+        keys = [np.packbits(r.reshape(-1)).tobytes().hex() for r in routers]
+        new = {k: i for i, k in enumerate(keys) if k not in self._losses}
+        if new:
+            found = self._problem.objective.router_losses(routers[list(new.values())])
+            losses = dict(zip(new, map(float, found), strict=True))
+            self._losses.update(losses)
+            self._keep({"losses": losses})
+        return np.array([self._losses[k] for k in keys])
+
+    def keep_cell(self, key: str, values: dict[str, Any]) -> None:
+        """Remember what a method found."""
+        self.cells[key] = values
+        self._keep({"cells": {key: values}})
+
+    def dev(self, router: np.ndarray) -> dict[str, float]:
+        """Dev score and loss of a router [L', K]."""
+        scores = self._problem.dev_scores(self.space.fuse(router))
+        return {"dev_score": scores.score, "dev_loss": scores.loss}
+
+    def _keep(self, values: dict[str, Any]) -> None:
+        with self.file.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def search(
+    method: str,
+    shape: tuple[int, int],
+    iterations: int,
+    warm: np.ndarray,
+    losses_of: Callable[[np.ndarray], np.ndarray],
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Routers [n, L', K] in the order they were met, their losses [n], CPU seconds of the method itself."""
+    if method == "bits without warm":
+        method, warm = "bits", warm[:0]
+    started = time.process_time()
+    rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(2)[0])
+    found = create_router_search(method, shape, iterations, warm, rng)
+    spent = time.process_time() - started
+    routers = [np.ones((1, *shape), dtype=bool)]
+    losses = [losses_of(routers[0])]
+    while (left := iterations - sum(map(len, losses))) > 0:
+        started = time.process_time()
+        found.tell(routers[-1], losses[-1])
+        asked = found.ask(left)
+        spent += time.process_time() - started
+        if not len(asked):
+            break
+        routers.append(asked)
+        losses.append(losses_of(asked))
+    return np.concatenate(routers), np.concatenate(losses), spent
+
+
+def run_cells(problem: Problem, seed: int, methods: list[str], over: Callable[[], bool]) -> bool:
+    """Run what is missing; false if the time was over before that."""
+    for method in methods:
+        for budget in BUDGETS:
+            key = f"{method} {budget}"
+            if key in problem.cells:
+                continue
+            if over():
+                return False
+            free = method in ("bo", "random")  # they do not know the budget: the longest run has the others
+            routers, losses, spent = search(
+                method, problem.shape, BUDGETS[-1] if free else budget, problem.space.warm, problem, seed
+            )
+            for n in BUDGETS if free else (budget,):
+                best = int(np.argmin(losses[:n]))
+                values = {"loss": float(losses[best]), "seconds": spent, "asked": len(losses)}
+                problem.keep_cell(f"{method} {n}", values | problem.dev(routers[best]))
+    return True
+
+
+def run_exhaustive(problem: Problem) -> None:
+    """The best of all routers, where there are few."""
+    if "exhaustive" not in problem.cells:
+        codes = (np.arange(256)[:, None] >> np.arange(8)) & 1
+        routers = codes.astype(bool).reshape(256, *problem.shape)
+        losses = np.concatenate([problem(routers[i : i + 20]) for i in range(0, 256, 20)])
+        best = int(np.argmin(losses))
+        problem.keep_cell("exhaustive", {"loss": float(losses[best])} | problem.dev(routers[best]))
+
+
+def suggestion_cost(
+    method: str, n_bits_shape: tuple[int, int] = LARGE, iterations: int = 100
+) -> dict[str, Any]:
+    """CPU seconds of suggestions alone, in all and each; of ``bo`` from a few at growing histories."""
+    rng = np.random.default_rng(0)
+    hidden, weights = rng.random(n_bits_shape) < 0.5, rng.gamma(1.0, 1.0, n_bits_shape)
+    warm = rng.random((20, *n_bits_shape)) < 0.5
+
+    def losses_of(routers: np.ndarray) -> np.ndarray:
+        return np.asarray(((routers != hidden) * weights).mean((1, 2)))
+
+    if method != "bo":
+        _, losses, spent = search(method, n_bits_shape, iterations, warm, losses_of, 0)
+        return {"method": method, "seconds": spent, "each": spent / (iterations - 1), "loss": losses.min()}
+    points, each = (20, 60, 100), []
+    for n in points:
+        found = create_router_search("bo", n_bits_shape, iterations, warm, np.random.default_rng(0))
+        routers = np.asarray(rng.random((n, *n_bits_shape)) < 0.5)
+        found.ask(20)
+        found.tell(routers, losses_of(routers))
+        started = time.process_time()
+        found.ask(1)
+        each.append(time.process_time() - started)
+    total = float(np.interp(np.arange(20, iterations), points, each).sum())
+    return {
+        "method": method,
+        "seconds": total,
+        "each": total / (iterations - 20),
+        "note": f"interpolated from one suggestion at each of {', '.join(map(str, points))} points",
+    }
+
+
+def find_data(root: Path, task: str) -> Path:
+    """The folder that holds the task's."""
+    for folder in (root, root / "downstream", root / "upstream"):
+        if (folder / task / "train.jsonl").is_file():
+            return folder
+    raise SystemExit(f"there is no {task}/train.jsonl in {root}, nor in downstream or upstream there")
+
+
+def main() -> None:
+    """Run what is missing; with everything there, print the tables and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--task", nargs="+", default=list(TASKS))
+    parser.add_argument("--seed", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--method", nargs="+", default=list(METHODS))
+    parser.add_argument("--kind", nargs="+", default=["shallow", "deep"])
+    parser.add_argument("--backbone", default="mini")
+    parser.add_argument("--prompts", help="deep prompts; shallow ones have a run of their own (--kind)")
+    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after these; start again to go on")
+    parser.add_argument("--work", type=Path, default=Path("runs/router_search"))
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    rows: list[dict[str, Any]] = []
+    complete = True
+    for kind in args.kind:
+        model: FrozenModel | None = None
+        for task in args.task:
+            for seed in args.seed:
+                config = resolve_paths(
+                    BbtConfig(
+                        task=task,
+                        data=str(find_data(args.data, task)),
+                        backbone=args.backbone,
+                        prompts=args.prompts,
+                        kind=kind,
+                        router=RouterConfig(),
+                        seed=seed,
+                        max_tokens=args.max_tokens,
+                        threads=1,
+                    )
+                )
+                model = model or load_model(config)
+                problem = Problem(config, model, args.work)
+                if kind == "shallow":
+                    run_exhaustive(problem)
+                methods = [m for m in args.method if m != "bo" or seed == args.seed[0]]
+                done = run_cells(
+                    problem, seed, methods, lambda: time.monotonic() - started > 60 * args.minutes
+                )
+                complete = complete and done
+                rows += [
+                    {"kind": kind, "task": task, "seed": seed, "cell": cell, **values}
+                    for cell, values in problem.cells.items()
+                ]
+    if not complete:
+        raise SystemExit(f"time is over with {len(rows)} cells done; start the command again to go on")
+    costs = [suggestion_cost(method) for method in args.method if method != "bits without warm"]
+    print(quality_table(rows))
+    print(cost_table(costs))
+    print("written:", save("router_search", [{"cells": rows, "suggestion_cost_192": costs}]))
+
+
+if __name__ == "__main__":
+    main()

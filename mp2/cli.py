@@ -86,10 +86,10 @@ def tasks_check(card: str, data: str | None, as_json: bool) -> None:
 @click.option("--iters", default=8000, show_default=True, help="Candidates evaluated, both stages together.")
 @click.option(
     "--router-search",
-    default="flips",
+    default="bits",
     show_default=True,
     metavar="METHOD",
-    help="flips, exhaustive, bo, nevergrad:NAME, random or none.",
+    help="bits, flips, exhaustive, bo, nevergrad:NAME, random or none.",
 )
 @click.option("--router-iters", type=int, help="Iterations of stage I.  [default: 100 deep, 200 shallow]")
 @click.option("--router-only", is_flag=True, help="Stage I only.")

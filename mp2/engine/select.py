@@ -18,6 +18,7 @@ from mp2.engine.onnx_runtime import OnnxRuntime
 from mp2.engine.runtime import PRECISIONS, Runtime
 from mp2.engine.torch_runtime import TorchRuntime
 from mp2.errors import Mp2Error, UnknownNameError, UsageError
+from mp2.export.folder import MANIFEST, read_manifest
 from mp2.prompts import PromptSet
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def create_runtime(
     """Return runtime ``name``; ``auto`` times one layer on each that works here and takes the fastest.
 
     ``device`` ``auto`` is the GPU if torch sees one, for ``onnxruntime`` the CPU. ``precision`` ``auto`` is
-    fp32 on a CPU, where losses then are exact, and bf16 on a GPU (fp16 on one without bf16).
+    fp32 on a CPU, where losses then are exact, and bf16 on a GPU (fp16 on one without bf16); for the
+    runtimes that need an engine folder, what the folder was exported in.
     ``engine_dir`` is an engine folder (`mp2 export`), which ``onnxruntime`` needs. ``threads`` sets torch's
     threads for the whole process, too. ``.reason`` of the result says why it was chosen.
 
@@ -54,12 +56,14 @@ def create_runtime(
     if device == "auto":
         device = "cuda" if name != "onnxruntime" and torch.cuda.is_available() else "cpu"
         why = ["there is a GPU"] if device == "cuda" else []
-    if precision == "auto":
+    on_onnxruntime = name.startswith("onnxruntime")
+    if precision == "auto" and engine_dir is not None and (on_onnxruntime or name == "tensorrt"):
+        precision = read_manifest(Path(engine_dir) / MANIFEST).precision
+    elif precision == "auto":
         precision = _usual_precision(name, device)
         why += [f"{precision} is usual there"] if device != "cpu" else []
     if name == "tensorrt":
         return _tensorrt(backbone, engine_dir, device, precision)
-    on_onnxruntime = name.startswith("onnxruntime")
     on_gpu = not on_onnxruntime and device != "cpu" and resolve_device(device).type == "cuda"
     known = _FOLDER_PRECISIONS if on_onnxruntime else CUDA_PRECISIONS if on_gpu else PRECISIONS
     if precision not in known:

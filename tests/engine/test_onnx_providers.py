@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mp2.backbone import Backbone
-from mp2.engine import OnnxRuntime
+from mp2.engine import OnnxRuntime, create_runtime
 from mp2.errors import MismatchError, MissingDependencyError
 from mp2.export import onnx_session
 from mp2.export.onnx_providers import PROVIDERS, Provider
@@ -164,6 +164,11 @@ def test_a_typed_folder_needs_no_flag_and_brings_its_profiles(
     assert (options["trt_fp16_enable"], options["trt_bf16_enable"]) == ("False", "False")
     assert options["trt_engine_cache_prefix"] == "layer_00_plain-fp32"
     assert options["trt_profile_max_shapes"] == "hidden:4x3x20x24,mask:3x20"
+
+
+def test_without_a_precision_the_folders_own_is_taken(tiny_backbone: Backbone, half_dir: Path) -> None:
+    runtime = create_runtime("onnxruntime", tiny_backbone, engine_dir=half_dir, precision="auto")
+    assert runtime.precision == "fp16"
 
 
 def test_a_missing_provider_says_what_to_install(tiny_backbone: Backbone, engine_dir: Path) -> None:

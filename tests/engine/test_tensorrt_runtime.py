@@ -165,7 +165,8 @@ def test_repeated_calls_are_captured_and_replayed_with_the_same_results(
     hidden = torch.randn(P, N, T, config.hidden).half()
     prefix = torch.randn(2, 1, 1, config.n_heads, M, config.head_size)
     mask = torch.ones(N, T, dtype=torch.bool)
-    expected = runtime.layer(0, hidden, mask, (prefix[0], prefix[1])).clone()
+    first = runtime.layer(0, hidden, mask, (prefix[0], prefix[1]))
+    expected = first.clone()  # ``first`` lives on, so that its memory is not ``result``'s
     result = torch.empty_like(expected)  # the allocator gives the same block to the same request
     monkeypatch.setattr(device, "empty", lambda shape, dtype: result)
     for _ in range(4):

@@ -6,7 +6,8 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, TextIO
@@ -81,17 +82,16 @@ class SeriesProgress:
         self._lock = threading.Lock()
         self._latest: list[Progress | None] = []
 
-    def observer(self) -> Callable[[Progress], None]:
+    def observer(self) -> _Observer:
         """What the next run is to call."""
-        number = len(self._latest)
         self._latest.append(None)
+        return _Observer(self, len(self._latest) - 1)
 
-        def observe(progress: Progress) -> None:
-            with self._lock:
-                self._latest[number] = progress
-                self._line(self._sum())
-
-        return observe
+    def show(self, number: int, progress: Progress) -> None:
+        """Take up where run ``number`` is."""
+        with self._lock:
+            self._latest[number] = progress
+            self._line(self._sum())
 
     def close(self) -> None:
         """End the live line."""
@@ -111,6 +111,20 @@ class SeriesProgress:
             dev_score=mean(scores) if scores else math.nan,
             live=any(p.live for p in begun),
         )
+
+
+@dataclass(frozen=True)
+class _Observer:
+    """One run's share of the line."""
+
+    series: SeriesProgress
+    number: int
+
+    def __call__(self, progress: Progress) -> None:
+        self.series.show(self.number, progress)
+
+    def close(self) -> None:
+        self.series.close()
 
 
 def result_table(result: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ comes out of q times int8 weights.
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,16 @@ class Int8Linear:
     def __call__(self, difference: Difference) -> Product:
         """Multiply."""
         return Product(torch._int_mm(difference.q, self._q), difference.scale, self.channel)
+
+
+@functools.cache
+def int8_products_work() -> bool:
+    """Tell whether torch multiplies int8 matrices on this CPU (an operator without a public name)."""
+    a, b = torch.arange(-20, 20, dtype=torch.int8).view(5, 8), torch.arange(24, dtype=torch.int8).view(8, 3)
+    try:
+        return torch.equal(torch._int_mm(a, b), a.int() @ b.int())
+    except (RuntimeError, AttributeError, TypeError):
+        return False
 
 
 class TorchSteps:

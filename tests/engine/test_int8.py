@@ -7,7 +7,16 @@ import torch
 from mp2.backbone import Backbone
 from mp2.engine import Objective, TorchRuntime, create_runtime, native
 from mp2.engine.int8_runtime import Int8Runtime
-from mp2.engine.int8_steps import Difference, Int8Linear, NativeSteps, Product, TorchSteps, make_steps
+from mp2.engine.int8_steps import (
+    Difference,
+    Int8Linear,
+    NativeSteps,
+    Product,
+    TorchSteps,
+    int8_products_work,
+    make_steps,
+)
+from mp2.errors import UsageError
 from mp2.prompts import PromptSet
 from mp2.tasks import MrcInput
 
@@ -147,6 +156,17 @@ def test_a_candidate_that_is_not_finite_spoils_no_other(
         np.testing.assert_array_equal(losses[[0, 2, 3]], expected)
     objective.set_incumbent(z[0])
     assert not np.isfinite(objective.layer_losses(1, z[:, 1])[1])
+
+
+def test_without_int8_products_it_is_refused(
+    tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    int8_products_work.cache_clear()
+    monkeypatch.setattr(torch, "_int_mm", None)
+    assert not int8_products_work()
+    with pytest.raises(UsageError, match="--precision fp32"):
+        Int8Runtime(tiny_backbone)
+    int8_products_work.cache_clear()
 
 
 def test_int8_is_had_by_name_on_the_cpu_only(tiny_backbone: Backbone) -> None:

@@ -209,8 +209,9 @@ class Trainer(ABC, Generic[T]):
                     line = {"step": self.step, "loss": value if math.isfinite(value) else None}
                     journal.write(json.dumps(line | self.notes(batch)) + "\n")
                     recent.append(value)
-                    if self.scalars is not None and self.step % SCALARS_EVERY == 0:
-                        self.scalars.add(self.step, self._scalar_values(recent))
+                    if self.step % SCALARS_EVERY == 0:
+                        if self.scalars is not None:
+                            self.scalars.add(self.step, self._scalar_values(recent))
                         recent = []
                     progress.step(self.step, value, self.wait_share)
                 self.after_step()

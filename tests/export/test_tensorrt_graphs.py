@@ -25,6 +25,7 @@ from mp2.export.tensorrt.export import export_typed
 from mp2.export.tensorrt.graphs import PRECISIONS
 from mp2.export.tensorrt.parity import spearman
 from mp2.export.tensorrt.plans import read_shapes
+from mp2.export.tensorrt.profiles import grown
 from mp2.export.tensorrt.weights import FP8_MAX, fp8_scale, quantize
 
 TABLE = json.loads(Path(__file__).with_name("tensorrt_operators.json").read_text())
@@ -227,6 +228,13 @@ def test_shapes_of_a_task_are_few_classes_that_hold_every_length() -> None:
         assert any(p.covers(visit) for p in profiles)
         assert any(p.covers(above) for p in profiles)
         assert not any(p.covers({**visit, "m": 51}) for p in profiles)
+
+
+def test_a_grown_plan_holds_what_is_likely_to_come_next() -> None:
+    profiles = TaskShapes(candidates=4, examples=3, lengths=(8, 90), prompt_tokens=5).profiles("head.onnx")
+    *old, new = grown(profiles, {"P": 1, "N": 33, "T": 20})
+    assert tuple(old) == profiles
+    assert new.ranges == {"P": (1, 1, 1), "N": (1, 33, 64), "T": (1, 20, 90)}
 
 
 @pytest.mark.parametrize(

@@ -131,10 +131,18 @@ class TaskShapes:
 
 
 def grown(profiles: Sequence[Profile], sizes: Sizes) -> tuple[Profile, ...]:
-    """Return ``profiles`` and one more, for ``sizes`` that none of them covers and all smaller ones."""
+    """Return ``profiles`` and one more, for ``sizes`` that none of them covers and all smaller ones.
+
+    Its lengths reach as far as the others' and its examples to a power of two: a test set comes in many
+    sizes, and each growth is a build.
+    """
     ranges = {}
     for name, size in sizes.items():
-        high = -(-size // _STEP) * _STEP if name == "T" else size
+        high = size
+        if name == "T":
+            high = max([-(-size // _STEP) * _STEP, *(profile.ranges["T"][2] for profile in profiles)])
+        elif name in ("N", "N_prefix"):
+            high = 1 << (size - 1).bit_length()
         ranges[name] = (1, size, high)
     return (*profiles, Profile(ranges))
 

@@ -218,9 +218,9 @@ def _stage_one(problem: FewShotProblem, iterations: int) -> tuple[tuple[int, ...
             done += len(routers)
             spent += last
             if spent > _SUGGEST_LIMIT_S and done < iterations:  # a slow method: the rest as the last
-                rounds = -(-(iterations - done) // len(routers))
-                sizes += [len(routers)] * rounds
-                return tuple(sizes), spent + rounds * last
+                rounds, rest = divmod(iterations - done, len(routers))
+                sizes += [len(routers)] * rounds + [rest] * (rest > 0)
+                return tuple(sizes), spent + (rounds + (rest > 0)) * last
     return tuple(sizes), spent
 
 

@@ -64,6 +64,13 @@ def test_the_table_says_what_why_and_how_long(world: World) -> None:
     assert max(len(line) for line in done.stdout.splitlines()) <= 110
 
 
+def test_a_slow_router_search_is_tried_in_part(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mp2.optimizers.planning._SUGGEST_LIMIT_S", 0.0)
+    options = [*world.options(), *SHORT, "--router-only", "--no-test", "--router-search", "random"]
+    plan = explain(*options, "--router-iters", "50")
+    assert plan["work"]["populations"] == [1, 20, 20, 9]  # one was tried
+
+
 def test_without_stage_two_and_test_neither_is_planned(world: World) -> None:
     plan = explain(*world.options(), *SHORT, "--router-only", "--no-test")
     assert plan["iterations"] == [20, 0]

@@ -1,0 +1,112 @@
+"""Table 4: the paper's minutes come to one time an evaluation; cells are marked; no GPU is said so."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import gpu, table4
+from benchmarks.plain_loop import PlainLoop
+from mp2.backbone import Backbone, BackboneConfig, random_backbone
+from mp2.engine import TorchRuntime
+from mp2.optimizers.config import BbtConfig
+from mp2.optimizers.few_shot_problem import FrozenModel
+from mp2.prompts import random_prompts
+from mp2.tasks import MrcInput
+
+
+def test_deep_and_shallow_minutes_of_the_paper_are_the_same_time_an_evaluation() -> None:
+    for task, (shallow, deep) in {
+        "thucnews": (102, 110),
+        "bq": (51, 56),
+        "tnews": (181, 193),
+        "lcqmc": (43, 47),
+    }.items():
+        found = [table4.paper(kind, task)["evaluation_ms"] for kind in ("shallow", "deep")]
+        assert found == pytest.approx([shallow, deep], abs=0.6)
+
+
+@pytest.fixture(scope="module")
+def small() -> Backbone:
+    vocab = table4.vocabulary()
+    config = BackboneConfig(
+        name="small", n_layers=4, hidden=32, n_heads=2, ffn=64, vocab_size=len(vocab), max_positions=256
+    )
+    return random_backbone(config, vocab, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["deep", "shallow"])
+@pytest.mark.parametrize(("budget_s", "how"), [(0.0, "extrapolated"), (1e6, "measured")])
+def test_a_cell_is_measured_where_it_fits_and_extrapolated_where_not(
+    small: Backbone, monkeypatch: pytest.MonkeyPatch, kind: str, budget_s: float, how: str
+) -> None:
+    monkeypatch.setitem(table4.PAPER[kind], "demo_sentiment", (1.0, 2.0))
+    prompts = random_prompts(small, kind, prompt_tokens=4, intrinsic_dim=5)  # type: ignore[arg-type]
+    model = FrozenModel(small, prompts, TorchRuntime(small))
+    iters = 110 if kind == "deep" else 210
+    config = BbtConfig(
+        task="demo_sentiment",
+        backbone="small",
+        prompts="random",
+        kind=kind,
+        iters=iters,
+        shots=2,
+        test=False,  # type: ignore[arg-type]
+    )
+    monkeypatch.setattr(table4, "PLAN_SHARE", 1e-7)  # one batch of each kind is enough here
+    cell = table4.run_cell(model, config, budget_s)
+    ours = cell["ours"]
+    assert ours["how"] == how
+    assert cell["plain"]["how"] == "extrapolated"
+    assert cell["iterations"] == [100 if kind == "deep" else 200, 10]
+    assert ours["evaluation_ms"] > 0
+    assert 0 < ours["stage1_minutes"] < ours["two_stage_minutes"]
+    text = table4.table([{**cell, "task": "tnews"}])
+    assert f"minutes, two-stage ({table4.PUBLISHED[kind]:,} evaluations in stage II)" in text
+    rows = [line for line in text.splitlines() if "| ours |" in line]
+    assert all((" *" in row) == (how == "extrapolated") for row in rows)
+
+
+def test_the_plain_loop_takes_shallow_prompts(small: Backbone) -> None:
+    prompts = random_prompts(small, "shallow", prompt_tokens=4, intrinsic_dim=5)
+    spans = np.empty((0, 2), np.int64)
+    inputs = [
+        MrcInput(example=k, input_ids=np.arange(5, 5 + n), start=1, end=2, option_spans=spans)
+        for k, n in enumerate((5, 9))
+    ]
+    loop = PlainLoop(small, prompts, inputs)
+    losses = [loop.loss(np.full((1, 5), value, np.float32)) for value in (0.0, 0.0, 1e3)]
+    assert np.isfinite(losses).all()
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_without_a_gpu_it_says_so_and_exits_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu"])
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main()
+    assert stopped.value.code == 2
+    assert "sees no CUDA device" in capsys.readouterr().err
+
+
+def test_steps_end_with_their_status_and_their_last_words(tmp_path: Path) -> None:
+    row = gpu.run_step("good", ["-c", "print('one')"], tmp_path, 60.0)
+    assert (row["exit_status"], row["tail"]) == (0, [])
+    row = gpu.run_step("bad", ["-c", "print('two'); raise SystemExit(3)"], tmp_path, 60.0)
+    assert (row["exit_status"], row["tail"]) == (3, ["two"])
+    row = gpu.run_step("slow", ["-c", "import time; time.sleep(600)"], tmp_path, 0.2)
+    assert row["exit_status"] != 0
+    assert json.dumps(row)
+
+
+def test_every_step_is_a_module_that_exists() -> None:
+    for arguments in gpu.steps(Path("data"), Path("work")).values():
+        module = arguments[1]
+        assert module == "pytest" or Path(*module.split(".")).with_suffix(".py").is_file()

@@ -207,6 +207,7 @@ def _compute(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     try:
         lab = Lab(settings, args.data, args.work)
+        lab.check(args.methods)
         claim_folder(args.work, {**asdict(settings), "weights": lab.identity()})
         cells = [(seed, task, method) for seed in seeds for task in args.tasks for method in args.methods]
         with sigterm_exits(), one_blas_thread():

@@ -10,8 +10,8 @@ majority  no model: the test set's most frequent label or option; in extraction 
 ========  ============================================================================================
 
 Ablations: ``*-sum`` divides a router by its sum instead of K, ``gradient-soft`` uses sigmoid weights instead
-of w > 0 at inference (stage I is learned on soft samples either way), ``bbtv2-inline`` is BBTv2 with inline
-additions at every layer instead of prefixes.
+of w > 0 at inference (stage I is learned on soft samples either way). Prefix against inline: bbtv2 and deep
+have prefixes, bbt and shallow inline rows at the input; the engine has no inline rows at deeper layers.
 
 The baselines keep the span head of the pre-trained prompts (see ``mp2/training/scratch.py``), which favours
 them. One deep run also gives "untuned" and "router-only": they are its first two stages, with the same seed
@@ -21,9 +21,10 @@ and search as ``mp2 bbt --router-only`` would have.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock
 
@@ -57,6 +58,11 @@ class Settings:
     precision: str = "fp32"
 
 
+def kind_of(method: str) -> Literal["deep", "shallow"]:
+    """Which prompts a method takes its own, or its shape and head, from."""
+    return "shallow" if method == "bbt" or "shallow" in method else "deep"
+
+
 class Lab:
     """Backbone, prompts and runtime, loaded once; runs cells."""
 
@@ -72,6 +78,13 @@ class Lab:
         self.runtime = create_runtime(
             "torch", self.backbone, device=settings.device, threads=1, precision=settings.precision
         )
+
+    def check(self, methods: Sequence[str]) -> None:
+        """Raise ``UsageError`` if a method needs prompts that were not given."""
+        for method in methods:
+            kind = kind_of(method)
+            if method != "majority" and kind not in self.prompts:
+                raise UsageError(f"method '{method}' needs {kind} prompts: name a {kind} file in --prompts")
 
     def identity(self) -> dict[str, str]:
         """Hashes of the weights that scores depend on."""
@@ -90,14 +103,7 @@ class Lab:
         """The cell's result: test scores by stage."""
         if method == "majority":
             return {"stages": {"final": {"test_score": self.majority(task)}}}
-        kind = (
-            "shallow"
-            if method.startswith(("shallow", "bbt-", "gradient-shallow")) or method == "bbt"
-            else "deep"
-        )
-        if kind not in self.prompts:
-            raise UsageError(f"method '{method}' needs {kind} prompts; give a {kind} file to --prompts")
-        name, prompts = self._prompts(method, kind, seed)
+        name, prompts = self._prompts(method, seed)
         config = BbtConfig(
             task=task,
             data=str(self.data),
@@ -135,9 +141,9 @@ class Lab:
         assert most is not None
         return score(card, [most] * len(tests), tests)
 
-    def _prompts(self, method: str, kind: str, seed: int) -> tuple[str, PromptSet]:
+    def _prompts(self, method: str, seed: int) -> tuple[str, PromptSet]:
         """The method's prompts and the name of their file; derived ones are written to the work folder."""
-        name, prompts = self.prompts[kind]
+        name, prompts = self.prompts[kind_of(method)]
         file = self.work / "prompts" / f"{method}-seed{seed}.safetensors"
         if method.startswith("bbt"):
             made = scratch_prompts(self.backbone, prompts, seed=seed)

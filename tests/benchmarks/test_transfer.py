@@ -94,6 +94,15 @@ def test_two_prompt_files_of_one_kind_are_refused(world: World, tmp_path: Path) 
         Lab(twice, world.data, tmp_path)
 
 
+def test_a_method_without_its_prompts_is_refused_before_any_cell(world: World, tmp_path: Path) -> None:
+    settings = Settings(**{**vars(make_lab(world, tmp_path).settings), "prompts": (str(world.deep),)})
+    lab = Lab(settings, world.data, tmp_path)
+    lab.check(["majority", "deep", "bbtv2", "gradient"])
+    for method in ("shallow", "bbt", "gradient-shallow", "shallow-sum"):
+        with pytest.raises(UsageError, match=f"'{method}' needs shallow prompts"):
+            lab.check(["deep", method])
+
+
 def test_majority_counts_the_test_labels(world: World, tmp_path: Path) -> None:
     lab = make_lab(world, tmp_path)
     lines = (world.data / "mood" / "test.jsonl").read_text().splitlines()[: lab.settings.test_limit]

@@ -62,7 +62,11 @@ def random_inputs(n_examples: int, n_tokens: int, vocab_size: int) -> list[MrcIn
     spans = np.empty((0, 2), np.int64)
     return [
         MrcInput(
-            example=i, input_ids=rng.integers(5, vocab_size, n_tokens), start=1, end=2, option_spans=spans
+            example=i,
+            input_ids=rng.integers(5, vocab_size, n_tokens),
+            start=0,
+            end=n_tokens - 1,
+            option_spans=spans,
         )
         for i in range(n_examples)
     ]

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import torch
@@ -62,15 +63,18 @@ def run_step(name: str, arguments: list[str], work: Path, limit_s: float) -> dic
     start = time.perf_counter()
     log = work / f"{name}.log"
     print(f"== {name}: python {' '.join(arguments)}", flush=True)
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(
             [sys.executable, "-u", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
-        killer = _Timer(process, limit_s)
+        ) as process,
+    ):
+        killer = Timer(limit_s, process.terminate)
+        killer.daemon = True
+        killer.start()
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
@@ -84,20 +88,6 @@ def run_step(name: str, arguments: list[str], work: Path, limit_s: float) -> dic
         "seconds": round(time.perf_counter() - start, 1),
         "tail": log.read_text("utf-8").splitlines()[-5:] if status else [],
     }
-
-
-class _Timer:
-    """Ends a process that takes too long."""
-
-    def __init__(self, process: subprocess.Popen[str], limit_s: float) -> None:
-        from threading import Timer
-
-        self._timer = Timer(limit_s, process.terminate)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def cancel(self) -> None:
-        self._timer.cancel()
 
 
 def main() -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 
 from mp2.backbone import Backbone, load_backbone, save_backbone
 from mp2.prompts import load_prompts
@@ -222,61 +219,3 @@ def test_parts_of_a_batch_hold_every_row_once_and_their_weights_make_the_mean(
 def row_key(batch: Batch, i: int) -> tuple[int, ...]:
     ids = batch.input_ids[i][batch.mask[i]].tolist()
     return (*ids, int(batch.start[i]), int(batch.end[i]))
-
-
-def test_two_killed_processes_go_on_bit_for_bit(
-    world: tuple[list[TaskCard], Path, Backbone, Path], two_processes: Path, tmp_path: Path
-) -> None:
-    cards, data, _, backbone = world
-    (tmp_path / "program.py").write_text(PROGRAM)
-    settings = {**SIZES, **RATES, **RUNS["deep"]}
-    arguments = [
-        [str(card.path) for card in cards],
-        str(data),
-        str(backbone),
-        str(tmp_path),
-        {"deep": settings},
-    ]
-    out = tmp_path / "deep"
-    processes = start(str(tmp_path / "program.py"), json.dumps(arguments))
-    while not ((out / "losses.jsonl").is_file() and len(lines_so_far(out)) >= 6):
-        assert [process.poll() for process in processes] == [None, None]
-        time.sleep(0.002)
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    assert not (out / "result.json").is_file()
-    outputs = finish(start(str(tmp_path / "program.py"), json.dumps(arguments)))
-    assert not outputs[1]  # only the first process speaks
-    assert losses(out) == losses(two_processes / "deep")
-    assert (out / "dev_scores.jsonl").read_text() == (two_processes / "deep" / "dev_scores.jsonl").read_text()
-    ours, theirs = (load_prompts(f / "prompts.safetensors") for f in (out, two_processes / "deep"))
-    assert ours.sha256 == theirs.sha256
-
-
-def test_a_signal_to_one_process_stops_both_at_the_same_step(
-    world: tuple[list[TaskCard], Path, Backbone, Path], tmp_path: Path
-) -> None:
-    cards, data, _, backbone = world
-    (tmp_path / "program.py").write_text(PROGRAM)
-    settings = {**SIZES, **RATES, "steps": 100_000, "batch_size": 8}
-    arguments = [[str(card.path) for card in cards], str(data), str(backbone), str(tmp_path)]
-    program = str(tmp_path / "program.py"), json.dumps([*arguments, {"deep": settings}, "", {}])
-    processes = start(*program)
-    out = tmp_path / "deep"
-    while not ((out / "losses.jsonl").is_file() and len(lines_so_far(out)) >= 2):  # both hear signals now
-        assert [process.poll() for process in processes] == [None, None]
-        time.sleep(0.01)
-    processes[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=200)[0] for process in processes]
-    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, outputs
-    with safe_open(out / "checkpoint.safetensors", framework="pt") as file:
-        step = json.loads(file.metadata()["state"])["step"]
-    assert step == len(losses(out))
-    assert f"stopped at step {step}" in outputs[0]
-
-
-def lines_so_far(out: Path) -> list[str]:
-    return (out / "losses.jsonl").read_text().split("\n")[:-1]

@@ -113,6 +113,8 @@ def _result(run_dir: Path, config: TuneConfig, tuner: GradientTuner, outcome: Tu
             "forward": seconds["stage1"] + seconds["stage2"],
             "suggest": 0.0,
             "suggest_hidden": 0.0,
+            "journal": 0.0,
+            "other": 0.0,
             "dev": seconds["dev"],
             "test": tested_s,
         },

@@ -164,6 +164,15 @@ def test_run_folder_can_be_predicted_with(world: World, tmp_path: Path) -> None:
     assert (kind.intrinsic_dim, kind.n_modules) == (4, 4)
 
 
+def test_the_table_of_a_run_is_that_of_black_box_tuning(world: World) -> None:
+    options = [o for o in world.options(kind="deep") if o not in ("--runtime", "torch")]
+    done = CliRunner().invoke(main, ["tune", *options, "--epochs", "2"])
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("mood  mp2-deep-gradient  seed 8")
+    assert [line[:8] for line in lines[2:5]] == ["untuned ", "stage I ", "stage II"]
+
+
 def test_several_seeds_give_a_list(world: World) -> None:
     options = [o for o in world.options(kind="shallow") if o not in ("--runtime", "torch")]
     done = CliRunner().invoke(

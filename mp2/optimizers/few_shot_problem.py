@@ -17,7 +17,8 @@ import numpy as np
 from mp2.errors import MismatchError, UsageError
 from mp2.optimizers.config import BbtConfig, Kind
 from mp2.optimizers.recorder import Scores
-from mp2.optimizers.router_search import Routers, check_method, stage_one_iterations
+from mp2.optimizers.router_search import check_method, stage_one_iterations
+from mp2.optimizers.routers import Routers
 from mp2.optimizers.task_data import TaskData
 from mp2.optimizers.two_stage import Prompt, Space
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mp2.optimizers.router_search import Losses, Routers
+from mp2.optimizers.routers import Losses, Routers
 
 BOX = 5.0  # section 3.3
 KAPPA = 2.0  # section 4.1

@@ -28,8 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_ndtr  # type: ignore[import-untyped]
 
-from mp2.optimizers.router_flips import distinct
-from mp2.optimizers.router_search import Losses, Routers
+from mp2.optimizers.routers import Losses, Routers, distinct
 
 Floats = NDArray[np.float64]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mp2.optimizers.router_search import Losses, Routers
+from mp2.optimizers.routers import Losses, Routers
 
 
 class ExhaustiveSearch:

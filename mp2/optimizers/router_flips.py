@@ -21,7 +21,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mp2.optimizers.router_search import Losses, Routers
+from mp2.optimizers.routers import Losses, Routers, distinct
 
 POPULATION = 5  # small: what a population finds is used by the next; 5 x 32 sequences fill a device
 _COVER_SHARE = 0.8  # of the iterations after the warm ones go to the first pass over all bits
@@ -144,18 +144,3 @@ class FlipSearch:
 
     def _hand_out(self, candidates: list[Routers]) -> Routers:
         return np.array(candidates, dtype=bool).reshape(len(candidates), *self._shape)
-
-
-def distinct(routers: Routers, n: int) -> Routers:
-    """At most ``n`` different rows; when there are more, each next one is the farthest from those taken."""
-    _, first = np.unique(routers, axis=0, return_index=True)
-    rows = routers[np.sort(first)]
-    if len(rows) <= n:
-        return rows
-    taken = [0]
-    distance = (rows != rows[0]).sum(-1)
-    while len(taken) < n:
-        farthest = int(np.argmax(distance))
-        taken.append(farthest)
-        distance = np.minimum(distance, (rows != rows[farthest]).sum(-1))
-    return np.asarray(rows[np.sort(taken)])

@@ -8,7 +8,7 @@ import numpy as np
 
 from mp2.errors import UnknownNameError, UsageError
 from mp2.optimizers.quiet import quiet
-from mp2.optimizers.router_search import Losses, Routers
+from mp2.optimizers.routers import Losses, Routers
 
 BOX = 5.0
 

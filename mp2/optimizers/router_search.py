@@ -7,32 +7,15 @@ keeps the best. All of them are deterministic given their generator.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
-from numpy.typing import NDArray
 
 from mp2.errors import UnknownNameError, UsageError
-
-Routers = NDArray[np.bool_]
-Losses = NDArray[np.float64]
+from mp2.optimizers.routers import Losses, Routers, RouterSearch
 
 METHODS = ("bits", "flips", "exhaustive", "bo", "nevergrad:<optimizer>", "random", "none")
 DEFAULT_METHOD = "bits"
 DEFAULT_ITERATIONS = {"shallow": 200, "deep": 100}  # appendix A.2
 MAX_EXHAUSTIVE_BITS = 20
-
-
-class RouterSearch(Protocol):
-    """A stage-I method."""
-
-    def ask(self, n: int) -> Routers:
-        """Between 1 and ``n`` candidates [p, L', K]; none at all when the space is used up."""
-        ...
-
-    def tell(self, routers: Routers, losses: Losses) -> None:
-        """Learn the losses [p] of evaluated candidates, asked for or not."""
-        ...
 
 
 def stage_one_iterations(

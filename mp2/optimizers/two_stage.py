@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from mp2.optimizers.cma_layers import LayerSearches
 from mp2.optimizers.config import BbtConfig, Kind
 from mp2.optimizers.recorder import Recorder, Scores
-from mp2.optimizers.router_search import Routers, create_router_search, stage_one_iterations
+from mp2.optimizers.router_search import create_router_search, stage_one_iterations
+from mp2.optimizers.routers import Routers
 
 Prompt = NDArray[np.float32]  # fused intrinsic prompts z, [L', d]
 

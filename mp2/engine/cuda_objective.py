@@ -21,6 +21,7 @@ from mp2.engine.cuda_graphs import CudaRecorder, Graphs, Recorder, Tensors
 from mp2.engine.cuda_pack import Pack, make_packs
 from mp2.engine.cuda_projector import DeviceProjector
 from mp2.engine.cuda_runtime import CudaRuntime
+from mp2.engine.objective import incumbent_for, intrinsic
 from mp2.engine.runtime import Prefix, is_out_of_memory
 from mp2.errors import OutOfMemoryError, UsageError
 from mp2.prompts import PromptSet
@@ -83,7 +84,7 @@ class CudaObjective:
 
     def full_losses(self, z: np.ndarray) -> np.ndarray:
         """See `Objective.full_losses`."""
-        candidates = self._intrinsic(z, ("P", *self._shape))
+        candidates = intrinsic(z, ("P", *self._shape))
 
         def batch(number: int, pack: Pack, part: torch.Tensor) -> torch.Tensor:
             inputs = self._prompt_inputs(part)
@@ -95,7 +96,7 @@ class CudaObjective:
 
     def set_incumbent(self, z: np.ndarray) -> None:
         """See `Objective.set_incumbent`."""
-        self._z = self._intrinsic(z, self._shape).clone()
+        self._z = intrinsic(z, self._shape).clone()
         self._text.clear()
         if self._deep:
             for layer in range(self._n_layers):
@@ -103,8 +104,8 @@ class CudaObjective:
 
     def layer_losses(self, layer: int, z: np.ndarray) -> np.ndarray:
         """See `Objective.layer_losses`."""
-        self._need_incumbent(layer)
-        candidates = self._intrinsic(z, ("P", self._shape[1]))
+        incumbent_for(self._z, layer, self._prompts.kind)
+        candidates = intrinsic(z, ("P", self._shape[1]))
         if not self._deep:
             return self.full_losses(candidates.unsqueeze(1).numpy())
 
@@ -120,8 +121,8 @@ class CudaObjective:
 
     def commit(self, layer: int, z: np.ndarray) -> None:
         """See `Objective.commit`."""
-        incumbent = self._need_incumbent(layer)
-        incumbent[layer] = self._intrinsic(z, (self._shape[1],))
+        incumbent = incumbent_for(self._z, layer, self._prompts.kind)
+        incumbent[layer] = intrinsic(z, (self._shape[1],))
         self._text = {n: (level, x) for n, (level, x) in self._text.items() if level <= layer}
         if self._deep:
             self._hold(layer)
@@ -131,7 +132,7 @@ class CudaObjective:
         self, z: np.ndarray, inputs: Sequence[MrcInput]
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """See `Objective.log_probs`."""
-        held = self._prompt_inputs(self._intrinsic(z, self._shape).unsqueeze(0))
+        held = self._prompt_inputs(intrinsic(z, self._shape).unsqueeze(0))
 
         def attempt() -> list[np.ndarray]:
             logps: list[np.ndarray] = [np.empty((0, 2))] * len(inputs)
@@ -278,18 +279,3 @@ class CudaObjective:
             self.graphs.clear()
             if self._place.type == "cuda":
                 torch.cuda.empty_cache()
-
-    def _need_incumbent(self, layer: int) -> torch.Tensor:
-        if self._z is None:
-            raise UsageError("no incumbent prompt yet; call set_incumbent(z) first")
-        if not 0 <= layer < len(self._z):
-            expected = f"0 to {len(self._z) - 1} for {self._prompts.kind} prompts"
-            raise UsageError(f"layer {layer}, expected {expected}")
-        return self._z
-
-    def _intrinsic(self, z: np.ndarray, shape: tuple[int | str, ...]) -> torch.Tensor:
-        got = tuple(np.shape(z))
-        if len(got) != len(shape) or any(s != g for s, g in zip(shape, got, strict=True) if s != "P"):
-            expected = ", ".join(map(str, shape))
-            raise UsageError(f"intrinsic prompts z have shape {got}, expected ({expected})")
-        return torch.from_numpy(np.ascontiguousarray(z, dtype=np.float32))

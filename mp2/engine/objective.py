@@ -83,7 +83,7 @@ class Objective:
 
     def full_losses(self, z: np.ndarray) -> np.ndarray:
         """Return float64 [P] losses of intrinsic prompts ``z`` [P, L', d], with every layer run."""
-        candidates = self._intrinsic(z, ("P", *self._shape))
+        candidates = intrinsic(z, ("P", *self._shape))
         started = time.perf_counter()
         ce = np.empty((len(candidates), len(self._train)))
         for chunk in self._chunks(len(candidates)):
@@ -95,7 +95,7 @@ class Objective:
 
     def set_incumbent(self, z: np.ndarray) -> None:
         """Take ``z`` [L', d] as the prompt that `layer_losses` varies one layer of; drops the cache."""
-        self._z = self._intrinsic(z, self._shape).clone()
+        self._z = intrinsic(z, self._shape).clone()
         self._incumbent.clear()
         self._cache.clear()
 
@@ -104,8 +104,8 @@ class Objective:
 
         Shallow prompts have one layer, 0, and the whole encoder runs. Raises UsageError without an incumbent.
         """
-        self._need_incumbent(layer)
-        candidates = self._intrinsic(z, ("P", self._shape[1]))
+        incumbent_for(self._z, layer, self._prompts.kind)
+        candidates = intrinsic(z, ("P", self._shape[1]))
         if not self._forward.deep:
             return self.full_losses(candidates.unsqueeze(1).numpy())
         started = time.perf_counter()
@@ -121,8 +121,8 @@ class Objective:
 
     def commit(self, layer: int, z: np.ndarray) -> None:
         """Make ``z`` [d] the incumbent's prompt of ``layer``; drops the cached inputs of the layers above."""
-        incumbent = self._need_incumbent(layer)
-        incumbent[layer] = self._intrinsic(z, (self._shape[1],))
+        incumbent = incumbent_for(self._z, layer, self._prompts.kind)
+        incumbent[layer] = intrinsic(z, (self._shape[1],))
         self._incumbent.pop(layer, None)
         self._cache.drop_above(layer)
 
@@ -133,7 +133,7 @@ class Objective:
 
         ``z`` is [L', d]. Not counted in ``n_evaluations`` and ``seconds``.
         """
-        run = self._forward.every_layer(self._intrinsic(z, self._shape).unsqueeze(0))
+        run = self._forward.every_layer(intrinsic(z, self._shape).unsqueeze(0))
         logps: list[np.ndarray] = [np.empty((0, 2))] * len(inputs)
         for bucket in self._make_buckets(inputs, 1):
             for _, examples, logp in self._forward.log_probs(run, bucket, 1):
@@ -143,7 +143,7 @@ class Objective:
 
     def _incumbent_prefix(self, layer: int) -> Prefix:
         if layer not in self._incumbent:
-            z = self._need_incumbent(layer)
+            z = incumbent_for(self._z, layer, self._prompts.kind)
             self._incumbent[layer] = self._forward.prefix(layer, z[layer : layer + 1])
         return self._incumbent[layer]
 
@@ -175,23 +175,26 @@ class Objective:
         step = max(1, _PREFIX_BYTES // (4 * floats))
         return [slice(a, min(a + step, n_candidates)) for a in range(0, n_candidates, step)]
 
-    def _need_incumbent(self, layer: int) -> torch.Tensor:
-        if self._z is None:
-            raise UsageError("no incumbent prompt yet; call set_incumbent(z) first")
-        if not 0 <= layer < len(self._z):
-            expected = f"0 to {len(self._z) - 1} for {self._prompts.kind} prompts"
-            raise UsageError(f"layer {layer}, expected {expected}")
-        return self._z
-
-    def _intrinsic(self, z: np.ndarray, shape: tuple[int | str, ...]) -> torch.Tensor:
-        got = tuple(np.shape(z))
-        if len(got) != len(shape) or any(s != g for s, g in zip(shape, got, strict=True) if s != "P"):
-            expected = ", ".join(map(str, shape))
-            raise UsageError(f"intrinsic prompts z have shape {got}, expected ({expected})")
-        return torch.from_numpy(np.ascontiguousarray(z, dtype=np.float32))
-
     def _finish(self, ce: np.ndarray, started: float) -> np.ndarray:
         losses: np.ndarray = ce.mean(axis=1)  # float64, examples in their own order, whatever the buckets
         self.seconds += time.perf_counter() - started
         self.n_evaluations += len(ce)
         return losses
+
+
+def incumbent_for(z: torch.Tensor | None, layer: int, kind: str) -> torch.Tensor:
+    """Return the incumbent ``z`` [L', d]; ``UsageError`` where there is none, or no such layer."""
+    if z is None:
+        raise UsageError("no incumbent prompt yet; call set_incumbent(z) first")
+    if not 0 <= layer < len(z):
+        raise UsageError(f"layer {layer}, expected 0 to {len(z) - 1} for {kind} prompts")
+    return z
+
+
+def intrinsic(z: np.ndarray, shape: tuple[int | str, ...]) -> torch.Tensor:
+    """Return intrinsic prompts as float32; ``UsageError`` unless of ``shape``, in which "P" is any number."""
+    got = tuple(np.shape(z))
+    if len(got) != len(shape) or any(s != g for s, g in zip(shape, got, strict=True) if s != "P"):
+        expected = ", ".join(map(str, shape))
+        raise UsageError(f"intrinsic prompts z have shape {got}, expected ({expected})")
+    return torch.from_numpy(np.ascontiguousarray(z, dtype=np.float32))

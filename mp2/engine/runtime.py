@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from mp2.errors import Mp2Error
+from mp2.errors import Mp2Error, UsageError
 
 Prefix = tuple[torch.Tensor, torch.Tensor]
 """Keys and values ``[P or 1, N or 1, h, m, d_h]``, put before the layer's own."""
@@ -74,3 +74,12 @@ def is_out_of_memory(error: BaseException) -> bool:
             "bad allocation",
         )
     )
+
+
+def check_positions(n_tokens: int, n_inline: int, most: int) -> None:
+    """Raise ``UsageError`` where a sequence and its inline prompt rows need more than ``most`` positions."""
+    if n_tokens + n_inline > most:
+        raise UsageError(
+            f"sequence of {n_tokens} tokens and {n_inline} inline prompt rows, expected at most "
+            f"{most} positions; shorten the examples"
+        )

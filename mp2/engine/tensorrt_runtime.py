@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from mp2.backbone import Backbone, resolve_device
-from mp2.engine.runtime import Prefix
+from mp2.engine.runtime import Prefix, check_positions
 from mp2.engine.tensorrt_calls import CudaDevice, Device, EngineCalls, Scratch
-from mp2.errors import MismatchError, UsageError
+from mp2.errors import MismatchError
 from mp2.export.folder import EngineFolder, layer_file
 from mp2.export.tensorrt.builder import BuildSettings, input_shapes
 from mp2.export.tensorrt.graphs import plain_layer_file
@@ -89,11 +89,7 @@ class TensorRTRuntime:
     def embed(self, input_ids: torch.Tensor, n_inline: int = 0) -> torch.Tensor:
         """See `Runtime.embed`."""
         n, t = input_ids.shape
-        if t + n_inline > self._config.max_positions:
-            raise UsageError(
-                f"sequence of {t} tokens and {n_inline} inline prompt rows, expected at most "
-                f"{self._config.max_positions} positions; shorten the examples"
-            )
+        check_positions(t, n_inline, self._config.max_positions)
         feeds = {"input_ids": input_ids, "n_inline": torch.tensor(n_inline)}
         return self._run("embed.onnx", feeds, (1, n, t, self._config.hidden))
 

@@ -255,6 +255,13 @@ def pretrain_backbone(
 )
 @click.option("--deep", "kind", flag_value="deep", default="deep", help="Prompts at every layer.  [default]")
 @click.option("--shallow", "kind", flag_value="shallow", help="Prompts at the input only.")
+@click.option(
+    "--injection", type=click.Choice(["prefix", "inline"]), help="Of deep prompts.  [default: prefix]"
+)
+@click.option("--router-inference", default="hard", show_default=True, help="hard (w > 0), or soft.")
+@click.option(
+    "--router-normalisation", default="count", show_default=True, help="Divide by count (K), or sum."
+)
 @click.option("--init", type=click.Path(), help="Prompt file to start from.")
 @click.option("--modules", "n_modules", default=8, show_default=True, help="Modules K.")
 @click.option("--prompt-tokens", default=50, show_default=True, help="Prompt tokens m.")
@@ -320,7 +327,13 @@ def scratch(backbone: str, like: str, seed: int, out: str) -> None:
 )
 @click.option("--deep", "kind", flag_value="deep", help="Prompts at every layer.  [default]")
 @click.option("--shallow", "kind", flag_value="shallow", help="Prompts at the input only.")
-@click.option("--epochs", default=1000, show_default=True, help="Both stages together, half of them each.")
+@click.option(
+    "--injection", type=click.Choice(["prefix", "inline"]), help="Of deep prompts.  [default: the file's]"
+)
+@click.option("--epochs", default=1000, show_default=True, help="Both stages together.")
+@click.option(
+    "--router-epochs", type=int, help="Of stage I; 0: every module on.  [default: half of --epochs]"
+)
 @click.option("--router-lr", type=float, help="Rate of stage I.  [default: 3e-3 deep, 1e-2 shallow]")
 @click.option("--prompt-lr", type=float, help="Rate of stage II.  [default: 2e-5 deep, 3e-4 shallow]")
 @click.option("--batch-size", default=32, show_default=True, help="Examples a step.")

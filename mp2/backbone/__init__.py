@@ -2,7 +2,7 @@
 
 from mp2.backbone.config import BackboneConfig
 from mp2.backbone.device import resolve_device
-from mp2.backbone.encoder import Encoder, Layer, Prefix
+from mp2.backbone.encoder import Encoder, Layer, Prefix, add_to_rows
 from mp2.backbone.load import (
     Backbone,
     freeze,
@@ -21,6 +21,7 @@ __all__ = [
     "Pieces",
     "Prefix",
     "Tokenizer",
+    "add_to_rows",
     "freeze",
     "load_backbone",
     "random_backbone",

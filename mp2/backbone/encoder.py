@@ -16,6 +16,14 @@ from mp2.backbone.config import BackboneConfig
 Prefix = tuple[Tensor, Tensor]
 """Keys and values of one layer's prefix, each [B or 1, h, m, d_h]."""
 
+PLACEHOLDER = 1000
+"""Token id of the first inline row of deep prompts (authors' code: ids 1000 to 1000 + m - 1)."""
+
+
+def add_to_rows(hidden: Tensor, prompts: Tensor) -> Tensor:
+    """Hidden states [..., m + T, H] with ``prompts`` [..., m, H] added to the rows after [CLS]: 1 to m."""
+    return hidden + F.pad(prompts, (0, 0, 1, hidden.shape[-2] - 1 - prompts.shape[-2]))
+
 
 def activate(name: str, x: Tensor) -> Tensor:
     """Apply the feed-forward activation ``name`` (see ``BackboneConfig``)."""
@@ -116,6 +124,16 @@ class Encoder(nn.Module):
             raise ValueError(f"{m} inline prompt rows, expected at most {self.config.max_positions - 1}")
         return self._embed(prompts, self.position_embeddings.weight[1 : m + 1])
 
+    def placeholders(self, m: int) -> Tensor:
+        """Word embeddings [1, m, H] of the tokens that deep inline prompts are added to.
+
+        Their ids are 1000, 1001, ... whatever the tokens mean; a smaller vocabulary is counted round.
+        """
+        device = self.word_embeddings.weight.device
+        ids = torch.arange(PLACEHOLDER, PLACEHOLDER + m, device=device) % self.config.vocab_size
+        words: Tensor = self.word_embeddings(ids)
+        return words[None]
+
     def _embed(self, words: Tensor, positions: Tensor) -> Tensor:
         embedded: Tensor = self.embedding_norm(words + positions + self.token_type_embeddings.weight[0])
         return embedded
@@ -139,20 +157,27 @@ class Encoder(nn.Module):
         mask: Tensor | None = None,
         prefixes: Sequence[Prefix | None] | None = None,
         inline: Tensor | None = None,
+        added: Tensor | None = None,
     ) -> Tensor:
         """Token ids [N, T] -> last hidden states of the tokens [N, T, H].
 
         ``prefixes`` holds one prefix a layer (deep prompts); ``inline`` [N or 1, m, H] are soft prompts that
-        enter the sequence itself after [CLS] (shallow prompts); their own rows are dropped from the result.
+        enter the sequence itself after [CLS] (shallow prompts); ``added`` [L, m, H] are soft prompts of every
+        layer that are injected inline as the authors' code does it: the rows after [CLS] are m placeholder
+        tokens, and before layer l their hidden states h_1 .. h_m become h_j + added[l, j]. The rows are
+        dropped from the result.
         """
-        m = 0 if inline is None else inline.shape[1]
+        words = inline if added is None else self.placeholders(added.shape[1])
+        m = 0 if words is None else words.shape[1]
         hidden = self.embed(input_ids, n_inline=m)
-        if inline is not None:
-            rows = self.embed_inline(inline).expand(len(hidden), -1, -1)
+        if words is not None:
+            rows = self.embed_inline(words).expand(len(hidden), -1, -1)
             hidden = torch.cat([hidden[:, :1], rows, hidden[:, 1:]], dim=1)
             if mask is not None:
                 mask = torch.cat([mask[:, :1], mask.new_ones(len(mask), m), mask[:, 1:]], dim=1)
         for i in range(self.config.n_layers):
+            if added is not None:
+                hidden = add_to_rows(hidden, added[i])
             hidden = self.layer(i, hidden, mask, None if prefixes is None else prefixes[i])
         if m:
             hidden = torch.cat([hidden[:, :1], hidden[:, 1 + m :]], dim=1)

@@ -49,11 +49,17 @@ class CudaObjective:
         """Get ready for ``train``; a batch holds at most ``micro_batch_tokens`` (None: as memory allows).
 
         ``record`` None: CUDA graphs on CUDA, none elsewhere. Raises UsageError without examples,
-        MismatchError for prompts of another backbone.
+        MismatchError for prompts of another backbone, UsageError
+        for deep inline prompts.
         """
         if not train:
             raise UsageError("no training examples, expected at least 1; check the task's data and --shots")
         prompts.check_fits(backbone)
+        if prompts.kind == "deep" and prompts.meta.injection != "prefix":
+            raise UsageError(
+                "these deep prompts were trained with inline injection, the CUDA engine has prefixes only: "
+                "run them with --device cpu, or give prompts trained with --injection prefix"
+            )
         self.runtime = runtime
         self.n_evaluations = 0
         self.seconds = 0.0
@@ -65,7 +71,7 @@ class CudaObjective:
         self._prompts = prompts
         self._n_layers = backbone.config.n_layers
         self._deep = prompts.kind == "deep"
-        self._n_inline = 0 if self._deep else prompts.meta.prompt_tokens
+        self._n_inline = prompts.meta.n_inline
         self._shape = (prompts.z.shape[0], prompts.z.shape[-1])  # L', d
         self._projector = DeviceProjector(backbone, prompts, self._place, runtime.dtype)
         self._span = tuple(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mp2.backbone import Backbone, BackboneConfig, Layer
+from mp2.backbone import Backbone, BackboneConfig, Layer, add_to_rows
 from mp2.engine.batches import Bucket, pieces
 from mp2.engine.int8_runtime import Int8Runtime
 from mp2.engine.runtime import Prefix, Runtime, is_out_of_memory
@@ -60,8 +60,9 @@ class PopulationForward:
         """Run ``prompts``' kind of candidates on ``runtime``; None: the device's usual micro-batch."""
         self.runtime = runtime
         self.micro_batch_tokens = micro_batch_tokens or usual_micro_batch_tokens(runtime, backbone.config)
-        self.deep = prompts.kind == "deep"
-        self.n_inline = 0 if self.deep else prompts.meta.prompt_tokens
+        self.prefixed = prompts.meta.injection == "prefix"
+        self.n_inline = prompts.meta.n_inline
+        self._added = prompts.kind == "deep" and not self.prefixed
         self._config = backbone.config
         self._encoder = backbone.encoder
         self._projector = PrefixProjector(backbone.encoder, prompts)
@@ -86,7 +87,7 @@ class PopulationForward:
     def every_layer(self, z: torch.Tensor) -> Run:
         """Return the forward of candidates ``z`` [P, L', d] through all layers."""
         population = self.population(z)
-        return self._deep_run(population) if self.deep else self._inline_run(population)
+        return self._prefix_run(population) if self.prefixed else self._inline_run(population)
 
     def layers_above(
         self,
@@ -112,7 +113,7 @@ class PopulationForward:
 
         return run
 
-    def _deep_run(self, population: Population) -> Run:
+    def _prefix_run(self, population: Population) -> Run:
         z = population.z
         prefixes = [self.prefix(i, z[:, i]) for i in range(self._config.n_layers)]
 
@@ -128,9 +129,13 @@ class PopulationForward:
         return run
 
     def _inline_run(self, population: Population) -> Run:
-        prompts = self._projector.inline(population.z[:, 0]).detach().to(self.runtime.device)
-        rows = self.runtime.embed_inline(prompts)  # [P, 1, m, H]
         m, last = self.n_inline, self._config.n_layers - 1
+        prompts = [
+            self._projector.inline(z, i).detach().to(self.runtime.device)
+            for i, z in enumerate(population.z.unbind(1))
+        ]
+        words = self._placeholders(len(population.z)) if self._added else prompts[0]
+        rows = self.runtime.embed_inline(words)  # [P, 1, m, H]
 
         def run(
             candidates: slice, examples: slice, mask: torch.Tensor | None, bucket: Bucket
@@ -143,14 +148,26 @@ class PopulationForward:
             hidden[:, :, 1 : m + 1] = own
             # [CLS] and the rows are always real, so that their order in the mask is moot
             seen = None if mask is None else torch.cat([mask.new_ones(n, m), mask], 1)
-            for i in range(last):
-                hidden = self.runtime.layer(i, hidden, seen, None)
+            for i in range(last + 1):
+                if self._added:
+                    hidden = self._add(hidden, population.part(prompts[i], candidates))
+                if i < last:
+                    hidden = self.runtime.layer(i, hidden, seen, None)
             # nothing reads the rows' last hidden states: only their keys and values count, which is a prefix
             prefix = self._rows_prefix(last, hidden[:, :, 1 : m + 1])
             hidden = torch.cat([hidden[:, :, :1], hidden[:, :, m + 1 :]], 2)
             return self.runtime.layer(last, hidden, mask, prefix)[population.n_references :]
 
         return run
+
+    @torch.inference_mode()
+    def _placeholders(self, n: int) -> torch.Tensor:
+        return self._encoder.placeholders(self.n_inline).expand(n, -1, -1).to(self.runtime.device)
+
+    @torch.inference_mode()
+    def _add(self, hidden: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+        """Add soft prompts [P, m, H] to the rows of hidden states [P, N, m + T, H]."""
+        return add_to_rows(hidden, prompts.to(hidden.dtype).unsqueeze(1))
 
     @torch.inference_mode()
     def _rows_prefix(self, layer: int, rows: torch.Tensor) -> Prefix:

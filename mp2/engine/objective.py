@@ -52,11 +52,17 @@ class Objective:
     ) -> None:
         """Get ready for ``train``; a batch holds at most ``micro_batch_tokens`` (None: as suits the device).
 
-        Raises UsageError without examples, MismatchError for prompts of another backbone.
+        Raises UsageError without examples or for deep inline prompts on TensorRT, MismatchError for prompts
+        of another backbone.
         """
         if not train:
             raise UsageError("no training examples, expected at least 1; check the task's data and --shots")
         prompts.check_fits(backbone)
+        if prompts.kind == "deep" and prompts.meta.injection != "prefix" and "tensorrt" in runtime.name:
+            raise UsageError(
+                "these deep prompts were trained with inline injection, TensorRT plans have prefixes only: "
+                "run them with --runtime torch, or give prompts trained with --injection prefix"
+            )
         self.runtime = runtime
         self.n_evaluations = 0
         self.seconds = 0.0
@@ -102,12 +108,15 @@ class Objective:
     def layer_losses(self, layer: int, z: np.ndarray) -> np.ndarray:
         """Return float64 [P] losses when ``layer`` takes ``z[p]`` [P, d] and all others keep the incumbent.
 
-        Shallow prompts have one layer, 0, and the whole encoder runs. Raises UsageError without an incumbent.
+        Shallow prompts have one layer, 0. For inline prompts, deep or shallow, the whole encoder runs. Raises
+        UsageError without an incumbent.
         """
-        incumbent_for(self._z, layer, self._prompts.kind)
+        incumbent = incumbent_for(self._z, layer, self._prompts.kind)
         candidates = intrinsic(z, ("P", self._shape[1]))
-        if not self._forward.deep:
-            return self.full_losses(candidates.unsqueeze(1).numpy())
+        if not self._forward.prefixed:
+            whole = incumbent.repeat(len(candidates), 1, 1)
+            whole[:, layer] = candidates
+            return self.full_losses(whole.numpy())
         started = time.perf_counter()
         ce = np.empty((len(candidates), len(self._train)))
         for chunk in self._chunks(len(candidates)):

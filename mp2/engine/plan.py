@@ -190,7 +190,7 @@ class LayerTimer:
         self._limit = usual_micro_batch_tokens(runtime, backbone.config)
         part = sample_batches(train, population, self._limit, target_tokens)
         self.share = _n_tokens(part) / _n_tokens(train)
-        self._deep = prompts.kind == "deep"
+        self._prefixed = prompts.meta.injection == "prefix"
         rng = np.random.default_rng(0)
         self._objectives: dict[int, Any] = {}
         self._z: dict[int, np.ndarray] = {}
@@ -209,8 +209,11 @@ class LayerTimer:
         return extrapolate(seconds, self.n_layers) / self.share
 
     def visits(self, popsize: int) -> tuple[float, ...]:
-        """Seconds of a visit of each layer with a prompt, its commit and the cached inputs' step upwards."""
-        if not self._deep:
+        """Seconds of a visit of each layer with a prompt, its commit and the cached inputs' step upwards.
+
+        Inline prompts have no cached inputs: a visit is a forward through all layers.
+        """
+        if not self._prefixed:
             return (self.full(popsize),)
         depth = self.depths[-1]
         objective, z = self._objectives[depth], self._z[depth]

@@ -65,6 +65,11 @@ def export_command(
         from mp2.prompts import load_prompts
 
         prompt_set = load_prompts(prompts, loaded)
+        if prompt_set.kind == "deep" and prompt_set.meta.injection != "prefix":
+            raise UsageError(
+                f"the deep prompts in {prompts} were trained with inline injection, the graphs have prefixes "
+                "only: export without --prompts, or give prompts trained with --injection prefix"
+            )
     comparisons: list[Comparison] = []
 
     def report(comparison: Comparison) -> None:

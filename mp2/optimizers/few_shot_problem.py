@@ -45,10 +45,11 @@ class FrozenModel:
 
     def max_tokens(self, requested: int | None) -> int:
         """Tokens that a sequence may have; inline prompts take positions of their own."""
-        inline = self.prompts.meta.prompt_tokens if self.kind == "shallow" else 0
-        room = self.backbone.config.max_positions - inline
+        meta = self.prompts.meta
+        room = self.backbone.config.max_positions - meta.n_inline
         if requested is not None and requested > room:
-            raise UsageError(f"max_tokens is {requested}, expected at most {room} with {self.kind} prompts")
+            kind = f"{self.kind} inline" if self.kind == "deep" and meta.n_inline else self.kind
+            raise UsageError(f"max_tokens is {requested}, expected at most {room} with {kind} prompts")
         return requested or room
 
     def fuse(self, router: Routers) -> Prompt:

@@ -88,7 +88,7 @@ def _rough(problem: FewShotProblem) -> tuple[float, float]:
     token_s = layer_seconds(model.runtime, model.backbone) / _PROBE_TOKENS
     inline = _n_inline(problem)
     tokens = sum(x.n_tokens + inline for x in problem.train_inputs)
-    evaluations = stage1 + (0.5 if model.kind == "deep" else 1) * stage2
+    evaluations = stage1 + (1 if inline else 0.5) * stage2  # prefixes: half of the layers, on average
     return token_s, token_s * model.backbone.config.n_layers * tokens * evaluations
 
 
@@ -106,7 +106,7 @@ def _iterations(problem: FewShotProblem) -> tuple[int, int]:
 
 
 def _n_inline(problem: FewShotProblem) -> int:
-    return problem.model.prompts.meta.prompt_tokens if problem.model.kind == "shallow" else 0
+    return problem.model.prompts.meta.n_inline
 
 
 def _plan(problem: FewShotProblem, token_s: float, budget_s: float) -> Plan:

@@ -63,9 +63,11 @@ class ModularPrompts(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Start and end logits [N, T] each, under router weights [L', K] (the same for the whole batch)."""
         prompts = self.prompts(weights)
-        if self.meta.kind == "deep":
+        if self.meta.injection == "prefix":
             prefixes = [prefix_of(encoder, i, p[None]) for i, p in enumerate(prompts)]
             hidden = encoder(input_ids, mask, prefixes=prefixes)
+        elif self.meta.kind == "deep":
+            hidden = encoder(input_ids, mask, added=prompts)
         else:
             hidden = encoder(input_ids, mask, inline=prompts)
         logits = nn.functional.linear(hidden.float(), self.span_weight, self.span_bias)

@@ -10,7 +10,7 @@ from mp2.prompts.prompt_set import PromptSet
 
 
 class PrefixProjector:
-    """z -> prefix keys/values of a layer (deep) or inline prompts (shallow).
+    """z -> prefix keys/values of a layer, or soft prompts for inline injection.
 
     p = z A is linear in z, and so are the keys and values W p + b of its m rows: both projections are folded
     into one matrix [d, 2 h m d_h] a layer, made when the layer is first asked for (float32).
@@ -25,18 +25,18 @@ class PrefixProjector:
     def keys_values(self, layer: int, z: Tensor) -> tuple[Tensor, Tensor]:
         """Intrinsic prompts [P, d] -> keys and values of layer ``layer``, each [P, h, m, d_h], contiguous."""
         meta = self.prompts.meta
-        if meta.kind != "deep":
-            raise ValueError("shallow prompts have no prefix keys and values; use inline()")
+        if meta.injection != "prefix":
+            raise ValueError(f"{meta.kind} inline prompts have no prefix keys and values; use inline()")
         weight, bias = self._fold(layer)
         both = torch.addmm(bias, z.to(weight), weight)  # [P, 2 h m d_h]
         both = both.view(len(z), 2, meta.n_heads, meta.prompt_tokens, meta.hidden // meta.n_heads)
         return both[:, 0].contiguous(), both[:, 1].contiguous()
 
     @torch.inference_mode()
-    def inline(self, z: Tensor) -> Tensor:
-        """Intrinsic prompts [P, d] -> soft prompts [P, m, H] (p = z A) of the input layer."""
+    def inline(self, z: Tensor, layer: int = 0) -> Tensor:
+        """Intrinsic prompts [P, d] -> soft prompts [P, m, H] (p = z A) of a layer."""
         meta = self.prompts.meta
-        projection = self.prompts.projection[0]
+        projection = self.prompts.projection[layer]
         return (z.to(projection) @ projection).view(len(z), meta.prompt_tokens, meta.hidden)
 
     def _fold(self, layer: int) -> tuple[Tensor, Tensor]:

@@ -43,15 +43,19 @@ class PromptMeta:
     intrinsic_dim: int = 300  # d, paper Table 3 (BBT: 300 tunable parameters)
     router_inference: Literal["hard", "soft"] = "hard"
     router_normalisation: Literal["count", "sum"] = "count"
+    injection: Literal["prefix", "inline"] | None = None  # None: prefix if deep; shallow is always inline
     tasks: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
+        if self.injection is None:
+            object.__setattr__(self, "injection", "prefix" if self.kind == "deep" else "inline")
         choices = {
             "kind": ("deep", "shallow"),
             "router_inference": ("hard", "soft"),
             "router_normalisation": ("count", "sum"),
+            "injection": ("prefix", "inline") if self.kind == "deep" else ("inline",),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -67,6 +71,11 @@ class PromptMeta:
     def prompt_layers(self) -> int:
         """L': number of layers that carry prompts."""
         return self.n_layers if self.kind == "deep" else 1
+
+    @property
+    def n_inline(self) -> int:
+        """Rows that the prompts take in the sequence itself: m, or none where they enter as prefixes."""
+        return self.prompt_tokens if self.injection == "inline" else 0
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor of the file."""
@@ -108,8 +117,11 @@ class PromptSet:
 
     @property
     def sha256(self) -> str:
-        """Hash of all tensors (float32 bytes) and of the router convention."""
-        digest = hashlib.sha256(f"{self.meta.router_inference}/{self.meta.router_normalisation}".encode())
+        """Hash of all tensors (float32 bytes), of the router convention and of deep inline injection."""
+        how = f"{self.meta.router_inference}/{self.meta.router_normalisation}"
+        if self.kind == "deep" and self.meta.injection == "inline":
+            how += "/inline"
+        digest = hashlib.sha256(how.encode())
         for name, shape in self.meta.shapes().items():
             digest.update(f"{name}{shape}".encode())
             digest.update(getattr(self, name).contiguous().cpu().numpy().tobytes())

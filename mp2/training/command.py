@@ -63,9 +63,7 @@ def pretrain(
 
     Under ``torchrun`` all its processes share the work. ``inputs`` is kept in ``config.json``.
     """
-    limit = min(config.max_tokens, backbone.config.max_positions)
-    if config.kind == "shallow":  # inline rows take positions too
-        limit = min(config.max_tokens, backbone.config.max_positions - config.prompt_tokens)
+    limit = min(config.max_tokens, backbone.config.max_positions - config.n_inline)
     with joined(device) as ranks:
         say = log if ranks.main else lambda _: None
         tasks = load_mixture(

@@ -13,6 +13,9 @@ class PretrainConfig:
     """Everything needed to run a pre-training again; defaults are the paper's (section 4.2, appendix A.1)."""
 
     kind: Literal["deep", "shallow"] = "deep"
+    injection: Literal["prefix", "inline"] | None = None  # None: deep by prefix; shallow is always inline
+    router_inference: Literal["hard", "soft"] = "hard"  # w > 0 (paper), or sigmoid(w) (authors' code)
+    router_normalisation: Literal["count", "sum"] = "count"  # divided by K (eq. 1), or by the weights' sum
     n_modules: int = 8
     prompt_tokens: int = 50
     intrinsic_dim: int = 300
@@ -50,6 +53,16 @@ class PretrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise UsageError(f"{name} is {value}, expected a positive number")
+        if self.injection not in (None, "prefix", "inline"):
+            raise UsageError(f"injection is '{self.injection}', expected prefix or inline")
+        for name, known in (
+            ("router_inference", ("hard", "soft")),
+            ("router_normalisation", ("count", "sum")),
+        ):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} is '{getattr(self, name)}', expected {' or '.join(known)}")
+        if self.kind == "shallow" and self.injection == "prefix":
+            raise UsageError("injection is 'prefix', but shallow prompts are always inline: drop --injection")
         if self.precision not in ("fp32", "bf16"):
             raise UsageError(f"precision is '{self.precision}', expected fp32 or bf16")
         for name in ("router_lr", "prompt_lr", "backbone_lr"):
@@ -59,6 +72,11 @@ class PretrainConfig:
         for name in ("warmup_steps", "eval_every", "checkpoint_minutes", "seed"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected 0 or more")
+
+    @property
+    def n_inline(self) -> int:
+        """Rows that the prompts take in the sequence itself."""
+        return self.prompt_tokens if self.kind == "shallow" or self.injection == "inline" else 0
 
     @property
     def rates(self) -> tuple[float, float]:

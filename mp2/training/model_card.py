@@ -61,7 +61,7 @@ def prompts_card(
     skipped = f"{result.skipped_steps} steps had a non-finite loss or gradient and were skipped."
     return "\n".join(
         [
-            f"# Modular prompts ({meta.kind}) for {result.backbone.name}",
+            f"# Modular prompts ({meta.kind}, {meta.injection}) for {result.backbone.name}",
             "",
             f"{meta.n_modules} modules of {meta.prompt_tokens} prompt tokens at "
             f"{'each of ' if meta.kind == 'deep' else 'the input of '}{shape.n_layers} layers "

@@ -113,6 +113,9 @@ class Pretrainer(Trainer[Batch]):
             n_modules=config.n_modules,
             prompt_tokens=config.prompt_tokens,
             intrinsic_dim=config.intrinsic_dim,
+            injection=config.injection,
+            router_inference=config.router_inference,
+            router_normalisation=config.router_normalisation,
             tasks=names,
             provenance={"made_by": "mp2 pretrain", "config": asdict(config)},
         )
@@ -134,11 +137,21 @@ class Pretrainer(Trainer[Batch]):
                 f"{init.meta.backbone_sha256[:12]}; '{self.backbone.name}' has the same shape but weights "
                 f"{self.backbone.sha256[:12]}: they are only a starting point here"
             )
+        if config.n_inline != init.meta.n_inline:
+            self.log(
+                f"note: --init prompts were trained with {init.meta.injection} injection; they are only a "
+                "starting point here"
+            )
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be resumed; how often one is written does not matter."""
         settings = asdict(self.config)
         del settings["checkpoint_minutes"]
+        for name in ("injection", "router_inference", "router_normalisation"):
+            if settings[name] == getattr(
+                PretrainConfig, name
+            ):  # as checkpoints were before there was a choice
+                del settings[name]
         tasks = [[task.card.task, len(task.train)] for task in self.tasks]
         return {**settings, "tasks": tasks, "backbone": self.backbone.sha256}
 

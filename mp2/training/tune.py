@@ -10,8 +10,9 @@ soft prompts, so that training, the engine's dev and test scores and the prompt 
 
 *Selection* is as in black-box tuning: dev is scored for the untuned prompt (every module on) and every
 ``dev_every`` epochs, the best score wins, ties go to the lower dev loss, then to the earlier checkpoint.
-Stage II starts from the router that stage I's best checkpoint had. An *iteration* is an epoch: one pass over
-the few-shot training set (here forward and backward).
+Stage II starts from the router that stage I's best checkpoint had. ``router_epochs = 0`` leaves stage I out:
+every module is on, and with one module (``mp2 scratch``) that is plain prompt tuning. An *iteration* is an
+epoch: one pass over the few-shot training set (here forward and backward).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -47,7 +49,9 @@ class TuneConfig:
     """Gradient tuning; defaults are the paper's (appendix A.2)."""
 
     run: BbtConfig  # what black-box tuning has too: task, data, prompts, seed ...; its search is not used
-    epochs: int = 1000  # half of them stage I
+    injection: Literal["prefix", "inline"] | None = None  # of deep prompts; None: as their file says
+    epochs: int = 1000  # both stages
+    router_epochs: int | None = None  # of stage I; None: half of them
     router_lr: float | None = None  # None: 3e-3 deep, 1e-2 shallow
     prompt_lr: float | None = None  # None: 2e-5 deep, 3e-4 shallow
     batch_size: int = 32
@@ -58,6 +62,12 @@ class TuneConfig:
         for name, least in (("epochs", 2), ("batch_size", 1), ("dev_every", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        if self.router_epochs is not None and not 0 <= self.router_epochs <= self.epochs:
+            raise UsageError(f"router_epochs is {self.router_epochs}, expected 0 to {self.epochs} (epochs)")
+        if self.router_epochs == 0 and self.run.router_only:
+            raise UsageError("router_epochs is 0, expected at least 1 with --router-only")
+        if self.injection not in (None, "prefix", "inline"):
+            raise UsageError(f"injection is '{self.injection}', expected prefix or inline")
         if not self.temperature > 0:
             raise UsageError(f"temperature is {self.temperature}, expected a positive number")
         for name in ("router_lr", "prompt_lr"):
@@ -135,7 +145,8 @@ class GradientTuner:
         """Tune; raises ``LossError`` at a loss that is not finite."""
         router_lr, prompt_lr = self.config.rates(self.problem.model.kind)
         untuned = self._check("untuned", self._start, torch.ones(self._model.routers.shape[1:]))
-        stage_one = self.config.epochs // 2
+        stage_one = self.config.router_epochs
+        stage_one = self.config.epochs // 2 if stage_one is None else stage_one
         self._train("stage1", self._model.routers, router_lr, stage_one)
         assert self._best is not None
         stage1, _, weights = self._best

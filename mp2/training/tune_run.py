@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from mp2.errors import UsageError
 from mp2.optimizers import Progress
 from mp2.optimizers.command import read_seeds
 from mp2.optimizers.config import BbtConfig, RouterConfig
@@ -40,7 +41,7 @@ def start_tune(
     """
     card = load_card(config.run.task)
     run = resolve_paths(replace(config.run, router=RouterConfig(method="none")))
-    model = model or load_model(run)
+    model = injected(model or load_model(run), config.injection)
     run = replace(run, runtime=model.runtime.name, precision=model.runtime.precision)
     config = replace(config, run=run)
     problem = FewShotProblem(run, card, model)
@@ -53,6 +54,20 @@ def start_tune(
         result = _result(run_dir, config, tuner, outcome)
         _write(run_dir, tuner, outcome, result)
     return result
+
+
+def injected(model: FrozenModel, injection: Literal["prefix", "inline"] | None) -> FrozenModel:
+    """The model with its prompts injected so; None: as their file says.
+
+    Raises:
+        UsageError: a prefix of shallow prompts.
+    """
+    prompts = model.prompts
+    if injection in (None, prompts.meta.injection):
+        return model
+    if prompts.kind == "shallow":
+        raise UsageError("injection is 'prefix', but shallow prompts are always inline: drop --injection")
+    return replace(model, prompts=replace(prompts, meta=replace(prompts.meta, injection=injection)))
 
 
 def start_tunes(
@@ -102,6 +117,7 @@ def _result(run_dir: Path, config: TuneConfig, tuner: GradientTuner, outcome: Tu
         "method": config.method(model.kind),
         "seed": config.run.seed,
         "backbone": model.backbone.config.name,
+        "injection": model.prompts.meta.injection,
         "iterations": found.loss_curve[-1][0],
         "train_loss": finite_or_none(found.final.train_loss),
         "dev_score": found.final.dev.score,
@@ -164,7 +180,7 @@ def tune_results(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         device=options["device"],
         threads=options["threads"],
     )
-    names = ("epochs", "router_lr", "prompt_lr", "batch_size")
+    names = ("injection", "epochs", "router_epochs", "router_lr", "prompt_lr", "batch_size")
     config = TuneConfig(run=run, **{name: options[name] for name in names})
     lines: list[ProgressLine] = []
 

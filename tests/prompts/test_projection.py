@@ -75,7 +75,7 @@ def test_inline_prompts_are_z_times_the_projection(tiny_backbone: Backbone) -> N
 
 def test_shallow_prompts_have_no_prefix(tiny_backbone: Backbone) -> None:
     projector = PrefixProjector(tiny_backbone.encoder, prompts_for(tiny_backbone, "shallow"))
-    with pytest.raises(ValueError, match="shallow prompts have no prefix"):
+    with pytest.raises(ValueError, match="shallow inline prompts have no prefix"):
         projector.keys_values(0, torch.zeros(1, 5))
 
 

@@ -72,7 +72,7 @@ def test_the_card_says_what_from_what_how_and_how_good(
 ) -> None:
     out, result = done
     card = (out / "model_card.md").read_text("utf-8")
-    assert card.startswith("# Modular prompts (deep) for lively\n")
+    assert card.startswith("# Modular prompts (deep, prefix) for lively\n")
     assert f"was frozen: its hash before and after the run is `{backbone.sha256}`" in card
     scores = result.scores["find"]
     cells = f"| {100 * scores['before']:.1f} | {100 * scores['after']:.1f} |"

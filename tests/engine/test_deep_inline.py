@@ -1,0 +1,131 @@
+"""Deep inline injection, as the authors' code has it: against a BertModel with hooks, and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.plain_loop import PlainLoop
+from mp2.backbone import Backbone
+from mp2.engine import Objective, TorchRuntime
+from mp2.engine.cuda_objective import CudaObjective
+from mp2.engine.cuda_runtime import CudaRuntime
+from mp2.engine.int8_runtime import Int8Runtime
+from mp2.errors import UsageError
+from mp2.prompts import PromptSet
+from mp2.tasks import MrcInput
+
+from .slow_reference import D
+
+Make = Callable[..., Objective]
+
+
+@pytest.fixture
+def inline(deep: PromptSet) -> PromptSet:
+    return replace(deep, meta=replace(deep.meta, injection="inline"))
+
+
+def candidates(n: int, prompts: PromptSet, seed: int = 3) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return (4 * rng.standard_normal((n, prompts.z.shape[0], D))).astype(np.float32)
+
+
+def by_hand(backbone: Backbone, prompts: PromptSet, train: list[MrcInput], z: np.ndarray) -> np.ndarray:
+    loop = PlainLoop(backbone, prompts, train)
+    loop.model.double()
+    loop.projection, loop.span = loop.projection.double(), tuple(x.double() for x in loop.span)
+    return np.array([loop.loss(one.astype(np.float64)) for one in z])
+
+
+@pytest.mark.parametrize("limit", [1, 100, None])
+def test_losses_equal_a_bert_model_with_additions_before_every_layer(
+    make_objective: Make,
+    tiny_backbone: Backbone,
+    inline: PromptSet,
+    deep: PromptSet,
+    train: list[MrcInput],
+    limit: int | None,
+) -> None:
+    z = candidates(3, inline)
+    objective = make_objective(inline, micro_batch_tokens=limit)
+    expected = by_hand(tiny_backbone, inline, train, z)
+    np.testing.assert_allclose(objective.full_losses(z), expected, rtol=1e-5)
+    as_prefix = make_objective(deep).full_losses(z)
+    assert (np.abs(as_prefix - expected) > 1e-3 * expected).all()  # another injection is another loss
+
+
+def test_visits_of_layers_with_commits_equal_whole_forwards(
+    make_objective: Make, tiny_backbone: Backbone, inline: PromptSet, train: list[MrcInput]
+) -> None:
+    z = candidates(1, inline)[0]
+    objective = make_objective(inline)
+    objective.set_incumbent(z)
+    z = z.copy()
+    for visit, layer in enumerate([0, 2, 1]):
+        trial = candidates(2, inline, seed=visit)[:, layer]
+        whole = np.repeat(z[None], 2, 0)
+        whole[:, layer] = trial
+        expected = by_hand(tiny_backbone, inline, train, whole)
+        np.testing.assert_allclose(objective.layer_losses(layer, trial), expected, rtol=1e-5)
+        objective.commit(layer, trial[1])
+        z[layer] = trial[1]
+    assert objective.n_evaluations == 6
+
+
+def test_log_probs_are_of_the_text_alone_and_give_the_loss(
+    make_objective: Make, inline: PromptSet, train: list[MrcInput]
+) -> None:
+    z = candidates(1, inline)
+    objective = make_objective(inline)
+    start, end = objective.log_probs(z[0], train)
+    for item, s, e in zip(train, start, end, strict=True):
+        assert len(s) == len(e) == item.n_tokens
+        assert np.exp(s).sum() == pytest.approx(1)
+    losses = [-(s[i.start] + e[i.end]) / 2 for i, s, e in zip(train, start, end, strict=True)]
+    assert np.mean(losses) == pytest.approx(objective.full_losses(z)[0], rel=1e-5)
+
+
+def test_int8_differences_stay_close_to_float32(
+    tiny_backbone: Backbone, inline: PromptSet, train: list[MrcInput]
+) -> None:
+    try:
+        runtime = Int8Runtime(tiny_backbone)
+    except UsageError as error:
+        pytest.skip(str(error))
+    near = candidates(1, inline) + 0.05 * candidates(8, inline, seed=4)
+    exact = Objective(TorchRuntime(tiny_backbone), tiny_backbone, inline, train).full_losses(near)
+    got = Objective(runtime, tiny_backbone, inline, train).full_losses(near)
+    assert np.abs(got - exact).max() < 0.1 * np.ptp(exact)
+
+
+def test_engines_that_have_prefixes_only_refuse_with_one_line(
+    tiny_backbone: Backbone, inline: PromptSet, train: list[MrcInput]
+) -> None:
+    runtime = CudaRuntime(tiny_backbone, device="cpu", precision="fp32")
+    with pytest.raises(
+        UsageError, match=r"^[^\n]*inline injection, the CUDA engine has prefixes only[^\n]*$"
+    ):
+        CudaObjective(runtime, tiny_backbone, inline, train)
+    named = TorchRuntime(tiny_backbone)
+    named.name = "tensorrt"
+    with pytest.raises(
+        UsageError, match=r"^[^\n]*inline injection, TensorRT plans have prefixes only[^\n]*$"
+    ):
+        Objective(named, tiny_backbone, inline, train)
+
+
+def test_encoder_equals_the_engine(
+    tiny_backbone: Backbone, inline: PromptSet, train: list[MrcInput], make_objective: Make
+) -> None:
+    z = candidates(1, inline)[0]
+    added = torch.einsum("ld,ldx->lx", torch.from_numpy(z), inline.projection)
+    added = added.view(len(z), inline.meta.prompt_tokens, -1)
+    item = train[1]
+    hidden = tiny_backbone.encoder(torch.from_numpy(item.input_ids)[None], added=added)
+    logp = (hidden @ inline.span_weight.T + inline.span_bias).log_softmax(1)[0].double().numpy()
+    start, _ = make_objective(inline).log_probs(z, [item])
+    np.testing.assert_allclose(start[0], logp[:, 0], rtol=1e-4, atol=1e-5)

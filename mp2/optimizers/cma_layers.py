@@ -26,12 +26,17 @@ from mp2.optimizers.quiet import quiet
 Floats = NDArray[np.float64]
 
 
+def import_cma() -> Any:
+    """The library ``cma``; it imports scipy.stats and matplotlib: a second or two the first time."""
+    import cma
+
+    return cma
+
+
 class LayerCma:
     """One layer's CMA-ES over offsets [d]; a pure function of its generator and of what it is told."""
 
     def __init__(self, n_dims: int, sigma: float, config: LayerConfig, rng: np.random.Generator) -> None:
-        import cma
-
         options: dict[str, Any] = {
             "popsize": config.popsize,
             "randn": lambda *shape: rng.standard_normal(shape),
@@ -43,7 +48,7 @@ class LayerCma:
             "CMA_diagonal": config.cma == "diagonal",
         }
         with quiet():
-            self._es = cma.CMAEvolutionStrategy(np.zeros(n_dims), sigma, options)
+            self._es = import_cma().CMAEvolutionStrategy(np.zeros(n_dims), sigma, options)
 
     def ask(self) -> Floats:
         """The next population of offsets [popsize, d]."""

@@ -47,22 +47,33 @@ class Recorder:
     optimizer time that ran beside evaluations and cost no wall time of its own; making the journal durable;
     the rest of what the run did between two evaluations. ``dev`` and ``test`` are evaluations, too. Without
     ``hidden``, which is in none of the others, they sum up to the run's wall time, but for what a run waited
-    while others were served (``waited``) and for replays.
+    while others were served (``waited``) and for replays. ``load`` is what came before the first evaluation
+    of this session: data, weights, libraries, and the replay if there is one.
     """
 
-    def __init__(self, journal: Journal, records: list[Record], evaluate: Evaluate = timed) -> None:
-        """``evaluate`` runs a computation and says how many seconds it took itself."""
+    def __init__(
+        self,
+        journal: Journal,
+        records: list[Record],
+        evaluate: Evaluate = timed,
+        started: float | None = None,
+    ) -> None:
+        """``evaluate`` runs a computation and says how many seconds it took itself.
+
+        ``started`` is when the session began (``time.perf_counter``; None: now).
+        """
         self._journal = journal
         self._records = records
         self._evaluate = evaluate
         self._position = 0
         self._stage = 1
         self._idle_since: float | None = None  # when the last live event was over; None: there was none
+        self._loading_since: float | None = time.perf_counter() if started is None else started
         self._last_journal_s = 0.0  # of that event: it is written with the next one
         self.iteration = 0
         self.counts = {"train": 0, "dev": 0, "test": 0}
         names = [f"{name}{stage}" for stage in (1, 2) for name in SECONDS]
-        self.seconds = dict.fromkeys([*names, "dev", "test", "waited"], 0.0)
+        self.seconds = dict.fromkeys([*names, "dev", "test", "waited", "load"], 0.0)
         self.n_non_finite = 0
 
     @property
@@ -159,6 +170,9 @@ class Recorder:
     def _compute(self, compute: Callable[[], Any]) -> tuple[Any, float]:
         """The result and its seconds; what was waited beyond these is others' time."""
         start = time.perf_counter()
+        if self._loading_since is not None:
+            self.seconds["load"] = start - self._loading_since
+            self._loading_since = None
         value, seconds = self._evaluate(compute)
         self.seconds["waited"] += max(0.0, time.perf_counter() - start - seconds)
         return value, seconds

@@ -86,13 +86,14 @@ def run_seconds(seconds: dict[str, float]) -> dict[str, float]:
 
     ``stage1`` + ``stage2`` = ``forward`` + ``suggest`` + ``journal`` + ``other``; these, ``dev`` and ``test``
     make up the run's time. ``suggest`` is what was waited for, ``suggest_hidden`` ran beside forwards;
-    ``waited`` is time that other runs of a series had the engine.
+    ``waited`` is time that other runs of a series had the engine, ``load`` what came before the first
+    evaluation of the last session.
     """
     wall = ("forward", "suggest", "journal", "other")
     stages = {f"stage{stage}": sum(seconds[f"{name}{stage}"] for name in wall) for stage in (1, 2)}
     parts = {name: seconds[f"{name}1"] + seconds[f"{name}2"] for name in wall}
     hidden = seconds["hidden1"] + seconds["hidden2"]
-    rest = {name: seconds[name] for name in ("dev", "test", "waited")}
+    rest = {name: seconds[name] for name in ("dev", "test", "waited", "load")}
     return {**stages, **parts, "suggest_hidden": hidden, **rest}
 
 

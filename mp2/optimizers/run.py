@@ -47,8 +47,16 @@ def make_problem(
 class Run:
     """A run whose folder is there and locked by us."""
 
-    def __init__(self, run_dir: Path, problem: FewShotProblem, observe: Observe = lambda p: None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        problem: FewShotProblem,
+        observe: Observe = lambda p: None,
+        started: float | None = None,
+    ) -> None:
+        """``started``: when this session began to load (``time.perf_counter``; None: now)."""
         self.run_dir = run_dir
+        self._started = started
         self.iteration = 0  # where it is
         self.ended = False
         self._problem, self._observe = problem, observe
@@ -67,7 +75,7 @@ class Run:
         """
         problem, path = self._problem, self.run_dir / "journal.jsonl"
         journal, header, records = open_journal(path, {**identity(problem), "versions": versions()})
-        recorder = self._recorder = Recorder(journal, records, evaluate)
+        recorder = self._recorder = Recorder(journal, records, evaluate, self._started)
 
         def observe(progress: Progress) -> None:
             self.iteration = progress.iteration

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -57,6 +58,7 @@ def start_series(
     """
     from mp2.optimizers.explain import announce
 
+    started = time.perf_counter()
     model = model or load_model(resolve_paths(configs[0]))
     problems = _problems(configs, model)
     for problem in problems[:1] if len({p.card.task for p in problems}) == 1 else problems:
@@ -67,7 +69,7 @@ def start_series(
             method = problem.config.method(model.kind)
             run_dir = new_folder(out, f"{problem.card.task}-{method}-seed{problem.config.seed}")
             locks.enter_context(locked(run_dir))
-            runs.append(Run(run_dir, problem, observe()))
+            runs.append(Run(run_dir, problem, observe(), started))
             runs[-1].write_beginning()
         del problems, problem
         yield from _tune(runs)
@@ -126,11 +128,12 @@ def _go_on(configs: dict[Path, BbtConfig], observe: Callable[[], Observe]) -> It
 
     if not configs:
         return
+    started = time.perf_counter()
     model = load_model(next(iter(configs.values())))
     runs = []
     for run_dir, config in configs.items():
         problem = FewShotProblem(config, load_card(run_dir / "card.toml"), model)
-        runs.append(Run(run_dir, problem, observe()))
+        runs.append(Run(run_dir, problem, observe(), started))
     yield from _tune(runs)
 
 

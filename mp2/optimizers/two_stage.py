@@ -26,11 +26,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mp2.optimizers.cma_layers import LayerSearches
+from mp2.optimizers.cma_layers import LayerSearches, import_cma
 from mp2.optimizers.config import BbtConfig, Kind
 from mp2.optimizers.recorder import Recorder, Scores
 from mp2.optimizers.router_search import create_router_search, stage_one_iterations
-from mp2.optimizers.routers import Routers
+from mp2.optimizers.routers import Routers, RouterSearch
 
 Prompt = NDArray[np.float32]  # fused intrinsic prompts z, [L', d]
 
@@ -133,10 +133,11 @@ class TwoStage:
     def run(self) -> Outcome:
         """Tune; raises ``LossError`` when a whole generation has no finite loss."""
         router_seed, layer_seed = np.random.SeedSequence(self._config.seed).spawn(2)
+        search = self._prepare(np.random.default_rng(router_seed))
         every_module = np.ones(self._shape, dtype=bool)
         self._evaluate_routers(every_module[None], 0.0)
         untuned = self._checkpoint("untuned", self._space.fuse(every_module))
-        router = self._search_router(every_module, np.random.default_rng(router_seed))
+        router = self._search_router(every_module, search)
         z = self._space.fuse(router)
         stage1 = self._checkpoint("stage1", z)
         if not self._config.router_only and self._recorder.iteration < self._config.iters:
@@ -150,6 +151,14 @@ class TwoStage:
             incumbent_loss=self._loss,
             loss_curve=self._loss_curve,
             dev_curve=[(c.iteration, c.dev.score) for c in self._checkpoints],
+        )
+
+    def _prepare(self, rng: np.random.Generator) -> RouterSearch:
+        """Make the router search and import what stage II needs: a second or two, before the engine works."""
+        if not self._config.router_only and self._stage1_iters < self._config.iters:
+            import_cma()
+        return create_router_search(
+            self._config.router.method, self._shape, self._stage1_iters, self._space.warm, rng
         )
 
     def _evaluate_routers(self, routers: Routers, suggest_s: float) -> NDArray[np.float64]:
@@ -167,12 +176,9 @@ class TwoStage:
         self._loss_curve.append((self._recorder.iteration, self._loss))
         return losses
 
-    def _search_router(self, untuned: Routers, rng: np.random.Generator) -> Routers:
+    def _search_router(self, untuned: Routers, search: RouterSearch) -> Routers:
         """Stage I: the router [L', K] with the lowest training loss, the untuned one included."""
         best, best_loss = untuned, self._loss
-        search = create_router_search(
-            self._config.router.method, self._shape, self._stage1_iters, self._space.warm, rng
-        )
         start = time.perf_counter()
         search.tell(untuned[None], np.array([best_loss]))
         while (left := self._stage1_iters - self._recorder.iteration) > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -245,3 +246,24 @@ def test_a_full_disk_loses_only_the_generation_in_flight(
         ):
             tune(path, config())
     assert bits(tune(path, config())) == whole
+
+
+def test_libraries_are_imported_before_the_first_forward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = HiddenPrompt()
+    monkeypatch.setattr("mp2.optimizers.two_stage.import_cma", lambda: objective.calls.append("import"))
+    tune(tmp_path / "two.jsonl", config(), objective)
+    assert objective.calls.index("import") == 0
+    objective.calls.clear()
+    tune(tmp_path / "one.jsonl", config(router_only=True), objective)
+    assert "import" not in objective.calls
+
+
+def test_loading_ends_with_the_first_evaluation(tmp_path: Path) -> None:
+    journal, _, records = open_journal(tmp_path / "j.jsonl", {})
+    recorder = Recorder(journal, records, started=time.perf_counter() - 50)
+    for _ in range(2):
+        recorder.losses(1, None, np.ones((1, 2), dtype=bool), lambda: np.zeros(1))
+    journal.close()
+    assert 50 <= recorder.seconds["load"] < 51

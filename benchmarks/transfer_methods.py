@@ -9,9 +9,13 @@ gradient  ``mp2 tune``: both stages by Adam, deep; ``gradient-shallow`` with sha
 majority  no model: the test set's most frequent label or option; in extraction the whole context
 ========  ============================================================================================
 
-Ablations: ``*-sum`` divides a router by its sum instead of K, ``gradient-soft`` uses sigmoid weights instead
-of w > 0 at inference (stage I is learned on soft samples either way). Prefix against inline: bbtv2 and deep
-have prefixes, bbt and shallow inline rows at the input; the engine has no inline rows at deeper layers.
+Ablations. ``*-inline`` has inline rows at every layer where the plain method has prefixes: ``deep-inline``
+and ``gradient-inline`` need deep prompts pre-trained inline (a further file in --prompts;
+``benchmarks/ablation.py`` makes one), ``bbtv2-inline`` is from scratch and does not. ``gradient-scratch`` and
+``gradient-scratch-inline`` are prompt tuning by Adam, nothing pre-trained: one module, no router, all epochs
+for the prompts. ``*-sum`` divides a router by its sum instead of K, with prompts that were pre-trained so
+where such a file is given, else with the deep or shallow ones; ``gradient-soft`` uses sigmoid weights instead
+of w > 0 at inference (training is on soft samples either way).
 
 The baselines keep the span head of the pre-trained prompts (see ``mp2/training/scratch.py``), which favours
 them. One deep run also gives "untuned" and "router-only": they are its first two stages, with the same seed
@@ -26,12 +30,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from filelock import FileLock
 
 from mp2.backbone import load_backbone
 from mp2.engine import create_runtime
 from mp2.errors import UsageError
 from mp2.optimizers import BbtConfig, RouterConfig, resume_run, start_run
+from mp2.optimizers.config import LayerConfig
 from mp2.optimizers.few_shot_problem import FrozenModel
 from mp2.prompts import PromptSet, load_prompts, save_prompts
 from mp2.tasks import MrcFormatter, TaskCard, load_card, load_examples, score
@@ -40,8 +46,14 @@ from mp2.training.tune import TuneConfig
 from mp2.training.tune_run import start_tune
 
 DEFAULT_METHODS = ("majority", "deep", "bbtv2", "shallow", "bbt", "gradient")
-METHODS = (*DEFAULT_METHODS, "gradient-shallow", "deep-sum", "shallow-sum", "gradient-soft")
+METHODS = (
+    *DEFAULT_METHODS,
+    *("gradient-shallow", "gradient-scratch", "deep-sum", "shallow-sum", "gradient-sum", "gradient-soft"),
+    *("deep-inline", "bbtv2-inline", "gradient-inline", "gradient-scratch-inline"),
+)
 PAPER_EPOCHS = 1000
+SCRATCH_LR = 1e-2  # of prompt tuning; the paper's rates are for prompts that are nearly right already
+SCRATCH_ALPHA = 0.1  # its first prompts' standard deviation, in that of the layer's hidden states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +61,7 @@ class Settings:
     """What all cells of a table share."""
 
     backbone: str
-    prompts: tuple[str, ...]  # one file a kind
+    prompts: tuple[str, ...]  # one file for each of `prompts_key`
     iters: int
     epochs: int
     test_limit: int
@@ -58,9 +70,31 @@ class Settings:
     precision: str = "fp32"
 
 
-def kind_of(method: str) -> Literal["deep", "shallow"]:
+def kind_of(method: str) -> Literal["deep", "shallow", "inline"]:
     """Which prompts a method takes its own, or its shape and head, from."""
-    return "shallow" if method == "bbt" or "shallow" in method else "deep"
+    if method == "bbt" or "shallow" in method:
+        return "shallow"
+    return "inline" if method in ("deep-inline", "gradient-inline") else "deep"
+
+
+def prompts_key(prompts: PromptSet) -> str:
+    """What a prompt file is for: ``shallow``, ``deep``, ``inline`` (deep) or ``sum`` (deep prefix)."""
+    if prompts.kind == "shallow":
+        return "shallow"
+    if prompts.meta.injection == "inline":
+        return "inline"
+    return "sum" if prompts.meta.router_normalisation == "sum" else "deep"
+
+
+def random_start(prompts: PromptSet, seed: int) -> PromptSet:
+    """Scratch prompts with z from N(0, sigma) instead of 0: the first population of BBTv2 has such ones.
+
+    Prefix rows that start alike have the same gradients and would stay alike for ever.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(prompts.z.shape, generator=generator)
+    sigmas = [LayerConfig().sigma(layer, "deep") for layer in range(len(z))]
+    return replace(prompts, z=z * torch.tensor(sigmas)[:, None, None])
 
 
 class Lab:
@@ -72,9 +106,10 @@ class Lab:
         self.prompts: dict[str, tuple[str, PromptSet]] = {}
         for name in settings.prompts:
             found = load_prompts(name, self.backbone)
-            if found.kind in self.prompts:
-                raise UsageError(f"--prompts: both {self.prompts[found.kind][0]} and {name} are {found.kind}")
-            self.prompts[found.kind] = (name, found)
+            key = prompts_key(found)
+            if key in self.prompts:
+                raise UsageError(f"--prompts: both {self.prompts[key][0]} and {name} are {key}")
+            self.prompts[key] = (name, found)
         self.runtime = create_runtime(
             "torch", self.backbone, device=settings.device, threads=1, precision=settings.precision
         )
@@ -84,7 +119,7 @@ class Lab:
         for method in methods:
             kind = kind_of(method)
             if method != "majority" and kind not in self.prompts:
-                raise UsageError(f"method '{method}' needs {kind} prompts: name a {kind} file in --prompts")
+                raise UsageError(f"method '{method}' needs {kind} prompts: name a file of them in --prompts")
 
     def identity(self) -> dict[str, str]:
         """Hashes of the weights that scores depend on."""
@@ -96,7 +131,9 @@ class Lab:
         try:
             MrcFormatter(card, self.backbone.tokenizer, self.settings.max_tokens)
         except UsageError as error:
-            return str(error)
+            return (
+                f"{error}; backbone '{self.backbone.name}' has {self.backbone.config.max_positions} positions"
+            )
         return None
 
     def run(self, method: str, task: str, seed: int) -> dict[str, Any]:
@@ -127,6 +164,9 @@ class Lab:
                     return resume_run(run)
             return start_run(config, folder, model=model)
         first = TuneConfig(run=config, epochs=self.settings.epochs)
+        if "scratch" in method:
+            tuned = replace(first, router_epochs=0, prompt_lr=SCRATCH_LR)
+            return start_tune(tuned, folder, model=model)
         scale = PAPER_EPOCHS / first.epochs  # fewer epochs, larger steps: Adam can go as far as in the paper
         router_lr, prompt_lr = (rate * scale for rate in first.rates(model.kind))
         return start_tune(replace(first, router_lr=router_lr, prompt_lr=prompt_lr), folder, model=model)
@@ -143,16 +183,23 @@ class Lab:
 
     def _prompts(self, method: str, seed: int) -> tuple[str, PromptSet]:
         """The method's prompts and the name of their file; derived ones are written to the work folder."""
-        name, prompts = self.prompts[kind_of(method)]
+        key: str = kind_of(method)
+        if method in ("deep-sum", "gradient-sum") and "sum" in self.prompts:
+            key = "sum"
+        name, prompts = self.prompts[key]
         file = self.work / "prompts" / f"{method}-seed{seed}.safetensors"
         if method.startswith("bbt"):
             made = scratch_prompts(self.backbone, prompts, seed=seed)
-        elif method.endswith("-sum"):
+        elif "scratch" in method:
+            made = random_start(scratch_prompts(self.backbone, prompts, seed=seed, alpha=SCRATCH_ALPHA), seed)
+        elif method.endswith("-sum") and key != "sum":
             made = replace(prompts, meta=replace(prompts.meta, router_normalisation="sum"))
         elif method.endswith("-soft"):
             made = replace(prompts, meta=replace(prompts.meta, router_inference="soft"))
         else:
             return name, prompts
+        if method in ("bbtv2-inline", "gradient-scratch-inline"):
+            made = replace(made, meta=replace(made.meta, injection="inline"))
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_suffix(".lock")):
             if not file.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from filelock import FileLock
 from tuning_world import World, make_world
 
 from benchmarks import transfer
-from benchmarks.transfer_methods import Lab, Settings
+from benchmarks.transfer_methods import Lab, Settings, prompts_key, random_start
 from benchmarks.transfer_table import answers, markdown, read_score, summarise
 from mp2.backbone import Backbone
 from mp2.errors import MismatchError, UnknownNameError, UsageError
+from mp2.prompts import load_prompts, save_prompts
+from mp2.training.scratch import hidden_scales, scratch_prompts
 
 METHODS = ("majority", "deep", "bbtv2", "bbt", "gradient-soft", "deep-sum")
 
@@ -22,6 +25,9 @@ METHODS = ("majority", "deep", "bbtv2", "bbt", "gradient-soft", "deep-sum")
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> World:
     return make_world(tmp_path_factory.mktemp("transfer"), tiny_backbone)
+
+
+STAGE = {"test_score": 0.4, "dev_score": 0.5, "dev_loss": 1.0}
 
 
 def make_lab(world: World, work: Path) -> Lab:
@@ -75,7 +81,14 @@ def test_a_task_that_does_not_fit_is_a_result_and_a_wrong_name_is_an_error(
 ) -> None:
     lab = make_lab(world, tmp_path)
     lab = Lab(Settings(**{**vars(lab.settings), "max_tokens": 12}), world.data, tmp_path)
-    assert "does not fit 12 tokens" in transfer.run_cell(lab, "deep", str(world.card), 8, {})["refused"]
+    refused = transfer.run_cell(lab, "deep", str(world.card), 8, {})
+    assert "does not fit 12 tokens" in refused["refused"]
+    assert refused["refused"].endswith("backbone 'tiny' has 96 positions")
+    rows = summarise([refused, cell("other", "deep", 8, 0.5, untuned=STAGE, stage1=STAGE)])
+    shown = {"test_limit": 9, "backbone": "tiny", "iters": 1, "epochs": 1, "max_tokens": 12}
+    table = markdown(rows, answers(rows), shown)
+    assert "| mood | accuracy | does not fit | does not fit | does not fit |" in table
+    assert "- mood does not fit and was not run: task 'mood' does not fit 12 tokens" in table
     with pytest.raises(UnknownNameError, match="no_such_task"):
         transfer.run_cell(lab, "deep", "no_such_task", 8, {})
 
@@ -163,3 +176,83 @@ def test_answers_compare_common_seeds_and_count_wins() -> None:
 def test_table_without_cells_says_so(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no cells"):
         transfer.write_results(tmp_path, tmp_path / "out.json")
+
+
+def test_comparisons_are_paired_by_seed_with_standard_errors() -> None:
+    first, second = {8: 0.6, 13: 0.7, 21: 0.9}, {8: 0.5, 13: 0.5, 21: 0.6, 42: 0.0}
+    cells = [cell("a", "gradient", seed, score) for seed, score in first.items()]
+    cells += [cell("a", "gradient-inline", seed, score) for seed, score in second.items()]
+    cells += [cell("b", "gradient", seed, score) for seed, score in ((8, 0.5), (13, 0.1))]
+    cells += [cell("b", "gradient-inline", seed, score) for seed, score in ((8, 0.4), (13, 0.4))]
+    found = answers(summarise(cells))["prefix against inline, pre-trained, by gradient"]
+    # a: 10, 20, 30 points, sd 10; b: 10, -30 points, sd 20 sqrt 2
+    assert found["by_task"] == {"a": 20.0, "b": -10.0}
+    assert found["se_by_task"] == {"a": pytest.approx(10 / 3**0.5, abs=0.01), "b": 20.0}
+    assert (found["paired"], found["clear_better"], found["clear_worse"]) == (2, 1, 0)
+    assert found["gap"] == 5.0
+    assert found["gap_se"] == pytest.approx((100 / 3 + 400) ** 0.5 / 2, abs=0.01)
+    backwards = [{**c, "method": {"gradient": "gradient-inline"}.get(c["method"], "gradient")} for c in cells]
+    turned = answers(summarise(backwards))["prefix against inline, pre-trained, by gradient"]
+    assert (turned["clear_better"], turned["clear_worse"]) == (0, 1)
+    one = answers(summarise([c for c in cells if c["seed"] == 8]))
+    one = one["prefix against inline, pre-trained, by gradient"]
+    assert (one["paired"], one["gap_se"]) == (0, None)
+
+
+@pytest.mark.parametrize(("gap", "met"), [(0.1, True), (0.099, False)])
+def test_what_was_wanted_is_said_to_be_met_or_not(gap: float, met: bool) -> None:
+    cells = []
+    for k in range(12):
+        deep = 0.5 if k < 10 else 0.3
+        better = gap * 12 / 10 if k < 10 else 0.0
+        stages = {"untuned": STAGE, "stage1": {**STAGE, "test_score": 0.4}}
+        cells += [cell(f"t{k}", "deep", 8, deep, **stages), cell(f"t{k}", "bbtv2", 8, deep - better)]
+        cells += [cell(f"t{k}", "majority", 8, 0.3)]
+    wanted = answers(summarise(cells))["wanted"]
+    name = "deep two-stage at least 10 points above BBTv2 from scratch, better on 10 of 12 tasks"
+    assert wanted[name]["met"] is met
+    assert wanted[name]["because"] == f"{100 * gap:+.1f} points, better on 10 of 12 tasks"
+    assert wanted["deep router-only within 2 points of two-stage"]["met"] is False
+    assert wanted["all but untuned better than majority"]["because"].startswith(
+        "BBTv2: not on 2, deep: not on 2"
+    )
+
+
+def test_injections_and_conventions_each_have_their_prompts(world: World, tmp_path: Path) -> None:
+    deep = load_prompts(world.deep)
+    files = [str(world.deep)]
+    for key, changes in (("inline", {"injection": "inline"}), ("sum", {"router_normalisation": "sum"})):
+        made = replace(deep, meta=replace(deep.meta, **changes))
+        assert prompts_key(made) == key
+        save_prompts(made, tmp_path / f"{key}.safetensors")
+        files.append(str(tmp_path / f"{key}.safetensors"))
+    lab = make_lab(world, tmp_path)
+    plain = Lab(Settings(**{**vars(lab.settings), "prompts": (files[0],)}), world.data, tmp_path)
+    with pytest.raises(UsageError, match="'deep-inline' needs inline prompts"):
+        plain.check(["bbtv2-inline", "gradient-scratch-inline", "deep-inline"])
+    lab = Lab(Settings(**{**vars(lab.settings), "prompts": tuple(files)}), world.data, tmp_path)
+    lab.check(["deep-inline", "gradient-inline", "bbtv2-inline", "gradient-sum"])
+    for method, key in (("gradient-inline", "inline"), ("deep-sum", "sum"), ("gradient-sum", "sum")):
+        assert lab._prompts(method, 8)[1] is lab.prompts[key][1]
+    assert lab._prompts("bbtv2-inline", 8)[1].meta.injection == "inline"
+    found = {
+        method: lab.run(method, str(world.card), 8)
+        for method in ("deep-inline", "gradient-inline", "gradient-scratch", "gradient-scratch-inline")
+    }
+    assert found["gradient-inline"]["injection"] == found["gradient-scratch-inline"]["injection"] == "inline"
+    assert found["gradient-scratch"]["injection"] == "prefix"
+    assert found["gradient-scratch"]["router"] == ["1"] * deep.meta.n_layers
+
+
+def test_scratch_prompts_for_gradients_start_random_at_a_tenth_of_the_hidden_states(
+    world: World, tiny_backbone: Backbone
+) -> None:
+    like = load_prompts(world.deep)
+    made = random_start(scratch_prompts(tiny_backbone, like, seed=3, alpha=0.1), 3)
+    rows = (made.z[:, 0, None] @ made.projection).view(made.meta.n_layers, made.meta.prompt_tokens, -1)
+    assert (rows.std(1) > 0).all()  # rows that start alike would stay alike
+    many = [random_start(scratch_prompts(tiny_backbone, like, seed=s, alpha=0.1), s) for s in range(40)]
+    flat = [(p.z[:, 0, None] @ p.projection).flatten(1) for p in many]
+    for layer, scale in enumerate(hidden_scales(tiny_backbone)):
+        measured = (sum(float((f[layer] ** 2).mean()) for f in flat) / len(flat)) ** 0.5
+        assert measured == pytest.approx(0.1 * scale, rel=0.2)

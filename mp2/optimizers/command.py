@@ -13,18 +13,9 @@ from mp2.optimizers.report import SeriesProgress
 from mp2.optimizers.series import find_runs, resume_series, start_series
 
 if TYPE_CHECKING:
-    import click
-
     from mp2.optimizers.explain import Plan
 
 _WITH_RESUME = {"resume", "as_json"}
-
-
-def given_options(ctx: click.Context) -> set[str]:
-    """Names of the options that stand on the command line."""
-    from click.core import ParameterSource
-
-    return {n for n in ctx.params if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
 
 
 def bbt_plan(options: dict[str, Any]) -> tuple[Plan, int]:

@@ -2,8 +2,9 @@
 
 from mp2.tasks.card import Source, TaskCard, card_names, list_cards, load_card
 from mp2.tasks.check import CheckReport, check_task
-from mp2.tasks.data import Answer, Example, load_examples, parse_lines, read_examples
+from mp2.tasks.data import load_examples, parse_lines, read_examples
 from mp2.tasks.decode import decode
+from mp2.tasks.example import Answer, Example
 from mp2.tasks.fewshot import FewShotSplit, few_shot_split
 from mp2.tasks.metrics import accuracy, character_f1, score
 from mp2.tasks.mrc import MrcFormatter, MrcInput, filled_template

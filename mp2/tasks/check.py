@@ -9,7 +9,8 @@ from typing import Any
 
 from mp2.errors import UsageError
 from mp2.tasks.card import TaskCard, find_card, read_card
-from mp2.tasks.data import Example, data_folder, read_examples
+from mp2.tasks.data import data_folder, read_examples
+from mp2.tasks.example import Example
 from mp2.tasks.fewshot import few_shot_split
 from mp2.tasks.problems import AllProblems, Problem
 

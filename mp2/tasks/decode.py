@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mp2.tasks.card import TaskCard
-from mp2.tasks.data import Example
+from mp2.tasks.example import Example
 from mp2.tasks.mrc import MrcInput
 
 Floats = npt.NDArray[np.floating]

@@ -9,7 +9,7 @@ import numpy as np
 
 from mp2.errors import UsageError
 from mp2.tasks.card import TaskCard
-from mp2.tasks.data import Example
+from mp2.tasks.example import Example
 
 TOTAL_SHOTS = 32  # section 4.1: "we randomly draw 32 samples"
 MANY_LABELS = 5  # section 4.1: "for tasks with more than 5 labels ..."

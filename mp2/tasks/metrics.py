@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 
 from mp2.tasks.card import TaskCard
-from mp2.tasks.data import Example
+from mp2.tasks.example import Example
 
 _PUNCTUATION = frozenset("-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』…")
 _SEGMENT = re.compile(r"[\u4e00-\u9fa5]|(?:(?![\u4e00-\u9fa5_])\w)+(?:[.,](?:(?![\u4e00-\u9fa5_])\w)+)*|\S")

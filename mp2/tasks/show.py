@@ -11,7 +11,8 @@ import numpy as np
 
 from mp2.errors import UsageError
 from mp2.tasks.card import TaskCard, list_cards, load_card
-from mp2.tasks.data import Example, data_folder, load_examples
+from mp2.tasks.data import data_folder, load_examples
+from mp2.tasks.example import Example
 from mp2.tasks.mrc import MrcFormatter, filled_template
 
 if TYPE_CHECKING:

@@ -28,7 +28,8 @@ import numpy as np
 from benchmarks.provenance import save
 from benchmarks.router_tables import cost_table, quality_table
 from mp2.optimizers import BbtConfig, RouterConfig, create_router_search
-from mp2.optimizers.few_shot_problem import FewShotProblem, FrozenModel, load_model, resolve_paths
+from mp2.optimizers.few_shot_problem import FewShotProblem
+from mp2.optimizers.frozen_model import FrozenModel, load_model, resolve_paths
 from mp2.tasks import load_card
 
 NEVERGRAD = (

@@ -46,7 +46,7 @@ from mp2.backbone import Backbone, BackboneConfig, random_backbone
 from mp2.engine import create_runtime
 from mp2.engine.plan import extrapolate, first_layers
 from mp2.optimizers.config import BbtConfig
-from mp2.optimizers.few_shot_problem import FrozenModel
+from mp2.optimizers.frozen_model import FrozenModel
 from mp2.optimizers.planning import Plan, plan_run
 from mp2.optimizers.run import make_problem
 from mp2.optimizers.series import start_run

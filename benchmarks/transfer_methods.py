@@ -38,7 +38,7 @@ from mp2.engine import create_runtime
 from mp2.errors import UsageError
 from mp2.optimizers import BbtConfig, RouterConfig, resume_run, start_run
 from mp2.optimizers.config import LayerConfig
-from mp2.optimizers.few_shot_problem import FrozenModel
+from mp2.optimizers.frozen_model import FrozenModel
 from mp2.prompts import PromptSet, load_prompts, save_prompts
 from mp2.tasks import MrcFormatter, TaskCard, load_card, load_examples, score
 from mp2.training.scratch import scratch_prompts

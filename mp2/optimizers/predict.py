@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mp2.errors import UsageError
-from mp2.optimizers.few_shot_problem import load_model
+from mp2.optimizers.frozen_model import load_model
 from mp2.optimizers.run_folder import read_config
 from mp2.optimizers.tuned import check_fits, load_tuned
 

@@ -12,7 +12,8 @@ from mp2.errors import MismatchError
 from mp2.optimizers.config import SCHEMA_VERSION, BbtConfig
 
 if TYPE_CHECKING:
-    from mp2.optimizers.few_shot_problem import FewShotProblem, FrozenModel
+    from mp2.optimizers.few_shot_problem import FewShotProblem
+    from mp2.optimizers.frozen_model import FrozenModel
 
 _VERSIONS = ("mp2", "numpy", "torch", "onnxruntime", "cma", "nevergrad", "bayesian-optimization")
 

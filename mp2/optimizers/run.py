@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mp2.optimizers.config import BbtConfig
-from mp2.optimizers.few_shot_problem import FewShotProblem, FrozenModel, load_model, resolve_paths
+from mp2.optimizers.few_shot_problem import FewShotProblem
+from mp2.optimizers.frozen_model import FrozenModel, load_model, resolve_paths
 from mp2.optimizers.journal import open_journal
 from mp2.optimizers.provenance import check_identity, config_file, identity, versions
 from mp2.optimizers.recorder import Evaluate, Recorder

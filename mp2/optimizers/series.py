@@ -14,7 +14,8 @@ from typing import Any
 
 from mp2.errors import LossError, Mp2Error, UsageError
 from mp2.optimizers.config import BbtConfig
-from mp2.optimizers.few_shot_problem import FewShotProblem, FrozenModel, load_model, resolve_paths
+from mp2.optimizers.few_shot_problem import FewShotProblem
+from mp2.optimizers.frozen_model import FrozenModel, load_model, resolve_paths
 from mp2.optimizers.run import Observe, Run, make_problem
 from mp2.optimizers.run_folder import locked, new_folder, read_config, resume_command
 from mp2.optimizers.session import one_blas_thread, sigterm_exits

@@ -11,7 +11,7 @@ from mp2.errors import UsageError
 
 if TYPE_CHECKING:
     from mp2.optimizers.config import BbtConfig
-    from mp2.optimizers.few_shot_problem import FrozenModel
+    from mp2.optimizers.frozen_model import FrozenModel
     from mp2.tasks import Example, MrcInput, TaskCard
 
 

@@ -5,7 +5,8 @@ from mp2.training.config import PretrainConfig
 from mp2.training.mlm import MlmConfig
 from mp2.training.mlm_trainer import train_mlm
 from mp2.training.model import PromptedEncoder, span_loss
-from mp2.training.pretrain import Pretrainer, PretrainResult
+from mp2.training.pretrain import Pretrainer
+from mp2.training.pretrain_result import PretrainResult
 from mp2.training.ranks import is_main
 
 __all__ = [

@@ -18,7 +18,8 @@ from mp2.tasks.data import has_split
 from mp2.training.config import PretrainConfig
 from mp2.training.evaluation import table
 from mp2.training.mixture import load_mixture
-from mp2.training.pretrain import Pretrainer, PretrainResult
+from mp2.training.pretrain import Pretrainer
+from mp2.training.pretrain_result import PretrainResult
 from mp2.training.ranks import is_main, joined
 
 

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,10 +16,8 @@ from mp2.prompts import PromptSet
 from mp2.training.config import PretrainConfig
 from mp2.training.mixture import MixtureTask
 from mp2.training.model_card import prompts_card
+from mp2.training.pretrain_result import PretrainResult
 from mp2.training.ranks import Ranks
-
-if TYPE_CHECKING:
-    from mp2.training.pretrain import PretrainResult
 
 
 def write_outputs(

@@ -13,7 +13,7 @@ import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +31,9 @@ from mp2.training.journal import drop_lines_after
 from mp2.training.mixture import Batch, MixtureTask, sample_batch
 from mp2.training.model import PromptedEncoder
 from mp2.training.outputs import write_outputs, write_whole
+from mp2.training.pretrain_result import PretrainResult
 from mp2.training.ranks import Ranks
 from mp2.training.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class PretrainResult:
-    """Prompts, the backbone they belong to, dev scores of each task before and after, and the run's numbers.
-
-    ``seconds`` is the time spent in steps; ``data_wait_share`` the share of it spent waiting for batches.
-    """
-
-    prompts: PromptSet
-    backbone: Backbone
-    scores: dict[str, dict[str, float]]
-    skipped_steps: int
-    seconds: float
-    data_wait_share: float
 
 
 class Pretrainer(Trainer[Batch]):

@@ -16,7 +16,8 @@ from mp2.errors import UsageError
 from mp2.optimizers import Progress
 from mp2.optimizers.command import read_seeds
 from mp2.optimizers.config import BbtConfig, RouterConfig
-from mp2.optimizers.few_shot_problem import FewShotProblem, FrozenModel, load_model, resolve_paths
+from mp2.optimizers.few_shot_problem import FewShotProblem
+from mp2.optimizers.frozen_model import FrozenModel, load_model, resolve_paths
 from mp2.optimizers.journal import finite_or_none
 from mp2.optimizers.provenance import config_file, identity, versions
 from mp2.optimizers.report import ProgressLine, draw_curve

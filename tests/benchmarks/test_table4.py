@@ -15,7 +15,7 @@ from benchmarks.plain_loop import PlainLoop
 from mp2.backbone import Backbone, BackboneConfig, random_backbone
 from mp2.engine import TorchRuntime
 from mp2.optimizers.config import BbtConfig
-from mp2.optimizers.few_shot_problem import FrozenModel
+from mp2.optimizers.frozen_model import FrozenModel
 from mp2.prompts import random_prompts
 from mp2.tasks import MrcInput
 

@@ -16,7 +16,8 @@ from mp2.backbone import Backbone
 from mp2.cli import main
 from mp2.errors import UsageError
 from mp2.optimizers import BbtConfig
-from mp2.optimizers.few_shot_problem import FewShotProblem, load_model
+from mp2.optimizers.few_shot_problem import FewShotProblem
+from mp2.optimizers.frozen_model import load_model
 from mp2.prompts import fuse, load_prompts, random_prompts
 from mp2.tasks import load_card
 from mp2.training.tune import GradientTuner, TuneConfig, as_soft_prompts

@@ -22,6 +22,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,17 @@ def pretrain_config(args: argparse.Namespace, variant: str) -> PretrainConfig:
     )
 
 
+def needed(methods: Sequence[str]) -> list[str]:
+    """The variants that methods are tuned from."""
+    wanted = {"prefix"}  # its head is everybody's where nothing else is pre-trained
+    for method in methods:
+        if method.endswith("-sum"):
+            wanted.add("sum")
+        if method in ("gradient-inline", "deep-inline"):
+            wanted.add("inline")
+    return [variant for variant in VARIANTS if variant in wanted]
+
+
 def pretrained(args: argparse.Namespace, variant: str, backbone: Backbone) -> Path:
     """The variant's prompt file, trained now (or further) if it is not there."""
     out = args.work / "pretrained" / variant
@@ -95,6 +107,7 @@ def upstream_scores(work: Path) -> dict[str, Any]:
             found[variant] = {
                 **{k: round(100 * v, 1) for k, v in means.items()},
                 "examples_per_s": result["examples_per_s"],
+                "prompts_sha256": result["prompts_sha256"],
                 "by_task": {task: round(100 * s["after"], 1) for task, s in scores.items()},
             }
     return found
@@ -108,7 +121,7 @@ def compute(args: argparse.Namespace) -> None:
             raise UnknownNameError("method", method, METHODS)
     backbone = load_backbone(args.backbone)
     files = []
-    for variant in VARIANTS:
+    for variant in needed(args.methods):
         files.append(str(pretrained(args, variant, backbone)))
         if time.monotonic() > end:
             return
@@ -125,7 +138,8 @@ def compute(args: argparse.Namespace) -> None:
         "prompts": list(VARIANTS),
         "pretraining": asdict(pretrain_config(args, "prefix")),
     }
-    shared |= {"upstream_tasks": list(args.upstream_tasks), "weights": lab.identity()}
+    # the prompts follow from these and the backbone; not all are there from the first cell on
+    shared |= {"upstream_tasks": list(args.upstream_tasks), "weights": {"backbone": backbone.sha256}}
     claim_folder(args.work, shared)
     where_from = provenance()
     for task in args.tasks:

@@ -4,6 +4,7 @@
 
     Mp2Error                    exit 1: the work failed
     ├── LossError               a whole generation of non-finite losses; the journal is whole
+    ├── LostProcessError        another process of the same torchrun run ended; its checkpoint is whole
     ├── OutOfMemoryError        a single example does not fit
     └── UsageError              exit 2: what was asked for is wrong, nothing was done
         ├── UnknownNameError    no such task, backbone, runtime, method ... with the nearest names
@@ -28,6 +29,10 @@ class Mp2Error(Exception):
 
 class LossError(Mp2Error):
     """A whole generation of candidates had non-finite losses."""
+
+
+class LostProcessError(Mp2Error):
+    """Another process of the same run ended, or never came."""
 
 
 class OutOfMemoryError(Mp2Error):

@@ -6,7 +6,8 @@
         model = ranks.wrap(module)         # DistributedDataParallel where there are several
 
 Several processes work on one global batch; every process holds all parameters and takes the same steps. Only
-``ranks.main`` writes files.
+``ranks.main`` writes files. Where one process ends early, the others notice by the closed connection (gloo)
+and end too, with ``LostProcessError``; the run goes on from its checkpoint when it is started again.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
 from mp2.backbone.device import resolve_device
-from mp2.errors import UsageError
+from mp2.errors import LostProcessError, UsageError
 
+JOIN_TIMEOUT = timedelta(minutes=10)  # for all processes to be there
 _TIMEOUT = timedelta(hours=2)  # the others may wait for one process to format or to score data
 _RELEASE_S = 10.0
+_RELEASE_AFTER_LOSS_S = 0.5
 _reduced: deque[weakref.ref[torch.Tensor]] = deque(maxlen=64)
 _CPU = torch.device("cpu")
 
@@ -58,9 +62,27 @@ class Ranks:
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
         _reduced.append(weakref.ref(tensor))
+        with self.together():
+            dist.all_reduce(tensor)
         return [float(x) for x in tensor.tolist()]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block in which processes exchange numbers.
+
+        Raises:
+            LostProcessError: another process ended, or did not answer in time.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not _is_loss(error):
+                raise
+            raise LostProcessError(
+                f"another of the {self.size} processes of this run ended ({_first_line(error)}); "
+                "the same command goes on from the last checkpoint"
+            ) from error
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -97,22 +119,61 @@ def joined(device: str) -> Iterator[Ranks]:
             raise UsageError(f"--device {device} with {size} processes, expected 'cuda': a GPU for each")
         where = resolve_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(where)
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    with _all_of(size):
+        store, rank, size = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
+        dist.init_process_group(
+            "nccl" if where.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=_TIMEOUT,
+        )
     try:
-        yield Ranks(dist.get_rank(), size, where)
+        yield Ranks(rank, size, where)
     except SystemExit:  # stopped by a signal, all of them at the same step
         _leave()
         raise
-    _leave()  # not after an error: the others would be waited for
+    except BaseException:  # no goodbye after an error: the others would be waited for
+        _let_go(_RELEASE_AFTER_LOSS_S)
+        raise
+    _leave()
+
+
+@contextmanager
+def _all_of(size: int) -> Iterator[None]:
+    """Say so where not all processes come."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_loss(error):
+            raise
+        raise LostProcessError(
+            f"not all of the {size} processes of this run came within {JOIN_TIMEOUT} ({_first_line(error)}); "
+            "start all of them again"
+        ) from error
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    """Whether an error says that another process is gone: gloo's are plain ``RuntimeError``."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+def _first_line(error: RuntimeError) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def _leave() -> None:
-    """Destroy the process group, once gloo's threads have let go of all tensors.
+    """Destroy the process group, once gloo's threads have let go of all tensors."""
+    _let_go(_RELEASE_S)
+    dist.destroy_process_group()
+
+
+def _let_go(seconds: float) -> None:
+    """Wait until gloo's threads have let go of all tensors, at most so long.
 
     They drop their references only some time after a call, and need the interpreter's lock for it; whoever
     frees the group waits for these threads and may hold that lock: a deadlock.
     """
-    give_up = time.monotonic() + _RELEASE_S
+    give_up = time.monotonic() + seconds
     while any(tensor() is not None for tensor in _reduced) and time.monotonic() < give_up:
         time.sleep(0.001)
-    dist.destroy_process_group()

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
+
+SAME_S = 1.0
 
 
 class StopSignals:
-    """While entered, SIGINT and SIGTERM only set ``received``; a second one acts as usual."""
+    """While entered, SIGINT and SIGTERM only set ``received``; a second one acts as usual.
+
+    What comes within a second of the first is the same one: whoever stops a group of processes tells torchrun
+    and each of its processes, and torchrun then tells them again.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._at = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -25,14 +33,21 @@ class StopSignals:
     ) -> None:
         self._restore()
 
+    def receive(self, number: int) -> None:
+        """Take a signal as received, unless there was one."""
+        if self.received is None:
+            self.received, self._at = number, time.monotonic()
+
     def leave(self) -> None:
         """Exit with the status of a process ended by the received signal, if there was one."""
         if self.received is not None:
             raise SystemExit(128 + self.received)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
+        if self.received is not None and time.monotonic() - self._at > SAME_S:
+            self._restore()
+            signal.raise_signal(number)
+        self.receive(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -16,12 +16,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import IO, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from mp2.errors import LossError, MismatchError
+from mp2.errors import LossError, LostProcessError, MismatchError
 from mp2.training.checkpoint import load_checkpoint, save_checkpoint
 from mp2.training.journal import drop_lines_after
 from mp2.training.prefetch import Prefetcher
@@ -159,18 +159,20 @@ class Trainer(ABC, Generic[T]):
 
         Raises:
             LossError: ten of them in a row.
+            LostProcessError: another process ended; nothing of this step was done.
         """
         batch = self.make_batch(self.step) if batch is None else batch
         for group, rate in zip(self.optimizer.param_groups, self.rates(), strict=True):
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(batch)
-        (loss * self.ranks.size).backward()  # type: ignore[no-untyped-call]  # DDP averages over the processes
+        with self.ranks.together():
+            loss = self.loss(batch)
+            (loss * self.ranks.size).backward()  # type: ignore[no-untyped-call]  # DDP averages over processes
         norm = float(self.clip())
         value, n_stopped = self.ranks.total(float(loss.detach()), float(self._stop.received is not None))
         self._stopping = n_stopped > 0  # all processes stop at the same step, whichever was told
-        if self._stopping and self._stop.received is None:
-            self._stop.received = signal.SIGTERM
+        if self._stopping:
+            self._stop.receive(signal.SIGTERM)
         if math.isfinite(value) and math.isfinite(norm):
             self.optimizer.step()
             self.in_a_row = 0
@@ -202,7 +204,12 @@ class Trainer(ABC, Generic[T]):
             while self.step < self.n_steps:
                 start, waited = time.perf_counter(), batches.waited_s
                 batch = batches.next()
-                value = self.train_step(batch)
+                try:
+                    value = self.train_step(batch)
+                except LostProcessError:
+                    if journal is not None:
+                        self._save_with(journal)
+                    raise
                 self.seconds += time.perf_counter() - start
                 self.waited_s += batches.waited_s - waited
                 if journal is not None:
@@ -218,13 +225,27 @@ class Trainer(ABC, Generic[T]):
                 due = time.monotonic() - last_save > self._minutes * 60 or self.step == self.n_steps
                 stopped = self._stopping or (self.ranks.size == 1 and self._stop.received is not None)
                 if journal is not None and (due or stopped):
-                    journal.flush()
-                    os.fsync(journal.fileno())
-                    self.save()
+                    self._save_with(journal)
                     last_save = time.monotonic()
                 if stopped:
-                    self.log(f"stopped at step {self.step}; the same command goes on from there")
-                    self._stop.leave()
+                    self._leave_together()
+            if self.ranks.total(float(self._stop.received is not None))[0]:  # told after the last step
+                self._leave_together()
+
+    def _save_with(self, journal: IO[str]) -> None:
+        journal.flush()
+        os.fsync(journal.fileno())
+        self.save()
+
+    def _leave_together(self) -> None:
+        """Exit by the signal that one of the processes received, once the checkpoint is whole.
+
+        torchrun ends all processes as soon as it sees that one has left.
+        """
+        self._stop.receive(signal.SIGTERM)
+        self.ranks.total(0.0)
+        self.log(f"stopped at step {self.step}; the same command goes on from there")
+        self._stop.leave()
 
     def _scalar_values(self, losses: Sequence[float]) -> dict[str, float]:
         finite = [x for x in losses if math.isfinite(x)]

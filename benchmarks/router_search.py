@@ -2,21 +2,26 @@
 
 Every method gets 100 and 200 evaluations of the few-shot training loss, the untuned router (every module
 on) the first of them, on the same problems: a task, a seed, deep (4 layers of 8 modules in ``mini``) or
-shallow (8 modules). Losses are computed once a router and kept, so that methods share them. A second table
-has the cost of suggestions at 192 dimensions (CPT-large, deep) on a synthetic function of bits.
+shallow (8 modules). A router's loss is computed once and shared by all methods, but every time that a method
+asks for it counts as an evaluation of its budget. A second table has the cost of suggestions at 192
+dimensions (CPT-large, deep) on a synthetic function of bits.
 
     python -m benchmarks.router_search --data DIR [--task NAME ...] [--seed N ...] [--minutes 3]
 
 DIR has the task folders, or ``upstream`` and ``downstream`` with them. All that is computed is kept in
-``--work`` and found again by the hash of weights, prompts and data, so that the command can be stopped
-(``--minutes`` does) and started again until it prints the tables and writes
-``benchmarks/results/router_search.json``. ``bo`` runs on the first seed of each task only: it takes longer
-than everything else together. ``--seed 8 --task lcqmc chnsent`` is a quarter of the whole.
+``--work`` and found again by the hash of weights, prompts and data (a method's results also by that of its
+code), so that the command can be stopped, at any moment or by ``--minutes``, and started again until it
+prints the tables and writes ``benchmarks/results/router_search.json``; ``--table`` makes both of what is
+there. Tasks with short text, 30 to 32 examples: tnews, with 15 labels, has 2 a label here. ``bo`` gets 100
+evaluations on the first seed of each task: it takes longer than everything else together.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import inspect
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -30,21 +35,21 @@ from benchmarks.router_tables import cost_table, quality_table
 from mp2.optimizers import BbtConfig, RouterConfig, create_router_search
 from mp2.optimizers.few_shot_problem import FewShotProblem
 from mp2.optimizers.frozen_model import FrozenModel, load_model, resolve_paths
+from mp2.optimizers.two_stage import Space
 from mp2.tasks import load_card
 
-NEVERGRAD = (
-    "NGOpt",
-    "CMA",
-    "TwoPointsDE",
-    "cGA",
-    "DiscreteOnePlusOne",
-    "PortfolioDiscreteOnePlusOne",
-    "FastGADiscreteOnePlusOne",
-)
-METHODS = ("bits", "bits without warm", "flips", "bo", *(f"nevergrad:{n}" for n in NEVERGRAD), "random")
+NEVERGRAD = ("NGOpt", "DiscreteOnePlusOne", "PortfolioDiscreteOnePlusOne", "FastGADiscreteOnePlusOne")
+METHODS = ("bits", "flips", *(f"nevergrad:{n}" for n in NEVERGRAD), "random", "bo")
 BUDGETS = (100, 200)
-TASKS = ("lcqmc", "chnsent", "cmnli", "cote_mfw")
-SEEDS = (8, 13)
+SOURCES = {  # a method's code, below mp2/optimizers: its results are of that code only
+    "bits": ("router_bits.py", "router_model.py"),
+    "flips": ("router_flips.py",),
+    "bo": ("router_bayes.py",),
+    "nevergrad": ("router_nevergrad.py",),
+    "random": (),
+}
+TASKS: dict[str, int | None] = {"lcqmc": None, "bq": None, "chnsent": None, "tnews": 2}  # shots a label
+SEEDS = (8, 13, 21)
 LARGE = (24, 8)  # layers and modules of CPT-large
 
 
@@ -61,7 +66,10 @@ class Problem:
         self._losses: dict[str, float] = {}
         self.cells: dict[str, dict[str, Any]] = {}
         for line in self.file.read_text().splitlines() if self.file.exists() else []:
-            values = json.loads(line)
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError:  # cut off when the command was killed
+                continue
             self._losses.update(values.get("losses", {}))
             self.cells.update(values.get("cells", {}))
 
@@ -88,23 +96,28 @@ class Problem:
 
     def _keep(self, values: dict[str, Any]) -> None:
         with self.file.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write("\n" + json.dumps(values) + "\n")
+
+
+def code_of(method: str) -> str:
+    """Hash of the method's source files."""
+    folder = Path(inspect.getfile(create_router_search)).parent
+    names = ("router_search.py", "routers.py") if method == "random" else SOURCES[method.partition(":")[0]]
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()[:8]
 
 
 def search(
     method: str,
-    shape: tuple[int, int],
+    space: Space,
     iterations: int,
-    warm: np.ndarray,
     losses_of: Callable[[np.ndarray], np.ndarray],
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Routers [n, L', K] in the order they were met, their losses [n], CPU seconds of the method itself."""
-    if method == "bits without warm":
-        method, warm = "bits", warm[:0]
+    shape = (space.n_layers, space.n_modules)
     started = time.process_time()
     rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(2)[0])
-    found = create_router_search(method, shape, iterations, warm, rng)
+    found = create_router_search(method, shape, iterations, space.warm, rng, space.modules())
     spent = time.process_time() - started
     routers = [np.ones((1, *shape), dtype=bool)]
     losses = [losses_of(routers[0])]
@@ -120,23 +133,23 @@ def search(
     return np.concatenate(routers), np.concatenate(losses), spent
 
 
+def cell_key(method: str, budget: int) -> str:
+    """What a result is kept under."""
+    return f"{method} {budget} {code_of(method)}"
+
+
 def run_cells(problem: Problem, seed: int, methods: list[str], over: Callable[[], bool]) -> bool:
     """Run what is missing; false if the time was over before that."""
     for method in methods:
-        for budget in BUDGETS:
-            key = f"{method} {budget}"
-            if key in problem.cells:
+        for budget in BUDGETS[: 1 if method == "bo" else None]:
+            if cell_key(method, budget) in problem.cells:
                 continue
             if over():
                 return False
-            free = method in ("bo", "random")  # they do not know the budget: the longest run has the others
-            routers, losses, spent = search(
-                method, problem.shape, BUDGETS[-1] if free else budget, problem.space.warm, problem, seed
-            )
-            for n in BUDGETS if free else (budget,):
-                best = int(np.argmin(losses[:n]))
-                values = {"loss": float(losses[best]), "seconds": spent, "asked": len(losses)}
-                problem.keep_cell(f"{method} {n}", values | problem.dev(routers[best]))
+            routers, losses, spent = search(method, problem.space, budget, problem, seed)
+            best = int(np.argmin(losses))
+            values = {"loss": float(losses[best]), "seconds": spent, "asked": len(losses)}
+            problem.keep_cell(cell_key(method, budget), values | problem.dev(routers[best]))
     return True
 
 
@@ -150,24 +163,31 @@ def run_exhaustive(problem: Problem) -> None:
         problem.keep_cell("exhaustive", {"loss": float(losses[best])} | problem.dev(routers[best]))
 
 
-def suggestion_cost(
-    method: str, n_bits_shape: tuple[int, int] = LARGE, iterations: int = 100
-) -> dict[str, Any]:
-    """CPU seconds of suggestions alone, in all and each; of ``bo`` from a few at growing histories."""
+def suggestion_cost(method: str) -> dict[str, Any]:
+    """CPU seconds of 100 suggestions at 192 bits; of ``bo`` from one at each of a few histories."""
     rng = np.random.default_rng(0)
-    hidden, weights = rng.random(n_bits_shape) < 0.5, rng.gamma(1.0, 1.0, n_bits_shape)
-    warm = rng.random((20, *n_bits_shape)) < 0.5
+    hidden, weights = rng.random(LARGE) < 0.5, rng.gamma(1.0, 1.0, LARGE)
+    modules = rng.normal(size=(*LARGE, 300)).astype(np.float32)
+    iterations = BUDGETS[0]
+    space = Space(
+        kind="deep",
+        n_layers=LARGE[0],
+        n_modules=LARGE[1],
+        n_dims=modules.shape[-1],
+        fuse=lambda router: np.einsum("lk,lkd->ld", router.astype(np.float32), modules) / LARGE[1],
+        warm=rng.random((20, *LARGE)) < 0.5,
+    )
 
     def losses_of(routers: np.ndarray) -> np.ndarray:
         return np.asarray(((routers != hidden) * weights).mean((1, 2)))
 
     if method != "bo":
-        _, losses, spent = search(method, n_bits_shape, iterations, warm, losses_of, 0)
+        _, losses, spent = search(method, space, iterations, losses_of, 0)
         return {"method": method, "seconds": spent, "each": spent / (iterations - 1), "loss": losses.min()}
     points, each = (20, 60, 100), []
     for n in points:
-        found = create_router_search("bo", n_bits_shape, iterations, warm, np.random.default_rng(0))
-        routers = np.asarray(rng.random((n, *n_bits_shape)) < 0.5)
+        found = create_router_search("bo", LARGE, iterations, space.warm, np.random.default_rng(0))
+        routers = np.asarray(rng.random((n, *LARGE)) < 0.5)
         found.ask(20)
         found.tell(routers, losses_of(routers))
         started = time.process_time()
@@ -202,45 +222,49 @@ def main() -> None:
     parser.add_argument("--prompts", help="deep prompts; shallow ones have a run of their own (--kind)")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after these; start again to go on")
+    parser.add_argument("--table", action="store_true", help="run nothing; tables and JSON of what is there")
     parser.add_argument("--work", type=Path, default=Path("runs/router_search"))
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
+
+    def over() -> bool:
+        return args.table or time.monotonic() - started > 60 * args.minutes
+
     rows: list[dict[str, Any]] = []
     complete = True
-    for kind in args.kind:
-        model: FrozenModel | None = None
-        for task in args.task:
-            for seed in args.seed:
-                config = resolve_paths(
-                    BbtConfig(
-                        task=task,
-                        data=str(find_data(args.data, task)),
-                        backbone=args.backbone,
-                        prompts=args.prompts,
-                        kind=kind,
-                        router=RouterConfig(),
-                        seed=seed,
-                        max_tokens=args.max_tokens,
-                        threads=1,
-                    )
-                )
-                model = model or load_model(config)
-                problem = Problem(config, model, args.work)
-                if kind == "shallow":
-                    run_exhaustive(problem)
-                methods = [m for m in args.method if m != "bo" or seed == args.seed[0]]
-                done = run_cells(
-                    problem, seed, methods, lambda: time.monotonic() - started > 60 * args.minutes
-                )
-                complete = complete and done
-                rows += [
-                    {"kind": kind, "task": task, "seed": seed, "cell": cell, **values}
-                    for cell, values in problem.cells.items()
-                ]
-    if not complete:
+    models: dict[str, FrozenModel] = {}
+    for seed, task, kind in itertools.product(args.seed, args.task, args.kind):
+        config = resolve_paths(
+            BbtConfig(
+                task=task,
+                data=str(find_data(args.data, task)),
+                backbone=args.backbone,
+                prompts=args.prompts,
+                kind=kind,
+                router=RouterConfig(),
+                seed=seed,
+                shots=TASKS.get(task),
+                max_tokens=args.max_tokens,
+                threads=1,
+            )
+        )
+        models[kind] = models.get(kind) or load_model(config)
+        problem = Problem(config, models[kind], args.work)
+        if kind == "shallow" and not over():
+            run_exhaustive(problem)
+        methods = [m for m in args.method if m != "bo" or seed == args.seed[0]]
+        complete = run_cells(problem, seed, methods, over) and complete
+        wanted = {cell_key(m, budget): f"{m} {budget}" for m in methods for budget in BUDGETS}
+        wanted["exhaustive"] = "exhaustive"
+        rows += [
+            {"kind": kind, "task": task, "seed": seed, "cell": wanted[cell], **values}
+            for cell, values in problem.cells.items()
+            if cell in wanted
+        ]
+    if not complete and not args.table:
         raise SystemExit(f"time is over with {len(rows)} cells done; start the command again to go on")
-    costs = [suggestion_cost(method) for method in args.method if method != "bits without warm"]
+    costs = [suggestion_cost(method) for method in args.method]
     print(quality_table(rows))
     print(cost_table(costs))
     print("written:", save("router_search", [{"cells": rows, "suggestion_cost_192": costs}]))

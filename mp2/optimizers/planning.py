@@ -204,7 +204,9 @@ def _stage_one(problem: FewShotProblem, iterations: int) -> tuple[tuple[int, ...
     shape = (space.n_layers, space.n_modules)
     rng = np.random.default_rng(0)
     with one_blas_thread():
-        search = create_router_search(config.router.method, shape, iterations, space.warm, rng)
+        search = create_router_search(
+            config.router.method, shape, iterations, space.warm, rng, space.modules()
+        )
         search.tell(np.ones((1, *shape), dtype=bool), np.ones(1))
         sizes, done, spent = [1], 1, 0.0
         while done < iterations:

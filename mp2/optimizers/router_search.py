@@ -7,7 +7,10 @@ keeps the best. All of them are deterministic given their generator.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from mp2.errors import UnknownNameError, UsageError
 from mp2.optimizers.routers import Losses, Routers, RouterSearch
@@ -65,7 +68,12 @@ def check_method(method: str) -> str:
 
 
 def create_router_search(
-    method: str, shape: tuple[int, int], iterations: int, warm: Routers, rng: np.random.Generator
+    method: str,
+    shape: tuple[int, int],
+    iterations: int,
+    warm: Routers,
+    rng: np.random.Generator,
+    modules: NDArray[Any] | None = None,
 ) -> RouterSearch:
     """The named search.
 
@@ -75,12 +83,14 @@ def create_router_search(
         iterations: how many candidates it will be asked for in all.
         warm: hard routers of the pre-training tasks [n_tasks, L', K]; ``bits`` and ``flips`` use them.
         rng: the method's own generator.
+        modules: intrinsic prompts [L', K, d], from which ``bits`` knows what routers have in common; None: a
+            router is only its bits.
     """
     method = check_method(method)
     if method == "bits":
         from mp2.optimizers.router_bits import BitsSearch
 
-        return BitsSearch(shape, iterations, warm, rng)
+        return BitsSearch(shape, iterations, warm, rng, modules)
     if method == "flips":
         from mp2.optimizers.router_flips import FlipSearch
 

@@ -66,6 +66,11 @@ class Space:
     fuse: Callable[[Routers], Prompt]  # router [L', K] -> z [L', d], eq. 1
     warm: Routers  # [n_tasks, L', K]
 
+    def modules(self) -> Prompt:
+        """Intrinsic prompts [L', K, d], up to a factor: what a router with one module on fuses."""
+        ones = np.eye(self.n_modules, dtype=bool)[:, None, :].repeat(self.n_layers, 1)  # [K, L', K]
+        return np.stack([self.fuse(router) for router in ones], 1)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -158,7 +163,12 @@ class TwoStage:
         if not self._config.router_only and self._stage1_iters < self._config.iters:
             import_cma()
         return create_router_search(
-            self._config.router.method, self._shape, self._stage1_iters, self._space.warm, rng
+            self._config.router.method,
+            self._shape,
+            self._stage1_iters,
+            self._space.warm,
+            rng,
+            self._space.modules(),
         )
 
     def _evaluate_routers(self, routers: Routers, suggest_s: float) -> NDArray[np.float64]:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mp2.errors import UnknownNameError, UsageError
+from mp2.optimizers.router_model import RouterModel, coordinates, fit_relevance, scaled
 from mp2.optimizers.router_search import (
     Routers,
     check_method,
@@ -171,7 +172,7 @@ def test_the_model_of_bits_finds_what_single_flips_do_not() -> None:
 def test_expected_improvement_matches_brute_force() -> None:
     from scipy.stats import norm
 
-    from mp2.optimizers.router_bits import _log_improvement
+    from mp2.optimizers.router_model import _log_improvement
 
     z = np.array([-30.0, -24.9, -6.0, -1.0, 0.0, 2.0, 9.0])
     direct = np.log(z[2:] * norm.cdf(z[2:]) + norm.pdf(z[2:]))
@@ -179,12 +180,123 @@ def test_expected_improvement_matches_brute_force() -> None:
     assert np.allclose(_log_improvement(z)[:2], norm.logpdf(z[:2]) - np.log(z[:2] ** 2), rtol=1e-3)
 
 
-def test_worth_of_flips_is_the_worth_of_the_neighbours() -> None:
-    from mp2.optimizers.router_bits import _Model
+class FusedPrompt:
+    """Loss of the fused prompts of 4 layers: modules are nearly multiples of one vector a layer."""
 
+    shape = (4, 8)
+
+    def __init__(self, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        along = rng.normal(size=(4, 8, 1)) * rng.normal(size=(4, 1, 6))
+        self.modules = along + 0.02 * rng.normal(size=(4, 8, 6))
+        self.target = self._fused(rng.random((1, 4, 8)) < 0.5)[0]
+        self.steep = np.array([0.1, 1.0, 0.3, 3.0])[:, None]
+
+    def __call__(self, routers: Routers) -> np.ndarray:
+        gap = (self._fused(routers) - self.target) * self.steep
+        return np.asarray(0.7 + np.tanh((gap**2).sum((1, 2)) / 4))
+
+    def _fused(self, routers: Routers) -> np.ndarray:
+        return np.asarray(np.einsum("plk,lkd->pld", routers.astype(float), self.modules) / 2)
+
+
+def bits_on(problem: FusedPrompt, modules: np.ndarray | None, seed: int) -> float:
+    rng = np.random.default_rng(seed)
+    no_tasks = np.zeros((0, 4, 8), dtype=bool)
+    found = create_router_search("bits", problem.shape, 60, no_tasks, rng, modules)
+    routers, losses = np.ones((1, 4, 8), dtype=bool), np.zeros(0)
+    while len(losses) < 60:
+        new = problem(routers)
+        found.tell(routers, new)
+        losses = np.append(losses, new)
+        routers = found.ask(60 - len(losses))
+    return float(losses.min())
+
+
+def test_bits_do_better_when_they_know_the_modules() -> None:
+    problems = [FusedPrompt(seed) for seed in range(5)]
+    known = np.mean([bits_on(p, p.modules, i) for i, p in enumerate(problems)]) - 0.7
+    unknown = np.mean([bits_on(p, None, i) for i, p in enumerate(problems)]) - 0.7
+    assert known < 0.6 * unknown, (known, unknown)
+
+
+def random_model(n: int = 12) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, RouterModel]:
+    """Routers [n, 6], losses, modules [2, 3, 4], log relevance [2] and their model."""
     rng = np.random.default_rng(0)
-    signs = rng.choice([-1.0, 1.0], (12, 7))
-    model = _Model.of(signs, rng.normal(size=12), 0.3, 2.0)
-    x = rng.choice([-1.0, 1.0], 7)
-    neighbours = np.where(np.eye(7, dtype=bool), -x, x)
-    assert np.allclose(model.worth_of_flips(x), model.worth(neighbours))
+    routers, losses, modules = rng.random((n, 6)) < 0.5, rng.normal(size=n), rng.normal(size=(2, 3, 4))
+    relevance = np.array([-0.5, -2.0])
+    return (
+        routers,
+        losses,
+        modules,
+        relevance,
+        RouterModel(routers, losses, scaled(coordinates(modules), relevance)),
+    )
+
+
+def covariance(a: np.ndarray, b: np.ndarray, modules: np.ndarray, relevance: np.ndarray) -> float:
+    """exp(-sum of s_l times squared distance) of two routers [6], straight from the fused prompts."""
+    total = 0.0
+    for layer, (z, log_s) in enumerate(zip(modules, relevance, strict=True)):
+        differ = a.reshape(2, 3)[layer].astype(float) - b.reshape(2, 3)[layer]
+        unit = (z**2).sum() / len(z)
+        total += np.exp(log_s) * (0.95 * ((differ @ z) ** 2).sum() / unit + 0.05 * np.abs(differ).sum())
+    return float(np.exp(-total))
+
+
+def test_worth_matches_a_gaussian_process_written_out() -> None:
+    from scipy.stats import norm
+
+    routers, losses, modules, relevance, model = random_model()
+    x = np.random.default_rng(1).random(6) < 0.5
+    kernel = np.array([[covariance(a, b, modules, relevance) for b in routers] for a in routers])
+    kernel += 1e-3 * np.eye(len(kernel))
+    near = np.array([covariance(x, b, modules, relevance) for b in routers])
+    mean = near @ np.linalg.solve(kernel, losses)
+    scale = losses @ np.linalg.solve(kernel, losses) / len(losses)
+    deviation = np.sqrt(scale * (1 - near @ np.linalg.solve(kernel, near)))
+    z = (losses.min() - mean) / deviation
+    assert np.isclose(model.worth(x[None])[0], np.log(deviation * (z * norm.cdf(z) + norm.pdf(z))))
+
+
+def test_worth_of_flips_is_the_worth_of_the_neighbours() -> None:
+    *_, model = random_model()
+    x = np.random.default_rng(1).random(6) < 0.5
+    assert np.allclose(model.worth_of_flips(x), model.worth(x ^ np.eye(6, dtype=bool)))
+
+
+def test_a_model_that_is_told_what_it_expects_expects_the_same() -> None:
+    routers, _, modules, relevance, model = random_model()
+    x = np.random.default_rng(1).random(6) < 0.5
+    more = model.with_expected(x)
+    assert len(more._losses) == len(routers) + 1
+    expected = np.array([covariance(x, b, modules, relevance) for b in routers]) @ model._weights
+    assert np.isclose(more._losses[-1], expected)
+    assert more.worth(x[None])[0] < model.worth(x[None])[0]
+
+
+def test_the_relevant_layer_is_found() -> None:
+    rng = np.random.default_rng(0)
+    points = (rng.random((40, 3, 8)) < 0.5).astype(float)
+    losses = np.sin(points[:, 1] @ rng.normal(size=8))
+    found = fit_relevance(points, (losses - losses.mean()) / losses.std(), None, 30)
+    assert found[1] > max(found[0], found[2]) + 1
+
+
+def test_relevance_climbs_the_likelihood_by_its_gradient() -> None:
+    """No step of a finite-difference search around the optimum is better."""
+    from scipy.stats import multivariate_normal
+
+    rng = np.random.default_rng(3)
+    points, losses = (rng.random((15, 2, 4)) < 0.5).astype(float), rng.normal(size=15)
+
+    def posterior(log_s: np.ndarray) -> float:
+        gaps = ((points[:, None] - points[None]) ** 2).sum(-1)
+        kernel = np.exp(-(gaps * np.exp(log_s)).sum(-1)) + 1e-3 * np.eye(15)
+        variance = losses @ np.linalg.solve(kernel, losses) / 15
+        prior = ((log_s - np.log(2 / 8)) ** 2).sum() / 2 / 1.5**2
+        return float(multivariate_normal.logpdf(losses, cov=variance * kernel) - prior)
+
+    found = fit_relevance(points, losses, None, 60)
+    for step in (*np.eye(2), *-np.eye(2)):
+        assert posterior(found) > posterior(found + 0.3 * step)

@@ -142,8 +142,8 @@ def compute(args: argparse.Namespace) -> None:
     shared |= {"upstream_tasks": list(args.upstream_tasks), "weights": {"backbone": backbone.sha256}}
     claim_folder(args.work, shared)
     where_from = provenance()
-    for task in args.tasks:
-        for seed in args.seeds:
+    for seed in args.seeds:
+        for task in args.tasks:
             for method in args.methods:
                 if cell_file(args.work, method, task, seed).exists():
                     continue

@@ -52,7 +52,7 @@ METHODS = (
     *("deep-inline", "bbtv2-inline", "gradient-inline", "gradient-scratch-inline"),
 )
 PAPER_EPOCHS = 1000
-SCRATCH_LR = 1e-2  # of prompt tuning; the paper's rates are for prompts that are nearly right already
+SCRATCH_LR = 1e-3  # of prompt tuning, for as many; the paper's 2e-5 is for prompts that are nearly right
 SCRATCH_ALPHA = 0.1  # its first prompts' standard deviation, in that of the layer's hidden states
 
 
@@ -164,10 +164,10 @@ class Lab:
                     return resume_run(run)
             return start_run(config, folder, model=model)
         first = TuneConfig(run=config, epochs=self.settings.epochs)
-        if "scratch" in method:
-            tuned = replace(first, router_epochs=0, prompt_lr=SCRATCH_LR)
-            return start_tune(tuned, folder, model=model)
         scale = PAPER_EPOCHS / first.epochs  # fewer epochs, larger steps: Adam can go as far as in the paper
+        if "scratch" in method:
+            tuned = replace(first, router_epochs=0, prompt_lr=SCRATCH_LR * scale)
+            return start_tune(tuned, folder, model=model)
         router_lr, prompt_lr = (rate * scale for rate in first.rates(model.kind))
         return start_tune(replace(first, router_lr=router_lr, prompt_lr=prompt_lr), folder, model=model)
 

@@ -19,7 +19,9 @@ from typing import Any
 LIMIT_S = 120.0  # a run takes two seconds or so; one that hangs is killed and fails
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["mp2.cli", "mp2.training", "torch.utils.tensorboard", "matplotlib.figure"])
+_CONTEXT.set_forkserver_preload(
+    ["mp2.cli", "mp2.training", "torch._dynamo", "torch.utils.tensorboard", "matplotlib.backends.backend_agg"]
+)
 
 
 @dataclass(frozen=True)

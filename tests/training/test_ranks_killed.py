@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,7 @@ import pytest
 from safetensors import safe_open
 
 from mp2.backbone import save_backbone
-from training.rank_processes import Moment, RankProcesses
+from training.rank_processes import LIMIT_S, Moment, RankProcesses
 from training.toy_tasks import lively_backbone, write_tasks
 
 STEPS = 12
@@ -156,3 +160,36 @@ def test_a_process_that_never_comes_is_waited_for_only_so_long(world: Path, tmp_
     assert statuses == [1, -KILL]
     assert "not all of the 2 processes of this run came within 0:00:02" in outputs[0].splitlines()[-1]
     assert "Traceback" not in outputs[0]
+
+
+def test_sigterm_to_torchrun_stops_the_run_with_a_whole_checkpoint(
+    world: Path, unbroken: dict[str, list[bytes]], tmp_path: Path
+) -> None:
+    endless = [str(a) for a in arguments(world, "pretrain", tmp_path, "--steps", 1_000_000)]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*run, "-m", "mp2.cli", *endless],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    journal, end = tmp_path / JOURNALS["pretrain"], time.monotonic() + LIMIT_S
+    try:
+        while not (journal.is_file() and journal.read_bytes().count(b"\n") >= 3):
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        process.terminate()
+        output = process.communicate(timeout=LIMIT_S)[0]
+    finally:
+        if process.poll() is None:
+            process.terminate()  # torchrun ends its processes
+            process.wait(LIMIT_S)
+    step, lines = steps("pretrain", tmp_path)
+    assert process.returncode != 0
+    assert f"stopped at step {step}; the same command goes on from there" in output
+    assert step == lines >= 3
+    n_both = min(step, STEPS)
+    expected = unbroken["pretrain"][0].splitlines()[:n_both]
+    assert journal.read_bytes().splitlines()[:n_both] == expected

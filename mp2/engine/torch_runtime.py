@@ -11,6 +11,7 @@ from mp2.backbone import Backbone, Layer, resolve_device
 from mp2.engine.attention import attend, attend_shared_text
 from mp2.engine.linear import FastLinear
 from mp2.engine.runtime import Prefix
+from mp2.engine.second_half import SecondHalf, make_second_half
 from mp2.errors import UnknownNameError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -26,6 +27,7 @@ class _Layer:
     output: FastLinear
     attention_norm: tuple[torch.Tensor, torch.Tensor]
     output_norm: tuple[torch.Tensor, torch.Tensor]
+    second_half: SecondHalf | None  # all after attention in one
 
 
 class TorchRuntime:
@@ -77,12 +79,18 @@ class TorchRuntime:
         qkv = layer.qkv(x).view(hidden.shape[0], n, t, 3, config.n_heads, config.head_size)
         if prefix is not None:
             prefix = (prefix[0].to(self._dtype), prefix[1].to(self._dtype))
+        shared = False
         if prefix is not None and hidden.shape[0] == 1 and prefix[0].shape[0] > 1:
+            shared = True
             context = attend_shared_text(qkv[0], mask, prefix)
+        else:
+            context = attend(qkv, mask, prefix)
+        if layer.second_half is not None:
+            return layer.second_half(context.reshape(-1, width), x).view(-1, n, t, width)
+        if shared:
             y = layer.attention_output(context.reshape(-1, width)).view(-1, n, t, width).add_(hidden)
             y = y.view(-1, width)
         else:
-            context = attend(qkv, mask, prefix)
             y = layer.attention_output.plus(context.reshape(-1, width), x)
         y = self._norm(y, layer.attention_norm)
         y = self._norm(
@@ -114,6 +122,7 @@ class TorchRuntime:
             module = getattr(source, name)
             return place(module.weight), place(module.bias)
 
+        exact = self._dtype == torch.float32 and torch.device(self.device).type == "cpu"
         parts = [source.query, source.key, source.value]
         self._layers[index] = _Layer(
             qkv=FastLinear(
@@ -125,5 +134,10 @@ class TorchRuntime:
             output=linear("output"),
             attention_norm=norm("attention_norm"),
             output_norm=norm("output_norm"),
+            second_half=(
+                make_second_half(source, self._config.activation, self._config.layer_norm_eps)
+                if exact
+                else None
+            ),
         )
         return self._layers[index]

@@ -25,7 +25,7 @@ _FLAGS = (
 )
 _TIMEOUT_S = 120
 _HERE = Path(__file__).parent
-_SOURCES = ("attention.c", "int8.c")
+_SOURCES = ("attention.c", "dense.c", "int8.c")
 _HEADERS = ("vector_math.h",)
 
 

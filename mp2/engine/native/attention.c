@@ -15,43 +15,76 @@
 #endif
 #define ROWS 6
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t lane_mask __attribute__((vector_size(4 * LANES), aligned(4)));
+#define NOTHING -1e30f /* the score of a key that is not there */
 
 struct heads { /* keys or values of one head: row r at at + r * stride */
     const float *at;
     long stride;
 };
 
+typedef float quad __attribute__((vector_size(16), aligned(4)));
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef int32_t quad_index __attribute__((vector_size(16)));
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (quad_index){i, j, k, l})
+#endif
+
+/* kt[j * width + r] = row[r][j] for four rows and all j < d; d must be a multiple of 4 */
+static inline void transpose(const float *const *row, long d, long width, float *RESTRICT kt) {
+    for (long j = 0; j < d; j += 4) {
+        quad a = *(const quad *)(row[0] + j), b = *(const quad *)(row[1] + j);
+        quad c = *(const quad *)(row[2] + j), e = *(const quad *)(row[3] + j);
+        quad ab = SHUFFLE(a, b, 0, 4, 1, 5), ab2 = SHUFFLE(a, b, 2, 6, 3, 7);
+        quad ce = SHUFFLE(c, e, 0, 4, 1, 5), ce2 = SHUFFLE(c, e, 2, 6, 3, 7);
+        *(quad *)(kt + j * width) = SHUFFLE(ab, ce, 0, 1, 4, 5);
+        *(quad *)(kt + (j + 1) * width) = SHUFFLE(ab, ce, 2, 3, 6, 7);
+        *(quad *)(kt + (j + 2) * width) = SHUFFLE(ab2, ce2, 0, 1, 4, 5);
+        *(quad *)(kt + (j + 3) * width) = SHUFFLE(ab2, ce2, 2, 3, 6, 7);
+    }
+}
+
 /* kt [d, width] and v [n, dv] from n rows; returns the rows taken, which are those with mask[r] != 0 */
 static long pack(struct heads k, struct heads v, const uint8_t *mask, long n, long first, long d, long dv,
                  long width, float *RESTRICT kt, float *RESTRICT vs) {
-    long to = first;
+    long to = first, whole = d / 4 * 4;
+    int held = 0;
+    const float *row[4];
     for (long r = 0; r < n; r++) {
         if (mask && !mask[r]) continue;
-        const float *RESTRICT key = k.at + r * k.stride, *RESTRICT value = v.at + r * v.stride;
-        for (long j = 0; j < d; j++) kt[j * width + to] = key[j];
+        const float *RESTRICT value = v.at + r * v.stride;
         for (long j = 0; j < d; j++) vs[to * dv + j] = value[j];
+        row[held++] = k.at + r * k.stride;
         to++;
+        if (held < 4) continue;
+        transpose(row, whole, width, kt + to - 4);
+        for (long j = whole; j < d; j++)
+            for (int i = 0; i < 4; i++) kt[j * width + to - 4 + i] = row[i][j];
+        held = 0;
     }
+    for (int i = 0; i < held; i++)
+        for (long j = 0; j < d; j++) kt[j * width + to - held + i] = row[i][j];
     return to;
 }
 
-/* score[r][s] = query[r] . key[s] for ROWS queries */
-static inline void scores(const float (*RESTRICT query)[128], const float *RESTRICT kt, long d, long width,
-                          float *RESTRICT score) {
-    for (long s = 0; s < width; s += 2 * LANES) {
-        vec sum[ROWS][2] = {{{0}}};
-        for (long j = 0; j < d; j++) {
-            vec a = *(const vec *)(kt + j * width + s), b = *(const vec *)(kt + j * width + s + LANES);
-            for (int r = 0; r < ROWS; r++) {
-                sum[r][0] += query[r][j] * a;
-                sum[r][1] += query[r][j] * b;
-            }
-        }
-        for (int r = 0; r < ROWS; r++) {
-            *(vec *)(score + r * width + s) = sum[r][0];
-            *(vec *)(score + r * width + s + LANES) = sum[r][1];
-        }
+/* score[r][s] = query[r] . key[s] for ROWS queries and `wide` times LANES keys */
+#define SCORES(wide)                                                                                        \
+    {                                                                                                       \
+        vec sum[ROWS][wide] = {{{0}}};                                                                      \
+        for (long j = 0; j < d; j++)                                                                        \
+            for (int w = 0; w < wide; w++) {                                                                \
+                vec a = *(const vec *)(kt + j * width + s + w * LANES);                                     \
+                for (int r = 0; r < ROWS; r++) sum[r][w] += query[r][j] * a;                                \
+            }                                                                                               \
+        for (int r = 0; r < ROWS; r++)                                                                      \
+            for (int w = 0; w < wide; w++) *(vec *)(score + r * width + s + w * LANES) = sum[r][w];         \
     }
+static inline void scores(const float (*RESTRICT query)[128], const float *RESTRICT kt, long d, long count,
+                          long width, float *RESTRICT score) {
+    long s = 0;
+    for (; s + 2 * LANES <= count; s += 2 * LANES) SCORES(2)
+    for (; s < count; s += LANES) SCORES(1)
 }
 
 /* mixed[r] = sum over s of weight[r][s] value[s]; 2 * LANES columns at a time */
@@ -73,7 +106,7 @@ static inline void mix(const float *RESTRICT weight, const float *RESTRICT vs, l
     }
 }
 
-/* exp(score - top) into score, returns the sum; a NaN spoils it */
+/* exp(score - top) into score, returns the sum; a NaN spoils it. Here and below n is a multiple of LANES. */
 static inline float exponentials(float *RESTRICT score, long n, float top) {
     float sum = 0.0f;
     for (long s = 0; s < n; s++) {
@@ -85,14 +118,16 @@ static inline float exponentials(float *RESTRICT score, long n, float top) {
 
 static inline float largest(const float *RESTRICT score, long n) {
     float lanes[LANES];
-    for (int j = 0; j < LANES; j++) lanes[j] = -3e38f;
-    long s = 0;
-    for (; s + LANES <= n; s += LANES)
-        for (int j = 0; j < LANES; j++) lanes[j] = score[s + j] > lanes[j] ? score[s + j] : lanes[j];
-    float top = -3e38f;
-    for (; s < n; s++) top = score[s] > top ? score[s] : top;
-    for (int j = 0; j < LANES; j++) top = lanes[j] > top ? lanes[j] : top;
-    return top;
+    vec top = *(const vec *)score;
+    for (long s = LANES; s < n; s += LANES) {
+        vec next = *(const vec *)(score + s);
+        lane_mask larger = next > top;
+        top = (vec)((larger & (lane_mask)next) | (~larger & (lane_mask)top));
+    }
+    *(vec *)lanes = top;
+    for (int half = LANES / 2; half; half /= 2)
+        for (int j = 0; j < half; j++) lanes[j] = lanes[j] > lanes[j + half] ? lanes[j] : lanes[j + half];
+    return lanes[0];
 }
 
 /* qkv [P or 1, N, T, 3, h, d]; keys, values [P or 1, N or 1, h, m, d] (m may be 0); mask [N, T] or NULL;
@@ -102,7 +137,8 @@ static inline float largest(const float *RESTRICT score, long n) {
 int mp2_attend(const float *qkv, int shared_qkv, const float *keys, const float *values, int shared_p, int shared_n,
                const uint8_t *mask, const float *text, const float *text_lse, float *out, float *lse_out, long p,
                long n, long t, long h, long d, long m, int threads) {
-    long most = m + (text ? 0 : t), width = (most + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
+    /* an odd number of cache lines: columns of keys then lie in different sets of the nearest cache */
+    long most = m + (text ? 0 : t), width = ((most + 15) / 16 | 1) * 16;
     long dv = (d + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
     float factor = 1.0f / sqrtf((float)d);
     int failed = 0;
@@ -116,15 +152,19 @@ int mp2_attend(const float *qkv, int shared_qkv, const float *keys, const float 
 #pragma omp barrier
         if (!failed) {
             float *kt = room, *vs = kt + width * d, *score = vs + width * dv;
+            long packed = -1;
 #pragma omp for schedule(static)
-            for (long item = 0; item < p * n * h; item++) {
-                long ip = item / (n * h), in = item / h % n, ih = item % h;
+            for (long item = 0; item < p * n * h; item++) { /* neighbours share their prefix, which stays packed */
+                long ih = item / (p * n), ip = item / n % p, in = item % n;
                 long row = 3 * h * d, prefix = (((shared_p ? 0 : ip) * (shared_n ? 1 : n) + (shared_n ? 0 : in)) * h + ih) * m * d;
                 const float *q = qkv + ((shared_qkv ? 0 : ip) * n + in) * t * row + ih * d;
                 struct heads pk = {keys + prefix, d}, pv = {values + prefix, d};
                 struct heads tk = {q + h * d, row}, tv = {q + 2 * h * d, row};
-                long count = pack(pk, pv, NULL, m, 0, d, dv, width, kt, vs);
+                if (prefix != packed) pack(pk, pv, NULL, m, 0, d, dv, width, kt, vs);
+                packed = prefix;
+                long count = m;
                 if (!text) count = pack(tk, tv, mask ? mask + in * t : NULL, t, count, d, dv, width, kt, vs);
+                long padded = (count + LANES - 1) / LANES * LANES;
                 for (long first = 0; first < t; first += ROWS) {
                     float query[ROWS][128], mixed[ROWS][128];
                     long rows = t - first < ROWS ? t - first : ROWS;
@@ -132,13 +172,15 @@ int mp2_attend(const float *qkv, int shared_qkv, const float *keys, const float 
                         const float *RESTRICT from = q + (first + (r < rows ? r : rows - 1)) * row;
                         for (long j = 0; j < d; j++) query[r][j] = from[j] * factor;
                     }
-                    scores((const float(*)[128])query, kt, d, width, score);
+                    scores((const float(*)[128])query, kt, d, padded, width, score);
+                    for (long r = 0; r < rows; r++)
+                        for (long s = count; s < padded; s++) score[r * width + s] = NOTHING;
                     float inverse[ROWS], rest[ROWS];
                     for (long r = 0; r < rows; r++) {
                         long at = (in * t + first + r) * h + ih;
-                        float top = largest(score + r * width, count);
+                        float top = padded ? largest(score + r * width, padded) : NOTHING;
                         if (text && text_lse[at] > top) top = text_lse[at];
-                        float sum = exponentials(score + r * width, count, top);
+                        float sum = exponentials(score + r * width, padded, top);
                         rest[r] = text ? expf(text_lse[at] - top) : 0.0f;
                         sum += rest[r];
                         inverse[r] = 1.0f / sum;

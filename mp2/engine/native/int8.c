@@ -13,26 +13,6 @@
 
 #define MAX_ROW 16384
 
-/* x Phi(x); erf by Abramowitz and Stegun 7.1.26, absolute error 1.5e-7 */
-static inline float gelu_erf(float x) {
-    float a = fabsf(x) * 0.70710678f;
-    float t = 1.0f / (1.0f + 0.3275911f * a);
-    float p = 1.061405429f;
-    p = p * t - 1.453152027f;
-    p = p * t + 1.421413741f;
-    p = p * t - 0.284496736f;
-    p = p * t + 0.254829592f;
-    float erfc = p * t * exp_negative(-a * a);
-    return 0.5f * (x < 0.0f ? x * erfc : x * (2.0f - erfc));
-}
-
-static inline float gelu_tanh(float x) {
-    float u = 0.79788456f * (x + 0.044715f * x * x * x);
-    float e = exp_negative(-2.0f * fabsf(u)); /* tanh|u| = (1 - e) / (1 + e) */
-    float tanh_u = (1.0f - e) / (1.0f + e);
-    return 0.5f * x * (1.0f + (u < 0.0f ? -tanh_u : tanh_u));
-}
-
 /* q, scale of row d [k]; d is scratch */
 static inline float quantise(const float *RESTRICT d, int8_t *RESTRICT q, long k) {
     int32_t largest = 0;

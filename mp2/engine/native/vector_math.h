@@ -1,4 +1,4 @@
-/* What the kernels share: bits of floats and an exponential that compilers vectorise. */
+/* What the kernels share: bits of floats, an exponential and GELU that compilers vectorise. */
 #ifndef MP2_VECTOR_MATH_H
 #define MP2_VECTOR_MATH_H
 #include <math.h>
@@ -24,5 +24,33 @@ static inline float exp_negative(float x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     return p * from_bits(((int32_t)k + 127) << 23);
+}
+/* x Phi(x); erf as a rational function on [-4, 4], absolute error about 1e-7 */
+static inline float gelu_erf(float x) {
+    float t = x * 0.70710678f;
+    t = t > 4.0f ? 4.0f : t;
+    t = t < -4.0f ? -4.0f : t;
+    float s = t * t;
+    float p = -2.72614225801306e-10f;
+    p = p * s + 2.77068142495902e-08f;
+    p = p * s - 2.10102402082508e-06f;
+    p = p * s - 5.69250639462346e-05f;
+    p = p * s - 7.34990630326855e-04f;
+    p = p * s - 2.95459980854025e-03f;
+    p = p * s - 1.60960333262415e-02f;
+    float q = -1.45660718464996e-05f;
+    q = q * s - 2.13374055278905e-04f;
+    q = q * s - 1.68282697438203e-03f;
+    q = q * s - 7.37332916720468e-03f;
+    q = q * s - 1.42647390514189e-02f;
+    float half = 0.5f * x;
+    return half + half * (t * p / q);
+}
+
+static inline float gelu_tanh(float x) {
+    float u = 0.79788456f * (x + 0.044715f * x * x * x);
+    float e = exp_negative(-2.0f * fabsf(u)); /* tanh|u| = (1 - e) / (1 + e) */
+    float tanh_u = (1.0f - e) / (1.0f + e);
+    return 0.5f * x * (1.0f + (u < 0.0f ? -tanh_u : tanh_u));
 }
 #endif

@@ -55,6 +55,10 @@ def export_command(
         raise UnknownNameError("precision", precision, known, f"runtime '{runtime}' has {', '.join(known)}")
     if not typed and (graphs_only or task is not None):
         raise UsageError("--graphs-only and --task are for --runtime tensorrt")
+    if data is not None and task is None:
+        raise UsageError("--data is read for a --task only; give both")
+    if popsize < 1:
+        raise UsageError(f"popsize is {popsize}, expected at least 1")
     if typed and not graphs_only:  # before any work
         load_tensorrt()
         resolve_device("cuda")

@@ -27,6 +27,7 @@ from mp2.export.folder import (
 )
 from mp2.export.parity import Comparison, compare_folder, failed
 from mp2.export.weights import WeightStore
+from mp2.limits import check_new_folder
 
 if TYPE_CHECKING:
     from mp2.prompts import PromptSet
@@ -78,10 +79,9 @@ def export_engine(
 
 def check_target(out: Path) -> None:
     """Raise UsageError unless ``out`` is new, empty or an older engine folder."""
+    check_new_folder(out)
     if not out.exists():
         return
-    if not out.is_dir():
-        raise UsageError(f"{out} is a file, expected a folder to write the engine to; choose another --out")
     if any(out.iterdir()) and not (out / MANIFEST).is_file():
         raise UsageError(f"{out} is not empty and not an engine folder; choose another --out")
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from mp2.errors import FormatError, UnknownNameError, UsageError
+from mp2.limits import check_seed, check_threads
 
 Kind = Literal["deep", "shallow"]
 RequestedKind = Literal["auto", "deep", "shallow"]
@@ -25,7 +27,7 @@ class RouterConfig:
     def __post_init__(self) -> None:
         """Refuse counts that no run can have."""
         if self.iterations is not None and self.iterations < 1:
-            raise UsageError(f"stage I iterations is {self.iterations}, expected at least 1")
+            raise UsageError(f"router_iters is {self.iterations}, expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class LayerConfig:
         if self.popsize < 2:
             raise UsageError(f"popsize is {self.popsize}, expected at least 2 (the paper uses 20)")
         for name in ("sigma_shallow", "sigma_input", "sigma_deep"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a positive step size")
         if self.cma not in ("full", "diagonal"):
             raise UnknownNameError("CMA-ES variant", self.cma, ["full", "diagonal"])
@@ -86,9 +88,14 @@ class BbtConfig:
             raise UsageError(f"iters is {self.iters}, expected at least 1")
         if self.kind not in ("auto", "deep", "shallow"):
             raise UnknownNameError("kind of prompts", self.kind, ["auto", "deep", "shallow"])
-        if self.seed < 0:
-            raise UsageError(f"seed is {self.seed}, expected 0 or more")
-        for name in ("shots", "dev_every", "max_tokens", "test_limit", "threads"):
+        if (self.router.iterations or 0) > self.iters:
+            raise UsageError(
+                f"router_iters is {self.router.iterations}, expected at most {self.iters}: "
+                "iters counts both stages together"
+            )
+        check_seed(self.seed)
+        check_threads(self.threads)
+        for name in ("shots", "dev_every", "max_tokens", "test_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}, expected at least 1")

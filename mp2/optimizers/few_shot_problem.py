@@ -45,6 +45,8 @@ class FewShotProblem:
         self.train_inputs = [self.data.formatter.training_input(e, i) for i, e in enumerate(split.train)]
         self.dev_inputs = self.data.inputs(split.dev)
         self.n_train, self.n_dev = len(self.train_inputs), len(split.dev)
+        if config.test:
+            _ = self.data.fitting_tests  # what is wrong with them is said now, not when all is tuned
         self.data_sha256 = _inputs_sha256([*self.train_inputs, *self.dev_inputs])
         self.objective: AnyObjective = create_objective(
             model.runtime, model.backbone, model.prompts, self.train_inputs

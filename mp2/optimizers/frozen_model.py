@@ -102,8 +102,13 @@ def load_model(config: BbtConfig) -> FrozenModel:
     """
     from mp2.backbone import load_backbone
     from mp2.engine import create_runtime
+    from mp2.export.folder import MANIFEST
     from mp2.prompts import load_prompts
 
+    if config.engine and not (Path(config.engine) / MANIFEST).is_file():
+        raise UsageError(
+            f"--engine {config.engine}: no {MANIFEST} there; give a folder that mp2 export wrote"
+        )
     backbone = load_backbone(config.backbone)
     prompts = load_prompts(default_prompts(config), backbone)
     if config.kind not in ("auto", prompts.kind):

@@ -71,14 +71,14 @@ def data_folder(card: TaskCard, data: str | Path | None = None) -> Path | None:
     is_demo = card.task.startswith("demo_") and demo.is_dir()
     if not root:
         return demo if is_demo else None
+    given = "--data" if data is not None else "MP2_DATA"
+    if not Path(root).is_dir():
+        raise UsageError(f"{given}: there is no folder {root}")
     folder = Path(root) / card.task
     if folder.is_dir():
         return folder
     if is_demo:
         return demo
-    given = "--data" if data is not None else "MP2_DATA"
-    if not Path(root).is_dir():
-        raise UsageError(f"{given}: there is no folder {root}")
     deeper = sorted(p.parent for p in Path(root).glob(f"*/{card.task}") if p.is_dir())
     if deeper:
         hint = "; did you mean " + " or ".join(f"--data {p}" for p in deeper[:3]) + "?"

@@ -72,9 +72,12 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     """
     try:
         with safe_open(path, framework="pt") as file:
-            state: dict[str, Any] = json.loads(file.metadata()["state"])
+            metadata = file.metadata() or {}
+            if "state" not in metadata:
+                raise FormatError("not a training checkpoint: it has no training state", path=path)
+            state: dict[str, Any] = json.loads(metadata["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise FormatError(f"not a training checkpoint: {error}", path=path) from error
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():

@@ -12,11 +12,13 @@ import torch
 
 from mp2.backbone.load import Backbone, load_backbone
 from mp2.errors import FormatError, UsageError
+from mp2.limits import check_new_folder, check_threads
 from mp2.prompts import PromptSet, load_prompts
 from mp2.tasks import TaskCard, list_cards, load_card
 from mp2.tasks.data import has_split
 from mp2.training.config import PretrainConfig
 from mp2.training.evaluation import table
+from mp2.training.init import differences
 from mp2.training.mixture import load_mixture
 from mp2.training.pretrain import Pretrainer
 from mp2.training.pretrain_result import PretrainResult
@@ -64,7 +66,15 @@ def pretrain(
 
     Under ``torchrun`` all its processes share the work. ``inputs`` is kept in ``config.json``.
     """
-    limit = min(config.max_tokens, backbone.config.max_positions - config.n_inline)
+    if init is not None:
+        differences(init, backbone, config)
+    room = backbone.config.max_positions - config.n_inline
+    if room < 1:
+        raise UsageError(
+            f"prompt_tokens is {config.prompt_tokens}, expected less than the "
+            f"{backbone.config.max_positions} positions of '{backbone.name}': inline prompts take positions"
+        )
+    limit = min(config.max_tokens, room)
     with joined(device) as ranks:
         say = log if ranks.main else lambda _: None
         tasks = load_mixture(
@@ -107,6 +117,8 @@ def pretrain_command(
 
     Without task names, every task that has training data in the data folder.
     """
+    check_new_folder(Path(out))
+    check_threads(threads)
     if threads:
         torch.set_num_threads(threads)
     backbone = load_backbone(inputs.backbone)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mp2.errors import UsageError
+from mp2.limits import check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,8 @@ class PretrainConfig:
             "dev_limit",
         ):
             if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}, expected at least 1")
+                shown = "modules" if name == "n_modules" else name
+                raise UsageError(f"{shown} is {getattr(self, name)}, expected at least 1")
         for name in ("temperature", "temperature_end"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -69,8 +71,9 @@ class PretrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise UsageError(f"{name} is {value}, expected 0 <= rate < 1")
-        for name in ("warmup_steps", "eval_every", "checkpoint_minutes", "seed"):
-            if not getattr(self, name) >= 0:
+        check_seed(self.seed)
+        for name in ("warmup_steps", "eval_every", "checkpoint_minutes"):
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise UsageError(f"{name} is {getattr(self, name)}, expected 0 or more")
 
     @property

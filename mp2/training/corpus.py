@@ -40,13 +40,18 @@ def paragraphs(path: Path) -> Iterator[str]:
 
 def build_vocab(files: Sequence[Path], size: int) -> list[str]:
     """Special tokens, Latin letters and digits (whole and as ``##...``), then the commonest characters."""
+    vocab = list(SPECIAL_TOKENS.values())
+    latin = [c for c in _ALWAYS if not c.isspace()]
+    vocab += latin + ["##" + c for c in _ALWAYS if c.isalnum()]
+    if size <= len(vocab):
+        raise UsageError(
+            f"--vocab-size {size}, expected more than {len(vocab)}: special tokens, letters, digits and "
+            "punctuation are always in it"
+        )
     counts: Counter[str] = Counter()
     for path in files:
         for line in paragraphs(path):
             counts.update(line.lower())
-    vocab = list(SPECIAL_TOKENS.values())
-    latin = [c for c in _ALWAYS if not c.isspace()]
-    vocab += latin + ["##" + c for c in _ALWAYS if c.isalnum()]
     known = set(vocab)
     for character, _ in counts.most_common():
         if len(vocab) >= size:

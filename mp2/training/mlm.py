@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from mp2.backbone.config import BackboneConfig
 from mp2.backbone.encoder import Encoder
 from mp2.errors import UsageError
+from mp2.limits import check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,20 @@ class MlmConfig:
     checkpoint_minutes: float = 5.0
 
     def __post_init__(self) -> None:
+        for name, option in (
+            ("n_layers", "layers"),
+            ("hidden", "hidden"),
+            ("n_heads", "heads"),
+            ("ffn", "ffn"),
+            ("max_positions", "max-positions"),
+            ("steps", "steps"),
+            ("batch_size", "batch-size"),
+        ):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{option} {getattr(self, name)}, expected at least 1")
+        if self.hidden % self.n_heads:
+            raise UsageError(f"--hidden {self.hidden} is not a multiple of {self.n_heads} heads")
+        check_seed(self.seed)
         if self.length > self.max_positions:
             raise UsageError(
                 f"--length {self.length} exceeds the {self.max_positions} positions of the backbone"
@@ -54,12 +69,10 @@ class MlmConfig:
             raise UsageError(f"masking '{self.masking}', expected char or span")
         if not 0 < self.mask_rate < 1:
             raise UsageError(f"mask rate {self.mask_rate}, expected a share between 0 and 1")
-        if min(self.steps, self.batch_size) < 1:
-            raise UsageError("steps and batch size must be at least 1")
         if not 0 < self.learning_rate < 1:
-            raise UsageError(f"learning rate {self.learning_rate}, expected 0 < rate < 1")
-        if not self.checkpoint_minutes >= 0:
-            raise UsageError(f"checkpoint minutes {self.checkpoint_minutes}, expected 0 or more")
+            raise UsageError(f"--lr {self.learning_rate}, expected 0 < rate < 1")
+        if not 0 <= self.checkpoint_minutes < math.inf:
+            raise UsageError(f"--checkpoint-minutes {self.checkpoint_minutes}, expected 0 or more")
 
 
 class MaskedLanguageModel(nn.Module):

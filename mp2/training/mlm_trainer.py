@@ -18,6 +18,7 @@ from mp2.backbone.config import BackboneConfig
 from mp2.backbone.load import Backbone, freeze, save_backbone
 from mp2.backbone.tokenizer import Tokenizer
 from mp2.errors import UsageError
+from mp2.limits import check_new_folder, check_threads
 from mp2.training.checkpoint import alone_in
 from mp2.training.corpus import build_vocab, corpus_files, file_digests, pack, ppmi_embeddings
 from mp2.training.masking import mask_tokens
@@ -153,12 +154,14 @@ def train_mlm(
         MismatchError: a checkpoint of another configuration.
         UnknownNameError, MissingDependencyError: no such device here.
     """
+    files = corpus_files(corpus)
+    check_new_folder(out)
+    check_threads(threads)
     if threads:
         torch.set_num_threads(threads)
     with joined(device) as ranks, alone_in(out) if ranks.main else nullcontext():
         say = log if ranks.main else lambda _: None
         with ranks.main_first():  # the others find vocabulary and packed sequences
-            files = corpus_files(corpus)
             tokenizer = _tokenizer(files, out, config)
             packed = pack(files, tokenizer, config.length, out / "cache")
         say(

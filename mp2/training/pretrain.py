@@ -27,6 +27,7 @@ from mp2.prompts import ModularPrompts, PromptMeta, PromptSet, new_meta, save_pr
 from mp2.training.checkpoint import alone_in
 from mp2.training.config import PretrainConfig
 from mp2.training.evaluation import dev_scores, table
+from mp2.training.init import differences, start_from
 from mp2.training.journal import drop_lines_after
 from mp2.training.mixture import Batch, MixtureTask, sample_batch
 from mp2.training.model import PromptedEncoder
@@ -90,7 +91,8 @@ class Pretrainer(Trainer[Batch]):
         config = self.config
         names = tuple(task.card.task for task in self.tasks)
         if init is not None:
-            self._check_init(init)
+            for line in differences(init, self.backbone, config):
+                self.log(f"note: {line}; they are only a starting point here")
         return new_meta(
             self.backbone.name,
             self.backbone.sha256,
@@ -105,29 +107,6 @@ class Pretrainer(Trainer[Batch]):
             tasks=names,
             provenance={"made_by": "mp2 pretrain", "config": asdict(config)},
         )
-
-    def _check_init(self, init: PromptSet) -> None:
-        config, shape = self.config, self.backbone.config
-        if (init.meta.n_layers, init.meta.hidden) != (shape.n_layers, shape.hidden):
-            raise MismatchError(
-                f"--init prompts are for {init.meta.n_layers} layers of hidden size {init.meta.hidden}, "
-                f"backbone '{shape.name}' has {shape.n_layers} of {shape.hidden}"
-            )
-        got = (init.meta.n_modules, init.meta.prompt_tokens, init.meta.intrinsic_dim, init.meta.kind)
-        expected = (config.n_modules, config.prompt_tokens, config.intrinsic_dim, config.kind)
-        if got != expected:
-            raise MismatchError(f"--init prompts have (K, m, d, kind) = {got}, this run has {expected}")
-        if init.meta.backbone_sha256 != self.backbone.sha256:
-            self.log(
-                f"note: --init prompts were trained on '{init.meta.backbone}' with weights "
-                f"{init.meta.backbone_sha256[:12]}; '{self.backbone.name}' has the same shape but weights "
-                f"{self.backbone.sha256[:12]}: they are only a starting point here"
-            )
-        if config.n_inline != init.meta.n_inline:
-            self.log(
-                f"note: --init prompts were trained with {init.meta.injection} injection; they are only a "
-                "starting point here"
-            )
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be resumed; how often one is written does not matter."""
@@ -254,13 +233,3 @@ class Pretrainer(Trainer[Batch]):
             save_prompts(prompts, self.out / "prompts.safetensors")
             write_outputs(self.out, result, self.backbone, self.tasks, self.config, self.ranks, self.inputs)
         return result
-
-
-def start_from(prompts: ModularPrompts, init: PromptSet) -> None:
-    """Copy z, A, head, and the routers of the tasks that both have."""
-    with torch.no_grad():
-        for name in ("z", "projection", "span_weight", "span_bias"):
-            getattr(prompts, name).copy_(getattr(init, name))
-        for i, task in enumerate(prompts.meta.tasks):
-            if task in init.meta.tasks:
-                prompts.routers[i] = init.routers[init.meta.tasks.index(task)]

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 
 from mp2.backbone.load import Backbone, load_backbone
+from mp2.errors import UsageError
+from mp2.limits import check_new_folder, check_seed
 from mp2.optimizers.config import LayerConfig
 from mp2.prompts import PromptSet, load_prompts, save_prompts
 
@@ -84,6 +86,10 @@ def hidden_scales(backbone: Backbone) -> list[float]:
 
 def scratch_command(backbone_name: str, like: str, seed: int, out: Path) -> PromptSet:
     """What ``mp2 scratch`` does: write a prompt file to start BBT or BBTv2 from."""
+    check_seed(seed)
+    if not out.name:
+        raise UsageError("--out is empty, expected a file to write")
+    check_new_folder(out.parent)
     backbone = load_backbone(backbone_name)
     prompts = scratch_prompts(backbone, load_prompts(like, backbone), seed=seed)
     save_prompts(prompts, out)

@@ -59,7 +59,7 @@ def test_pretrain_backbone_says_what_is_wrong_with_its_input(
     assert "--length 64 exceeds the 32 positions" in long.stderr
     heads = mp2(*backbone_options, "--out", tmp_path / "o", "--heads", 3)
     assert heads.exit_code == 2
-    assert "hidden size 16 is not a multiple of 3 heads" in heads.stderr
+    assert "--hidden 16 is not a multiple of 3 heads" in heads.stderr
 
 
 @pytest.fixture
@@ -202,6 +202,7 @@ def test_pretrain_says_what_was_typed_wrong(
 
 
 def test_pretrain_backbone_refuses_a_device_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("天气", "utf-8")
     arguments = ["pretrain-backbone", "--corpus", str(tmp_path), "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(main, [*arguments, "--device", "cdua"])
     assert done.exit_code == 2

@@ -335,9 +335,14 @@ def test_a_corpus_smaller_than_a_batch_is_refused_with_both_numbers(corpus: Path
         ({"precision": "fp8"}, "precision 'fp8', expected fp32 or bf16"),
         ({"mask_rate": 1.0}, r"mask rate 1\.0"),
         ({"masking": "word"}, "masking 'word', expected char or span"),
-        ({"learning_rate": 0.0}, r"learning rate 0\.0"),
-        ({"checkpoint_minutes": -1.0}, r"checkpoint minutes -1\.0"),
-        ({"steps": 0}, "steps and batch size must be at least 1"),
+        ({"learning_rate": 0.0}, r"--lr 0\.0"),
+        ({"checkpoint_minutes": -1.0}, r"--checkpoint-minutes -1\.0"),
+        ({"checkpoint_minutes": float("inf")}, "--checkpoint-minutes inf"),
+        ({"steps": 0}, "--steps 0, expected at least 1"),
+        ({"batch_size": -2}, "--batch-size -2, expected at least 1"),
+        ({"n_layers": 0}, "--layers 0, expected at least 1"),
+        ({"hidden": 15}, "--hidden 15 is not a multiple of 2 heads"),
+        ({"seed": -1}, "seed is -1, expected 0 to"),
     ],
 )
 def test_bad_settings_name_the_value(changes: dict[str, Any], expected: str) -> None:

@@ -566,7 +566,8 @@ def test_init_for_other_weights_of_the_same_shape_is_a_start_and_said_so(
     ("changes", "expected"),
     [
         ({"steps": 0}, "steps is 0, expected at least 1"),
-        ({"n_modules": 0}, "n_modules is 0"),
+        ({"n_modules": 0}, "modules is 0"),
+        ({"seed": 2**64}, "seed is 18446744073709551616, expected 0 to"),
         ({"temperature": 0.0}, r"temperature is 0\.0, expected a positive"),
         ({"precision": "fp16"}, "precision is 'fp16', expected fp32 or bf16"),
         ({"router_lr": 1.5}, r"router_lr is 1\.5, expected 0 <= rate < 1"),

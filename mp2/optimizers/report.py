@@ -67,7 +67,7 @@ class ProgressLine:
         return (
             f"stage {stage}  {progress.iteration:>{len(str(progress.iters))}}/{progress.iters}"
             f"  train loss {progress.train_loss:.4f}  dev {_percent(progress.dev_score)}"
-            f"  {rate:.1f} it/s  ETA {clock(eta)}"
+            f"  {f'{rate:.1f}' if rate > 0 else '-'} it/s  ETA {clock(eta)}"
         )
 
 

@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from mp2.optimizers.router_model import Floats, RouterModel, coordinates, fit_relevance, scaled
+from mp2.optimizers.router_model import Floats, RouterModel, coordinates, fit_relevance, relevance, scaled
 from mp2.optimizers.routers import Losses, Routers, distinct
 
 POPULATION = 5  # small: what a population finds is used by the next; 5 x 32 sequences fill a device
-N_WARM = 32  # at most, and a third of the iterations
-N_RANDOM = 6  # beside the warm candidates
+N_WARM = 10  # at most, and a third of the iterations
+N_RANDOM = 10  # beside the warm candidates
 N_RANDOM_COLD = 15  # without any
 N_MUTANTS = 2  # of a population
 _WARM_SHARE = 1 / 3
@@ -55,7 +55,7 @@ class BitsSearch:
         room = min(N_WARM, max(1, int(iterations * _WARM_SHARE)))
         self._first: Routers | None = distinct(warm.reshape(-1, self._n_bits), room)
         self._basis = coordinates(np.zeros((*shape, 1)) if modules is None else modules)
-        self._relevance: Floats | None = None
+        self._fitted: Floats | None = None
 
     def ask(self, n: int) -> Routers:
         """The warm and random candidates, then populations of 5 [p, L', K]; none when all have been seen."""
@@ -82,8 +82,8 @@ class BitsSearch:
     def _suggest(self, n: int) -> list[Routers]:
         routers, losses = np.array(self._routers), _standardised(np.array(self._losses))
         points = np.einsum("nlk,lkj->nlj", routers.reshape(-1, *self._shape), self._basis)
-        self._relevance = fit_relevance(points, losses, self._relevance, _FIT_STEPS)
-        model = RouterModel(routers, losses, scaled(self._basis, self._relevance))
+        self._fitted = fit_relevance(points, losses, self._fitted, _FIT_STEPS)
+        model = RouterModel(routers, losses, scaled(self._basis, relevance(self._fitted, self._shape[1])))
         best = routers[np.argsort(losses, kind="stable")[:_STARTS]]
         chosen: list[Routers] = []
         for i in range(n):

@@ -4,9 +4,9 @@ The loss is a smooth function of the fused prompts z^(l) = 1/K sum_k w_k z_k^(l)
 of a layer may point the same way, be tiny or hardly matter. So the covariance of two routers is
 ``exp(-sum_l s_l |z^(l) - z'^(l)|^2)``: distances are measured between fused prompts, layer by layer, in units
 in which a layer's modules have mean square length 1. The relevance s_l of every layer has the highest
-marginal likelihood under the prior log s_l ~ N(log 2/D, 1.5^2), D = L' * K: random routers are at a distance
-of about 1 in sum. A twentieth of a distance is the number of bits that differ, for what intrinsic prompts do
-not show.
+marginal likelihood under the prior log s_l = log 2/D + c + u_l, c ~ N(0, 3^2), u_l ~ N(0, 1.5^2), D = L' * K:
+where c and u are 0, random routers are at a distance of about 1 in sum. A twentieth of a distance is the
+number of bits that differ, for what intrinsic prompts do not show.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from scipy.special import log_ndtr  # type: ignore[import-untyped]
 Floats = NDArray[Any]
 
 _BITS_SHARE = 0.05
-_PRIOR_DEVIATION = 1.5
+_COMMON_DEVIATION, _LAYER_DEVIATION = 3.0, 1.5  # of c and u
 _FIRST_STEP, _LONGEST_STEP = 0.5, 1.0
 _NUGGET = 1e-3
 
@@ -38,31 +38,37 @@ def coordinates(modules: Floats) -> Floats:
 
 
 def fit_relevance(points: Floats, losses: Floats, start: Floats | None, steps: int) -> Floats:
-    """log s_l [L'] for standardised losses [n] at points [n, L', K].
+    """c and u_l [1 + L'] for standardised losses [n] at points [n, L', K].
 
     Resilient gradient ascent (Rprop) on the likelihood, the variance at its optimum, from ``start`` (None:
-    the prior's mean).
+    zeros).
     """
     n, n_layers, n_modules = points.shape
-    centre = np.log(2 / (n_layers * n_modules))
-    now = np.full(n_layers, centre) if start is None else start
-    step, before = np.full(n_layers, _FIRST_STEP), np.zeros(n_layers)
+    now = np.zeros(1 + n_layers) if start is None else start
+    precision = 1 / np.append(_COMMON_DEVIATION, np.full(n_layers, _LAYER_DEVIATION)) ** 2
+    step, before = np.full(1 + n_layers, _FIRST_STEP), np.zeros(1 + n_layers)
     layers = points.transpose(1, 0, 2)
     distances = _squares(layers, layers)  # [L', n, n]
     best, found = -np.inf, now
     for _ in range(steps):
-        kernel = np.exp(-np.tensordot(np.exp(now), distances, 1))
+        s = relevance(now, n_modules)
+        kernel = np.exp(-np.tensordot(s, distances, 1))
         inverse, weights, variance = _solve(kernel, losses)
-        likelihood = (np.linalg.slogdet(inverse)[1] - n * np.log(variance)) / 2
-        likelihood -= float(((now - centre) ** 2).sum()) / 2 / _PRIOR_DEVIATION**2
+        likelihood = (np.linalg.slogdet(inverse)[1] - n * np.log(variance) - precision @ now**2) / 2
         if likelihood > best:
             best, found = likelihood, now
         pull = (inverse - np.outer(weights, weights) / variance) * kernel
-        gradient = np.exp(now) * np.tensordot(distances, pull, 2) / 2
-        gradient -= (now - centre) / _PRIOR_DEVIATION**2
+        slopes = s * np.tensordot(distances, pull, 2) / 2  # d likelihood / d log s_l
+        gradient = np.append(slopes.sum(), slopes) - precision * now
         step = np.where(gradient * before > 0, np.minimum(1.3 * step, _LONGEST_STEP), step / 2)
         now, before = now + np.sign(gradient) * step, gradient
     return found
+
+
+def relevance(fitted: Floats, n_modules: int) -> Floats:
+    """s_l [L'] from c and u_l [1 + L'] of layers of K modules."""
+    n_layers = len(fitted) - 1
+    return np.asarray(2 / (n_layers * n_modules) * np.exp(fitted[0] + fitted[1:]))
 
 
 class RouterModel:
@@ -104,11 +110,11 @@ class RouterModel:
         return np.asarray(np.log(deviation) + _log_improvement((self._losses.min() - mean) / deviation))
 
 
-def scaled(basis: Floats, relevance: Floats) -> Floats:
-    """[D, D], a block a layer, from :func:`coordinates` [L', K, K] and log s_l [L']: ``router @ scaled``."""
+def scaled(basis: Floats, s: Floats) -> Floats:
+    """[D, D], a block a layer, from :func:`coordinates` [L', K, K] and s_l [L']: ``router @ scaled``."""
     n_layers, n_modules, _ = basis.shape
     found = np.zeros((n_layers, n_modules, n_layers, n_modules))
-    found[np.arange(n_layers), :, np.arange(n_layers)] = np.exp(relevance / 2)[:, None, None] * basis
+    found[np.arange(n_layers), :, np.arange(n_layers)] = np.sqrt(s)[:, None, None] * basis
     return found.reshape(n_layers * n_modules, -1)
 
 

@@ -76,12 +76,13 @@ def test_bo_is_deterministic_random_first_and_quiet(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("warm", [True, False])
 def test_ours_beat_random_at_equal_budget(layers: int, warm: bool, method: str) -> None:
     ours, random = [], []
-    for seed in range(6):
+    n_problems = 6 if layers == 4 else 3
+    for seed in range(n_problems):
         problem = HiddenBits((layers, 8), seed)
         ours.append(search(method, problem, 100, seed, warm).min())
         random.append(search("random", problem, 100, seed).min())
     assert np.mean(ours) < 0.8 * np.mean(random), (np.mean(ours), np.mean(random))
-    assert sum(a < b for a, b in zip(ours, random, strict=True)) >= 5
+    assert sum(a < b for a, b in zip(ours, random, strict=True)) >= n_problems - 1
 
 
 @settings(max_examples=12, deadline=None)
@@ -221,37 +222,31 @@ def test_bits_do_better_when_they_know_the_modules() -> None:
 
 
 def random_model(n: int = 12) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, RouterModel]:
-    """Routers [n, 6], losses, modules [2, 3, 4], log relevance [2] and their model."""
+    """Routers [n, 6], losses, modules [2, 3, 4], relevance [2] and their model."""
     rng = np.random.default_rng(0)
     routers, losses, modules = rng.random((n, 6)) < 0.5, rng.normal(size=n), rng.normal(size=(2, 3, 4))
-    relevance = np.array([-0.5, -2.0])
-    return (
-        routers,
-        losses,
-        modules,
-        relevance,
-        RouterModel(routers, losses, scaled(coordinates(modules), relevance)),
-    )
+    s = np.exp([-0.5, -2.0])
+    return routers, losses, modules, s, RouterModel(routers, losses, scaled(coordinates(modules), s))
 
 
-def covariance(a: np.ndarray, b: np.ndarray, modules: np.ndarray, relevance: np.ndarray) -> float:
+def covariance(a: np.ndarray, b: np.ndarray, modules: np.ndarray, s: np.ndarray) -> float:
     """exp(-sum of s_l times squared distance) of two routers [6], straight from the fused prompts."""
     total = 0.0
-    for layer, (z, log_s) in enumerate(zip(modules, relevance, strict=True)):
+    for layer, (z, s_l) in enumerate(zip(modules, s, strict=True)):
         differ = a.reshape(2, 3)[layer].astype(float) - b.reshape(2, 3)[layer]
         unit = (z**2).sum() / len(z)
-        total += np.exp(log_s) * (0.95 * ((differ @ z) ** 2).sum() / unit + 0.05 * np.abs(differ).sum())
+        total += s_l * (0.95 * ((differ @ z) ** 2).sum() / unit + 0.05 * np.abs(differ).sum())
     return float(np.exp(-total))
 
 
 def test_worth_matches_a_gaussian_process_written_out() -> None:
     from scipy.stats import norm
 
-    routers, losses, modules, relevance, model = random_model()
+    routers, losses, modules, s, model = random_model()
     x = np.random.default_rng(1).random(6) < 0.5
-    kernel = np.array([[covariance(a, b, modules, relevance) for b in routers] for a in routers])
+    kernel = np.array([[covariance(a, b, modules, s) for b in routers] for a in routers])
     kernel += 1e-3 * np.eye(len(kernel))
-    near = np.array([covariance(x, b, modules, relevance) for b in routers])
+    near = np.array([covariance(x, b, modules, s) for b in routers])
     mean = near @ np.linalg.solve(kernel, losses)
     scale = losses @ np.linalg.solve(kernel, losses) / len(losses)
     deviation = np.sqrt(scale * (1 - near @ np.linalg.solve(kernel, near)))
@@ -266,11 +261,11 @@ def test_worth_of_flips_is_the_worth_of_the_neighbours() -> None:
 
 
 def test_a_model_that_is_told_what_it_expects_expects_the_same() -> None:
-    routers, _, modules, relevance, model = random_model()
+    routers, _, modules, s, model = random_model()
     x = np.random.default_rng(1).random(6) < 0.5
     more = model.with_expected(x)
     assert len(more._losses) == len(routers) + 1
-    expected = np.array([covariance(x, b, modules, relevance) for b in routers]) @ model._weights
+    expected = np.array([covariance(x, b, modules, s) for b in routers]) @ model._weights
     assert np.isclose(more._losses[-1], expected)
     assert more.worth(x[None])[0] < model.worth(x[None])[0]
 
@@ -280,7 +275,7 @@ def test_the_relevant_layer_is_found() -> None:
     points = (rng.random((40, 3, 8)) < 0.5).astype(float)
     losses = np.sin(points[:, 1] @ rng.normal(size=8))
     found = fit_relevance(points, (losses - losses.mean()) / losses.std(), None, 30)
-    assert found[1] > max(found[0], found[2]) + 1
+    assert found[2] > max(found[1], found[3]) + 1  # found[0] is of all
 
 
 def test_relevance_climbs_the_likelihood_by_its_gradient() -> None:
@@ -290,13 +285,14 @@ def test_relevance_climbs_the_likelihood_by_its_gradient() -> None:
     rng = np.random.default_rng(3)
     points, losses = (rng.random((15, 2, 4)) < 0.5).astype(float), rng.normal(size=15)
 
-    def posterior(log_s: np.ndarray) -> float:
+    def posterior(fitted: np.ndarray) -> float:
         gaps = ((points[:, None] - points[None]) ** 2).sum(-1)
-        kernel = np.exp(-(gaps * np.exp(log_s)).sum(-1)) + 1e-3 * np.eye(15)
+        s = 2 / 8 * np.exp(fitted[0] + fitted[1:])
+        kernel = np.exp(-(gaps * s).sum(-1)) + 1e-3 * np.eye(15)
         variance = losses @ np.linalg.solve(kernel, losses) / 15
-        prior = ((log_s - np.log(2 / 8)) ** 2).sum() / 2 / 1.5**2
+        prior = (fitted[0] ** 2 / 3**2 + (fitted[1:] ** 2).sum() / 1.5**2) / 2
         return float(multivariate_normal.logpdf(losses, cov=variance * kernel) - prior)
 
-    found = fit_relevance(points, losses, None, 60)
-    for step in (*np.eye(2), *-np.eye(2)):
-        assert posterior(found) > posterior(found + 0.3 * step)
+    found = fit_relevance(points, losses, None, 100)
+    for step in (*np.eye(3), *-np.eye(3)):
+        assert posterior(found) > posterior(found + 0.2 * step)

@@ -44,7 +44,7 @@ from benchmarks.plain_loop import PlainLoop
 from benchmarks.provenance import provenance, save
 from mp2.backbone import Backbone, BackboneConfig, random_backbone
 from mp2.engine import create_runtime
-from mp2.engine.plan import extrapolate, first_layers
+from mp2.engine.layer_timer import extrapolate, first_layers
 from mp2.optimizers.config import BbtConfig
 from mp2.optimizers.frozen_model import FrozenModel
 from mp2.optimizers.planning import Plan, plan_run

@@ -13,7 +13,8 @@ import numpy as np
 
 from mp2.engine.batches import group_by_length, pieces
 from mp2.engine.cuda_objective import CudaObjective
-from mp2.engine.plan import Costs, LayerTimer, Prediction, Workload, measure, predict, target_tokens
+from mp2.engine.layer_timer import LayerTimer
+from mp2.engine.plan import Costs, Prediction, Workload, measure, predict, target_tokens
 from mp2.engine.select import create_objective, layer_seconds
 from mp2.optimizers.cma_layers import LayerSearches
 from mp2.optimizers.router_search import create_router_search, stage_one_iterations

@@ -14,19 +14,15 @@ from tiny_words import tiny_vocab
 from mp2.backbone import Backbone, BackboneConfig, random_backbone
 from mp2.engine import Objective, Prefix, TorchRuntime
 from mp2.engine.batches import group_by_length
-from mp2.engine.plan import (
-    Costs,
+from mp2.engine.layer_timer import (
     LayerTimer,
     Stopwatch,
-    Workload,
     extrapolate,
     extrapolate_visits,
     first_layers,
-    measure,
-    predict,
     sample_batches,
-    target_tokens,
 )
+from mp2.engine.plan import Costs, Workload, measure, predict, target_tokens
 from mp2.prompts import PromptSet, random_prompts
 from mp2.tasks import MrcInput
 
@@ -107,13 +103,32 @@ def test_a_sample_is_whole_batches_of_about_the_tokens_asked_for(target: int) ->
 def test_a_stopwatch_takes_the_median_and_keeps_what_the_first_time_cost() -> None:
     ticks = iter([0.0, 0.9, 1.0, 1.1, 2.0, 2.5, 3.0, 3.2])
     watch = Stopwatch("cpu", clock=lambda: next(ticks))
-    assert watch(lambda: None) == pytest.approx(0.2)
+    assert watch.medians({"work": lambda: None}) == {"work": pytest.approx(0.2)}
     assert watch.extra_s == pytest.approx(0.7)
 
 
 def test_long_work_is_not_repeated() -> None:
     ticks = iter([0.0, 9.0, 10.0, 14.0])
-    assert Stopwatch("cpu", clock=lambda: next(ticks))(lambda: None) == pytest.approx(4.0)
+    watch = Stopwatch("cpu", clock=lambda: next(ticks))
+    assert watch.medians({"work": lambda: None}) == {"work": pytest.approx(4.0)}
+
+
+def test_a_moment_of_disturbance_meets_no_median() -> None:
+    now = 0.0
+    runs = 0
+
+    def work(seconds: float) -> None:
+        nonlocal now, runs
+        runs += 1
+        now += seconds * (10 if 5 <= runs <= 7 else 1)  # three runs in a row, in two rounds
+
+    watch = Stopwatch("cpu", clock=lambda: now)
+    works = {n: lambda s=s: work(s) for n, s in (("a", 0.01), ("b", 0.02), ("c", 0.04))}  # type: ignore[misc]
+    assert watch.medians(works) == {
+        "a": pytest.approx(0.01),
+        "b": pytest.approx(0.02),
+        "c": pytest.approx(0.04),
+    }
 
 
 @pytest.mark.parametrize("kind", ["deep", "shallow"])

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.provenance import save
-from benchmarks.router_tables import cost_table, quality_table
+from benchmarks.router_tables import cost_table, quality_table, task_table
 from mp2.optimizers import BbtConfig, RouterConfig, create_router_search
 from mp2.optimizers.few_shot_problem import FewShotProblem
 from mp2.optimizers.frozen_model import FrozenModel, load_model, resolve_paths
@@ -266,6 +266,7 @@ def main() -> None:
         raise SystemExit(f"time is over with {len(rows)} cells done; start the command again to go on")
     costs = [suggestion_cost(method) for method in args.method]
     print(quality_table(rows))
+    print(task_table(rows))
     print(cost_table(costs))
     print("written:", save("router_search", [{"cells": rows, "suggestion_cost_192": costs}]))
 

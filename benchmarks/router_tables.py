@@ -84,6 +84,25 @@ def quality_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def task_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: training loss by task, mean and deviation over seeds, for each kind and budget."""
+    tasks = list(dict.fromkeys(r["task"] for r in rows))
+    found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        found[row["kind"], row["cell"]][row["task"]].append(row["loss"])
+    lines = [
+        f"\n| train loss over seeds | {' | '.join(tasks)} |",
+        "| --- |" + " --- |" * len(tasks),
+    ]
+    for (kind, cell), losses in sorted(found.items()):
+        texts = [
+            f"{np.mean(losses[t]):.4f} ± {np.std(losses[t]):.4f} ({len(losses[t])})" if losses[t] else "-"
+            for t in tasks
+        ]
+        lines.append(f"| {kind} {cell} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
 def cost_table(costs: Sequence[dict[str, Any]]) -> str:
     """Markdown: CPU seconds of suggestions at 192 dimensions, and ours as a share of each."""
     ours = next((c["seconds"] for c in costs if c["method"] == OURS), None)

@@ -12,7 +12,8 @@ compiles). One "iteration" is one candidate on the whole few-shot set.
 
 ``large`` (24 x 1024, the shape of cpt-large, 16 examples) takes about ten minutes a task and engine on two
 cores; the default shapes about 20 minutes for all. ``--growth`` measures cost against the number of
-examples, length, population and layers instead, and draws throughput_growth.png.
+examples, length, population and layers instead, and draws throughput_growth.png; it can be cut into pieces
+by ``--minutes``, each going on where the last one ended (five minutes in all for two engines on one core).
 """
 
 from __future__ import annotations
@@ -217,6 +218,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=3, help="the medians of so many; 1 at width 1024")
     parser.add_argument("--growth", action="store_true", help="cost against size instead")
+    parser.add_argument("--minutes", type=float, default=60.0, help="of --growth, then what is left is left")
+    parser.add_argument("--work", type=Path, default=Path("runs/growth"), help="points of --growth done")
     parser.add_argument("--engines", type=Path, default=Path("engines"), help="where engine folders are kept")
     parser.add_argument("--name", default="throughput", help="name of the result files")
     args = parser.parse_args()
@@ -226,7 +229,9 @@ def main() -> None:
     if args.growth:
         from benchmarks.throughput_growth import measure
 
-        print("written:", *measure(engines, args.device, args.engines, args.name))
+        done = measure(engines, args.device, args.engines, args.name, args.work, args.minutes)
+        if done:
+            print("written:", *done)
         return
     tasks = args.task or (["tnews", "lcqmc"] if args.data else ["demo_topic", "demo_sentiment"])
     head = (

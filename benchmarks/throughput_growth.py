@@ -1,17 +1,22 @@
 """Growth curves of `benchmarks.throughput`: cost of stage II against each size, the others held.
 
 Random backbones 256 wide and random texts of one length; the base case is 4 layers, 16 examples of 64
-tokens, a population of 20. Cost is ms an evaluation, mean over the layers visited.
+tokens, a population of 20. Cost is ms an evaluation, mean over the layers visited. Points are measured one
+by one and kept, so that a measurement that ends can go on.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.engine_work import (
     INTRINSIC_DIM,
@@ -27,21 +32,40 @@ from mp2.prompts import random_prompts
 
 BASE = {"examples": 16, "tokens": 64, "population": 20, "layers": 4}
 CURVES = {
-    "examples": (1, 4, 16, 64, 128),
+    "examples": (1, 4, 16, 64),
     "tokens": (16, 32, 64, 128, 256, 448),
     "population": (1, 2, 5, 10, 20, 40),
     "layers": (1, 2, 4, 8, 12),
 }
 
 
-def measure(engines: Sequence[Engine], device: str, folder: Path, name: str) -> tuple[Path, Path]:
-    """Measure all curves; returns the paths of the JSON and of the picture."""
-    rows = []
+def measure(
+    engines: Sequence[Engine], device: str, folder: Path, name: str, work: Path, minutes: float
+) -> tuple[Path, Path] | None:
+    """Measure what is left of all curves; the paths of the JSON and of the picture, once nothing is left.
+
+    Points are kept in ``work`` as they are done; none is begun when ``minutes`` are over, and then None is
+    returned.
+    """
+    settings = [device, torch.get_num_threads(), [str(engine) for engine in engines]]
+    tag = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    work.mkdir(parents=True, exist_ok=True)
+    end = time.perf_counter() + 60 * minutes
+    rows, n_left = [], 0
     for axis, values in CURVES.items():
         for value in values:
-            row = point({**BASE, axis: value}, engines, device, folder)
-            rows.append({"axis": axis, "value": value, **row})
-            print({key: x for key, x in rows[-1].items() if key not in BASE}, flush=True)
+            file = work / f"{tag}-{axis}-{value}.json"
+            if not file.is_file():
+                if time.perf_counter() > end:
+                    n_left += 1
+                    continue
+                row = point({**BASE, axis: value}, engines, device, folder)
+                file.write_text(json.dumps({"axis": axis, "value": value, **row}) + "\n", "utf-8")
+                print(axis, value, row["ms"], flush=True)
+            rows.append(json.loads(file.read_text("utf-8")))
+    if n_left:
+        print(f"{n_left} points are left; run it again", flush=True)
+        return None
     return save(f"{name}_growth", rows), draw(rows, RESULTS / f"{name}_growth.png")
 
 
@@ -60,8 +84,9 @@ def point(size: dict[str, int], engines: Sequence[Engine], device: str, folder: 
         objective = engine.objective(backbone, prompts, inputs, device, folder)
         objective.set_incumbent(z)
         times = []
-        for layer in range(size["layers"]):
-            objective.layer_losses(layer, candidates)
+        # cost falls by the same from each layer to the next: the mean over all is that of the first and last
+        for layer in sorted({0, size["layers"] - 1}):
+            objective.layer_losses(layer, candidates[:2] if device == "cpu" else candidates)
             times.append(seconds(lambda o=objective, i=layer: o.layer_losses(i, candidates)))  # type: ignore[misc]
         cost[f"{engine.runtime}:{engine.precision}"] = round(1e3 * mean(times) / size["population"], 3)
     plain = PlainLoop(backbone, prompts, inputs, device)

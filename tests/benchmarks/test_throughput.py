@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,11 +29,28 @@ def test_necessary_flops_are_those_that_torch_counts_without_padding() -> None:
     assert necessary_flops(backbone.config, [7, 12], 2, shared_text=True) == total - shared
 
 
-def test_growth_is_measured_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_growth_is_measured_in_pieces_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(throughput_growth, "BASE", {"examples": 1, "tokens": 8, "population": 2, "layers": 1})
-    monkeypatch.setattr(throughput_growth, "CURVES", dict.fromkeys(throughput_growth.CURVES, (1, 2)))
+    monkeypatch.setattr(throughput_growth, "CURVES", dict.fromkeys(throughput_growth.CURVES, (2,)))
     monkeypatch.setattr(throughput_growth, "save", lambda name, rows: tmp_path / name)
     monkeypatch.setattr(throughput_growth, "RESULTS", tmp_path)
     engines = [Engine.parse("torch:fp32"), Engine.parse("torch:int8")]
-    _, picture = throughput_growth.measure(engines, "cpu", tmp_path, "small")
-    assert picture.stat().st_size > 1000
+    points: list[dict[str, int]] = []
+    point = throughput_growth.point
+
+    def counted(size: dict[str, int], *arguments: Any) -> dict[str, Any]:
+        points.append(size)
+        if len(points) == 2:
+            raise KeyboardInterrupt
+        return point(size, *arguments)
+
+    monkeypatch.setattr(throughput_growth, "point", counted)
+    work = tmp_path / "work"
+    assert throughput_growth.measure(engines, "cpu", tmp_path, "small", work, -1.0) is None
+    assert not points
+    with pytest.raises(KeyboardInterrupt):
+        throughput_growth.measure(engines, "cpu", tmp_path, "small", work, 60.0)
+    found = throughput_growth.measure(engines, "cpu", tmp_path, "small", work, 60.0)
+    assert found is not None
+    assert found[1].stat().st_size > 1000
+    assert len(points) == 4 + 1  # the one that was cut off is done again, no other

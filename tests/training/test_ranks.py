@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,11 @@ def start(*words: str, size: int = 2) -> list[subprocess.Popen[str]]:
 
 
 def finish(processes: Sequence[subprocess.Popen[str]]) -> list[str]:
-    """Wait for all; return their outputs."""
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    """Wait for all; return their outputs. What hangs is killed and fails."""
+    killer = threading.Timer(300, lambda: [process.kill() for process in processes])
+    killer.start()
+    outputs = [process.communicate()[0] for process in processes]
+    killer.cancel()
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
     return outputs
 

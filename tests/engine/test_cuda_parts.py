@@ -217,18 +217,25 @@ def wide() -> Backbone:
 
 @pytest.mark.parametrize("kind", ["deep", "shallow"])
 @pytest.mark.parametrize(
-    ("precision", "least"), [("fp16", 0.99), ("bf16", 0.9), pytest.param("fp8", 0.5, marks=needs_row_scales)]
+    ("precision", "noise", "least"),
+    [
+        ("fp16", 0.006, 0.999),
+        ("bf16", 0.04, 0.998),
+        pytest.param("fp8", 0.3, 0.95, marks=needs_row_scales),
+    ],
 )
-def test_low_precision_keeps_most_of_the_order(
-    wide: Backbone, kind: Literal["deep", "shallow"], precision: str, least: float
+def test_low_precision_adds_noise_of_its_rounding_and_keeps_the_order(
+    wide: Backbone, kind: Literal["deep", "shallow"], precision: str, noise: float, least: float
 ) -> None:
+    """``noise``: of the spread of losses; seven to eight times more for each three bits of mantissa less."""
     prompts = random_prompts(wide, kind, prompt_tokens=4, intrinsic_dim=6, scale=20.0, seed=1)
     train = make_inputs((9, 14, 5, 30), wide.config.vocab_size)
-    z = 4 * np.random.default_rng(0).standard_normal((20, *prompts.z.shape[::2])).astype(np.float32)
+    z = 20 * np.random.default_rng(0).standard_normal((60, *prompts.z.shape[::2])).astype(np.float32)
     exact = Objective(TorchRuntime(wide), wide, prompts, train).full_losses(z)
+    assert exact.std() > 0.04 * exact.mean()  # the prompts matter
     runtime = CudaRuntime(wide, device="cpu", precision=precision)
     rough = CudaObjective(runtime, wide, prompts, train).full_losses(z)
-    assert 0 < float(np.abs(rough - exact).max()) < 0.5 * float(exact.mean())
+    assert noise / 10 < float((rough - exact).std() / exact.std()) < noise
     ranks = [np.argsort(np.argsort(x)) for x in (exact, rough)]
     assert np.corrcoef(*ranks)[0, 1] > least
 

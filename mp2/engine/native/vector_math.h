@@ -25,7 +25,7 @@ static inline float exp_negative(float x) {
     p = p * r * r + r + 1.0f;
     return p * from_bits(((int32_t)k + 127) << 23);
 }
-/* x Phi(x); erf as a rational function on [-4, 4], absolute error about 1e-7 */
+/* x Phi(x); erf as a rational function on [-4, 4], absolute error 4e-7 */
 static inline float gelu_erf(float x) {
     float t = x * 0.70710678f;
     t = t > 4.0f ? 4.0f : t;

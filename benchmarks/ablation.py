@@ -23,7 +23,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def pretrained(args: argparse.Namespace, variant: str, backbone: Backbone) -> Pa
 
 
 def upstream_scores(work: Path) -> dict[str, Any]:
-    """Mean dev score before and after pre-training, and examples/s, of each variant."""
+    """Mean dev score before and after pre-training of each variant, and every task's after it."""
     found = {}
     for variant in VARIANTS:
         folder = work / "pretrained" / variant
@@ -106,7 +106,6 @@ def upstream_scores(work: Path) -> dict[str, Any]:
             means = {k: sum(s[k] for s in scores.values()) / len(scores) for k in ("before", "after")}
             found[variant] = {
                 **{k: round(100 * v, 1) for k, v in means.items()},
-                "examples_per_s": result["examples_per_s"],
                 "prompts_sha256": result["prompts_sha256"],
                 "by_task": {task: round(100 * s["after"], 1) for task, s in scores.items()},
             }
@@ -120,27 +119,24 @@ def compute(args: argparse.Namespace) -> None:
         if method not in METHODS:
             raise UnknownNameError("method", method, METHODS)
     backbone = load_backbone(args.backbone)
-    files = []
-    for variant in needed(args.methods):
-        files.append(str(pretrained(args, variant, backbone)))
-        if time.monotonic() > end:
-            return
     settings = Settings(
         backbone=args.backbone,
-        prompts=tuple(files),
+        prompts=tuple(VARIANTS),
         iters=args.iters,
         epochs=args.epochs,
         test_limit=args.test_limit,
         max_tokens=args.max_tokens,
     )
-    lab = Lab(settings, args.data, args.work)
-    shared = asdict(settings) | {
-        "prompts": list(VARIANTS),
-        "pretraining": asdict(pretrain_config(args, "prefix")),
-    }
-    # the prompts follow from these and the backbone; not all are there from the first cell on
+    shared = asdict(settings) | {"pretraining": asdict(pretrain_config(args, "prefix"))}
+    # all prompts follow from these and the backbone
     shared |= {"upstream_tasks": list(args.upstream_tasks), "weights": {"backbone": backbone.sha256}}
     claim_folder(args.work, shared)
+    files = []
+    for variant in needed(args.methods):
+        files.append(str(pretrained(args, variant, backbone)))
+        if time.monotonic() > end:
+            return
+    lab = Lab(replace(settings, prompts=tuple(files)), args.data, args.work)
     where_from = provenance()
     for seed in args.seeds:
         for task in args.tasks:
@@ -187,10 +183,7 @@ def main() -> None:
         scores = upstream_scores(args.work)
         write_json(args.out, {**json.loads(args.out.read_text()), "pretrained": scores})
         for variant, found in scores.items():
-            print(
-                f"- pre-trained, {variant}: mean dev {found['before']} -> {found['after']}, "
-                f"{found['examples_per_s']} examples/s"
-            )
+            print(f"- pre-trained, {variant}: mean upstream dev {found['before']} -> {found['after']}")
     except Mp2Error as error:
         print(f"ablation: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

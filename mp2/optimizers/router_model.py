@@ -48,7 +48,9 @@ def fit_relevance(points: Floats, losses: Floats, start: Floats | None, steps: i
     precision = 1 / np.append(_COMMON_DEVIATION, np.full(n_layers, _LAYER_DEVIATION)) ** 2
     step, before = np.full(1 + n_layers, _FIRST_STEP), np.zeros(1 + n_layers)
     layers = points.transpose(1, 0, 2)
-    distances = _squares(layers, layers)  # [L', n, n]
+    squares = (layers**2).sum(-1)
+    distances = squares[:, :, None] + squares[:, None] - 2 * layers @ layers.transpose(0, 2, 1)  # [L', n, n]
+    distances = np.maximum(distances, 0)
     best, found = -np.inf, now
     for _ in range(steps):
         s = relevance(now, n_modules)
@@ -78,6 +80,7 @@ class RouterModel:
         """Standardised losses [n] of routers [n, D]; ``basis`` [D, D] is :func:`scaled`."""
         self._routers, self._losses, self._basis = routers, losses, basis
         self._places = routers @ basis
+        self._squares = (self._places**2).sum(1)
         self._along = self._places @ basis.T  # [n, D]: a place's product with what a bit adds
         self._lengths = (basis**2).sum(1)  # [D]
         self._inverse, self._weights, self._variance = _solve(np.exp(-self._distances(self._places)), losses)
@@ -100,8 +103,9 @@ class RouterModel:
         return self._worth(np.exp(-np.maximum(squares, 0)))
 
     def _distances(self, places: Floats) -> Floats:
-        """[c, n] from places [c, D] to the model's."""
-        return _squares(places, self._places)
+        """Squared, [c, n], of places [c, D] from the model's."""
+        squares = (places**2).sum(1)[:, None] + self._squares - 2 * (places @ self._places.T)
+        return np.asarray(np.maximum(squares, 0))
 
     def _worth(self, kernel: Floats) -> Floats:
         mean = kernel @ self._weights
@@ -116,12 +120,6 @@ def scaled(basis: Floats, s: Floats) -> Floats:
     found = np.zeros((n_layers, n_modules, n_layers, n_modules))
     found[np.arange(n_layers), :, np.arange(n_layers)] = np.sqrt(s)[:, None, None] * basis
     return found.reshape(n_layers * n_modules, -1)
-
-
-def _squares(a: Floats, b: Floats) -> Floats:
-    """Squared distances [..., c, n] of points [..., c, D] and [..., n, D]."""
-    product = a @ np.swapaxes(b, -1, -2)
-    return np.asarray(np.maximum((a**2).sum(-1)[..., None] + (b**2).sum(-1)[..., None, :] - 2 * product, 0))
 
 
 def _solve(kernel: Floats, losses: Floats) -> tuple[Floats, Floats, float]:

@@ -24,8 +24,8 @@ from benchmarks.engine_work import (
     PROMPT_TOKENS,
     Engine,
     random_inputs,
-    synchronize,
     shaped_backbone,
+    synchronize,
 )
 from benchmarks.forward_parts import clock
 from benchmarks.plain_loop import PlainLoop

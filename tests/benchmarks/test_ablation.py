@@ -30,6 +30,7 @@ def test_one_command_pre_trains_tunes_and_answers_and_then_only_prints(
         *("--methods", "gradient", "gradient-inline", "gradient-sum", "--out", str(tmp_path / "out.json")),
     ]
     monkeypatch.setattr(sys, "argv", ["benchmarks.ablation", *arguments])
+    monkeypatch.setattr(ablation, "provenance", dict)
     ablation.main()
     shown = capsys.readouterr()
     assert shown.err.count("mood gradient") == 3
@@ -65,6 +66,7 @@ def test_nothing_new_is_begun_after_the_minutes(
         *("--prompt-tokens", "3", "--intrinsic-dim", "4", "--work", str(tmp_path / "work")),
     ]
     monkeypatch.setattr(sys, "argv", ["benchmarks.ablation", *arguments])
+    monkeypatch.setattr(ablation, "provenance", dict)
     with pytest.raises(SystemExit) as stopped:
         ablation.main()
     assert stopped.value.code == 2

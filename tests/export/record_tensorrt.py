@@ -35,7 +35,8 @@ import tensorrt_bindings as trt
 def signatures(doc):
     lines = [line.strip() for line in (doc or "").splitlines()]
     marked = [line.split(". ", 1)[1] for line in lines if line[:1].isdigit() and ". " in line and "(" in line]
-    return [line.replace("tensorrt_bindings.tensorrt.", "") for line in (marked or lines[:1])]
+    short = [line.replace("tensorrt_bindings.tensorrt.", "") for line in (marked or lines[:1])]
+    return [line.replace("collections.abc.Buffer", "typing_extensions.Buffer") for line in short]  # 3.12
 
 found = {}
 for name, members in json.load(sys.stdin).items():

@@ -58,7 +58,7 @@ def populations(n_layers: int, d: int, chosen: Sequence[int]) -> dict[int, np.nd
 def losses_of(
     precision: str, task: str, data: Path | None, device: str
 ) -> tuple[dict[int, np.ndarray], float, str]:
-    """Losses [20] by layer, milliseconds an evaluation (on a GPU; later calls than the first), runtime's notes."""
+    """Losses [20] by layer, milliseconds an evaluation (on a GPU), notes on the runtime."""
     backbone = load_backbone("mini")
     prompts = load_prompts("mini-deep", backbone)
     card = load_card(task)

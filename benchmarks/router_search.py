@@ -182,6 +182,7 @@ def suggestion_cost(method: str) -> dict[str, Any]:
         return np.asarray(((routers != hidden) * weights).mean((1, 2)))
 
     if method != "bo":
+        search(method, space, 2, losses_of, 0)  # imports
         _, losses, spent = search(method, space, iterations, losses_of, 0)
         return {"method": method, "seconds": spent, "each": spent / (iterations - 1), "loss": losses.min()}
     points, each = (20, 60, 100), []

@@ -75,6 +75,8 @@ def asks_for_many(options: dict[str, Any]) -> bool:
 def configs_of(options: dict[str, Any]) -> list[BbtConfig]:
     """A config for every task and seed; the seeds of a task are neighbours."""
     seeds, tasks = read_seeds(options["seed"], options["seeds"]), _tasks(options["task"])
+    if options["router_only"] and options["router_search"] == "none":
+        raise UsageError("--router-only with --router-search none leaves nothing to search; drop one")
     config = BbtConfig(
         task=tasks[0],
         data=options["data"],

@@ -28,6 +28,8 @@ class RouterConfig:
         """Refuse counts that no run can have."""
         if self.iterations is not None and self.iterations < 1:
             raise UsageError(f"router_iters is {self.iterations}, expected at least 1")
+        if self.method == "none" and self.iterations is not None:
+            raise UsageError("router_iters was given, and router_search is none: there is no stage I")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mp2.errors import UsageError
+from mp2.limits import check_new_folder, check_seed
 from mp2.training.corpus import corpus_files
 from mp2.training.corpus_words import documents, find_words
 from mp2.training.pseudo_examples import Maker
@@ -95,6 +96,8 @@ def make_pseudo_tasks(
     for option, number in (("--examples", examples), ("--dev", dev), ("--files", files)):
         if number is not None and number < 1:
             raise UsageError(f"{option} {number}: expected at least 1")
+    check_seed(seed)
+    check_new_folder(out)
     if out.exists():
         raise UsageError(f"{out} exists; give a new folder")
     texts = [d for d in documents(corpus_files(corpus)[:files]) if d]

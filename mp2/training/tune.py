@@ -66,6 +66,12 @@ class TuneConfig:
             raise UsageError(f"router_epochs is {self.router_epochs}, expected 0 to {self.epochs} (epochs)")
         if self.router_epochs == 0 and self.run.router_only:
             raise UsageError("router_epochs is 0, expected at least 1 with --router-only")
+        for rate, stage, absent in (
+            ("router_lr", "stage I (router_epochs is 0)", self.router_epochs == 0),
+            ("prompt_lr", "stage II (--router-only)", self.run.router_only),
+        ):
+            if absent and getattr(self, rate) is not None:
+                raise UsageError(f"{rate} was given, and there is no {stage}")
         if self.injection not in (None, "prefix", "inline"):
             raise UsageError(f"injection is '{self.injection}', expected prefix or inline")
         if not self.temperature > 0:

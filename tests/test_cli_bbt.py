@@ -337,7 +337,7 @@ def test_several_seeds_give_a_run_each_and_a_mean(world: World) -> None:
 @pytest.mark.parametrize("method", ["exhaustive", "random", "none", "nevergrad:DiscreteOnePlusOne"])
 def test_every_router_search_runs_on_shallow_prompts(world: World, method: str) -> None:
     short = ["--iters", "24", "--popsize", "4", "--shots", "2", "--no-test", "--router-search", method]
-    limit = [] if method == "exhaustive" else ["--router-iters", "10"]
+    limit = [] if method in ("exhaustive", "none") else ["--router-iters", "10"]
     result = bbt(*world.options(kind="shallow"), *short, *limit)
     assert result["test_score"] is None
     assert result["method"] == "mp2-shallow"

@@ -125,7 +125,8 @@ def test_a_whole_journal_is_replayed_without_any_evaluation(tmp_path: Path) -> N
 @pytest.mark.parametrize("iters", [1, 2, 31, 32, 37, 143])
 def test_iterations_are_exactly_what_was_asked_for(tmp_path: Path, iters: int, kind: str) -> None:
     objective = HiddenPrompt(n_layers=1 if kind == "shallow" else 3, n_modules=8)
-    tune(tmp_path / "journal.jsonl", config(iters=iters), objective, kind)
+    router = RouterConfig(iterations=min(31, iters))
+    tune(tmp_path / "journal.jsonl", config(iters=iters, router=router), objective, kind)
     lines = [line for line in without_times(tmp_path / "journal.jsonl") if line["event"] == "losses"]
     assert [line["iteration"] for line in lines] == list(range(1, iters + 1))
     assert sum(line["stage"] == 1 for line in lines) == min(31, iters)

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from mp2.commands.options import tuned_model
 from mp2.commands.printing import as_json_text, given
 
 
@@ -16,13 +17,7 @@ from mp2.commands.printing import as_json_text, given
 @click.option(
     "--task", multiple=True, help="A name of 'mp2 tasks', or your own card (a TOML file); again for more."
 )
-@click.option("--data", type=click.Path(), help="Folder with TASK/{train,test}.jsonl; or MP2_DATA.")
-@click.option("--backbone", default="mini", show_default=True, help="mini, cpt-large, a folder, or a hub id.")
-@click.option(
-    "--prompts", help="Modular prompts: a file, mini-deep or mini-shallow.  [default: the backbone's]"
-)
-@click.option("--deep", "kind", flag_value="deep", help="Prompts at every layer.  [default]")
-@click.option("--shallow", "kind", flag_value="shallow", help="Prompts at the input only.")
+@tuned_model
 @click.option("--iters", default=8000, show_default=True, help="Candidates evaluated, both stages together.")
 @click.option(
     "--router-search",

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from mp2.commands.options import tuned_model
 from mp2.commands.printing import as_json_text, given, note, typed
 
 
@@ -136,13 +137,7 @@ def scratch(backbone: str, like: str, seed: int, out: str) -> None:
 
 @click.command()
 @click.option("--task", required=True, help="A name of 'mp2 tasks', or your own card (a TOML file).")
-@click.option("--data", type=click.Path(), help="Folder with TASK/{train,test}.jsonl; or MP2_DATA.")
-@click.option("--backbone", default="mini", show_default=True, help="mini, cpt-large, a folder, or a hub id.")
-@click.option(
-    "--prompts", help="Modular prompts: a file, mini-deep or mini-shallow.  [default: the backbone's]"
-)
-@click.option("--deep", "kind", flag_value="deep", help="Prompts at every layer.  [default]")
-@click.option("--shallow", "kind", flag_value="shallow", help="Prompts at the input only.")
+@tuned_model
 @click.option(
     "--injection", type=click.Choice(["prefix", "inline"]), help="Of deep prompts.  [default: the file's]"
 )

@@ -77,7 +77,7 @@ def run(command: list[str]) -> dict[str, Any]:
     """Run ``mp2 ...``; exit status, seconds, peak memory in GiB (of that process alone)."""
     start = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "mp2.cli", *command], stdout=subprocess.PIPE, text=True, env=os.environ
+        [sys.executable, "-m", "mp2", *command], stdout=subprocess.PIPE, text=True, env=os.environ
     )
     assert process.stdout is not None
     output = process.stdout.read()

@@ -38,7 +38,7 @@ def tune(task: str, data: Path, out: Path, options: Sequence[str]) -> dict[str, 
 
 def _mp2(command: list[str]) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "mp2.cli", *command], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-m", "mp2", *command], stdout=subprocess.PIPE, text=True, check=True
     )
     return dict(json.loads(done.stdout))
 

@@ -140,10 +140,7 @@ def _events(run_dir: Path) -> list[dict[str, Any]]:
 
 def _start(world: World, out: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [
-        sys.executable,
-        "-c",
-        "from mp2.cli import main; main()",
-        "bbt",
+        *(sys.executable, "-m", "mp2", "bbt"),
         *world.options(),
         *arguments,
         "--out",

@@ -168,7 +168,7 @@ def test_sigterm_to_torchrun_stops_the_run_with_a_whole_checkpoint(
     endless = [str(a) for a in arguments(world, "pretrain", tmp_path, "--steps", 1_000_000)]
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = subprocess.Popen(
-        [*run, "-m", "mp2.cli", *endless],
+        [*run, "-m", "mp2", *endless],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

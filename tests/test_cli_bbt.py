@@ -409,6 +409,9 @@ def test_predict_says_what_is_wrong(unbroken: dict[str, Any], world: World, tmp_
     assert (done.exit_code, "there is no file" in done.stderr) == (2, True)
     done = mp2("predict", "--run", run, "--input", "-", input='{"txt": "好"}')
     assert (done.exit_code, "<stdin>:1: field 'text'" in done.stderr) == (2, True)
+    for text in ("", "\n \n"):
+        done = mp2("predict", "--run", run, "--input", "-", input=text)
+        assert (done.exit_code, "<stdin>: nothing to label" in done.stderr) == (2, True)
     unfinished = tmp_path / "run"
     unfinished.mkdir()
     (unfinished / "config.json").write_bytes((Path(run) / "config.json").read_bytes())

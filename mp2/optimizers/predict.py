@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mp2.errors import UsageError
+from mp2.errors import FormatError, UsageError
 from mp2.optimizers.frozen_model import load_model
 from mp2.optimizers.run_folder import read_config
 from mp2.optimizers.tuned import check_fits, load_tuned
@@ -55,12 +55,12 @@ class Predictor:
         extraction: that of the span among all spans.
 
         Raises:
-            FormatError: a bad line, with its number.
+            FormatError: a bad line, with its number; or no line at all.
         """
         from mp2.tasks.data import parse_lines
         from mp2.tasks.problems import FirstProblem
 
-        records = parse_lines(self.card, self._as_json(lines), name, FirstProblem(), labelled=False)
+        records = parse_lines(self.card, self._as_json(lines, name), name, FirstProblem(), labelled=False)
         while chunk := list(islice(records, CHUNK)):
             yield from self.predict(chunk)
 
@@ -99,7 +99,7 @@ class Predictor:
                 found.append({"label": index, "option": example.options[index], "probability": probability})
         return found
 
-    def _as_json(self, lines: Iterable[bytes]) -> Iterator[bytes]:
+    def _as_json(self, lines: Iterable[bytes], name: str) -> Iterator[bytes]:
         """JSON lines as they are; plain text wrapped in the task's only field."""
         iterator = iter(lines)
         skipped = 0  # blank lines before the first; the numbers in messages count them
@@ -108,7 +108,7 @@ class Predictor:
                 break
             skipped += 1
         else:
-            return
+            raise FormatError("nothing to label; expected a text, or a JSON object, on each line", path=name)
         plain = not first.lstrip(b"\xef\xbb\xbf \t").startswith(b"{")
         fields = self.card.fields
         if plain and (len(fields) != 1 or self.card.type == "multiple_choice"):

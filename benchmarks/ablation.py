@@ -29,11 +29,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.command import one_line_errors
 from benchmarks.provenance import RESULTS, provenance
 from benchmarks.transfer import cell_file, claim_folder, work_through, write_results
 from benchmarks.transfer_methods import METHODS, Lab, Settings
 from mp2.backbone import Backbone, load_backbone
-from mp2.errors import Mp2Error, UnknownNameError
+from mp2.errors import UnknownNameError
 from mp2.optimizers.run_folder import write_json
 from mp2.optimizers.session import one_blas_thread, sigterm_exits
 from mp2.prompts import load_prompts
@@ -152,6 +153,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+@one_line_errors(goes_on=True)
 def main() -> None:
     """Compute what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -175,21 +177,14 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="compute nothing: print what is there")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    try:
-        if not args.table:
-            with sigterm_exits(), one_blas_thread():
-                compute(args)
-        print(write_results(args.work, args.out))
-        scores = upstream_scores(args.work)
-        write_json(args.out, {**json.loads(args.out.read_text()), "pretrained": scores})
-        for variant, found in scores.items():
-            print(f"- pre-trained, {variant}: mean upstream dev {found['before']} -> {found['after']}")
-    except Mp2Error as error:
-        print(f"ablation: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("ablation: stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    if not args.table:
+        with sigterm_exits(), one_blas_thread():
+            compute(args)
+    print(write_results(args.work, args.out))
+    scores = upstream_scores(args.work)
+    write_json(args.out, {**json.loads(args.out.read_text()), "pretrained": scores})
+    for variant, found in scores.items():
+        print(f"- pre-trained, {variant}: mean upstream dev {found['before']} -> {found['after']}")
 
 
 if __name__ == "__main__":

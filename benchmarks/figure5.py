@@ -17,7 +17,6 @@ to is not given. So are tasks whose card is not one of the package.
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,9 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import dendrogram, fcluster, linkage
 
+from benchmarks.command import one_line_errors
 from benchmarks.provenance import RESULTS, provenance
-from mp2.errors import Mp2Error, UsageError
+from mp2.errors import UsageError
 from mp2.optimizers.run_folder import write_json
 from mp2.prompts import PromptSet, load_prompts
 from mp2.tasks import card_names, load_card
@@ -177,6 +177,7 @@ def row(name: str, prompts: PromptSet, weights: str, found: Clustering) -> dict[
     }
 
 
+@one_line_errors()
 def main() -> None:
     """Cluster the routers of each prompt file, draw, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -187,19 +188,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of figure5.json and the pictures")
     args = parser.parse_args()
     rows = []
-    try:
-        for name in args.prompts:
-            prompts = load_prompts(name)
-            tasks, routers = routers_of(prompts, args.router)
-            families = [load_card(task).family for task in tasks]
-            found = cluster(tasks, families, routers, args.router, shuffles=args.shuffles, seed=args.seed)
-            rows.append(row(name, prompts, args.router, found))
-            picture = args.out / f"figure5_{prompts.kind}.png"
-            draw(found, f"{args.router} routers of {Path(name).stem}", picture)
-            print(_line(rows[-1]), f"  {picture.name}")
-    except Mp2Error as error:
-        print(f"figure5: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    for name in args.prompts:
+        prompts = load_prompts(name)
+        tasks, routers = routers_of(prompts, args.router)
+        families = [load_card(task).family for task in tasks]
+        found = cluster(tasks, families, routers, args.router, shuffles=args.shuffles, seed=args.seed)
+        rows.append(row(name, prompts, args.router, found))
+        picture = args.out / f"figure5_{prompts.kind}.png"
+        draw(found, f"{args.router} routers of {Path(name).stem}", picture)
+        print(_line(rows[-1]), f"  {picture.name}")
     write_json(args.out / "figure5.json", {"provenance": provenance(), "rows": rows})
     print("written:", args.out / "figure5.json")
 

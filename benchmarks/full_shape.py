@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.command import one_line_errors
 from benchmarks.provenance import save
 from mp2.backbone import load_backbone
 from mp2.backbone.checkpoint import checkpoint_names, expected_shapes, read_config
@@ -92,6 +93,7 @@ def run(command: list[str]) -> dict[str, Any]:
     }
 
 
+@one_line_errors()
 def main() -> None:
     """Make the checkpoint, export it, tune on it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

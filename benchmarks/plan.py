@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.command import one_line_errors
 from benchmarks.provenance import save
 from mp2.optimizers.config import BbtConfig
 from mp2.optimizers.planning import plan_run
@@ -57,6 +58,7 @@ def run(config: BbtConfig) -> dict[str, Any]:
     }
 
 
+@one_line_errors()
 def main() -> None:
     """Run all tasks and kinds, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

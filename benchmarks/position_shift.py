@@ -13,16 +13,15 @@ The span head is that of ``--prompts``; nothing else of them is used. 10 seconds
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.command import one_line_errors
 from benchmarks.provenance import RESULTS, provenance
 from mp2.backbone import Backbone, load_backbone
-from mp2.errors import Mp2Error
 from mp2.optimizers.run_folder import write_json
 from mp2.prompts import PromptSet, load_prompts
 from mp2.tasks import MrcFormatter, decode, load_card, load_examples, score
@@ -67,6 +66,7 @@ def scores(
     return found
 
 
+@one_line_errors()
 def main() -> None:
     """Score, print a table and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -80,17 +80,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "position_shift.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    try:
-        backbone = load_backbone(args.backbone)
-        prompts = load_prompts(args.prompts, backbone)
-        m = prompts.meta.prompt_tokens if args.rows is None else args.rows
-        rows: dict[str, Any] = {
-            task: scores(backbone, prompts, task, args.data, m, args.test_limit, args.max_tokens)
-            for task in args.tasks
-        }
-    except Mp2Error as error:
-        print(f"position_shift: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    backbone = load_backbone(args.backbone)
+    prompts = load_prompts(args.prompts, backbone)
+    m = prompts.meta.prompt_tokens if args.rows is None else args.rows
+    rows: dict[str, Any] = {
+        task: scores(backbone, prompts, task, args.data, m, args.test_limit, args.max_tokens)
+        for task in args.tasks
+    }
     print(f"| task | {' | '.join(WAYS)} |\n| --- |{' --- |' * len(WAYS)}")
     for task, found in rows.items():
         print(f"| {task} | {' | '.join(str(found[way]) for way in WAYS)} |")

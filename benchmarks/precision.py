@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.command import one_line_errors
 from benchmarks.provenance import save
 from mp2.backbone import load_backbone
 from mp2.engine.cuda_objective import CudaObjective
@@ -163,6 +164,7 @@ def large(device: str) -> list[dict[str, Any]]:
     return rows
 
 
+@one_line_errors()
 def main() -> None:
     """Compare on all tasks asked for, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

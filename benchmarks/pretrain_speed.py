@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.command import one_line_errors
 from benchmarks.plain_training import PlainTraining
 from benchmarks.provenance import save
 from mp2.backbone import Backbone, BackboneConfig, load_backbone, random_backbone
@@ -206,6 +207,7 @@ def measure(
     }
 
 
+@one_line_errors()
 def main() -> None:
     """Time all shapes, deep and shallow; print a table; write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

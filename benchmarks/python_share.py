@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.command import one_line_errors
 from benchmarks.forward_parts import clock, measured
 from benchmarks.provenance import save
 from mp2.optimizers.config import BbtConfig
@@ -100,6 +101,7 @@ def run(config: BbtConfig) -> dict[str, Any]:
     }
 
 
+@one_line_errors()
 def main() -> None:
     """Measure all tasks, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

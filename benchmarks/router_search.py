@@ -30,8 +30,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.command import one_line_errors
 from benchmarks.provenance import save
 from benchmarks.router_tables import cost_table, quality_table, task_table
+from mp2.errors import UsageError
 from mp2.optimizers import BbtConfig, RouterConfig, create_router_search
 from mp2.optimizers.few_shot_problem import FewShotProblem
 from mp2.optimizers.frozen_model import FrozenModel, load_model, resolve_paths
@@ -208,9 +210,10 @@ def find_data(root: Path, task: str) -> Path:
     for folder in (root, root / "downstream", root / "upstream"):
         if (folder / task / "train.jsonl").is_file():
             return folder
-    raise SystemExit(f"there is no {task}/train.jsonl in {root}, nor in downstream or upstream there")
+    raise UsageError(f"there is no {task}/train.jsonl in {root}, nor in downstream or upstream there")
 
 
+@one_line_errors(goes_on=True)
 def main() -> None:
     """Run what is missing; with everything there, print the tables and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.command import one_line_errors
 from benchmarks.plain_loop import PlainLoop
 from benchmarks.provenance import save
 from mp2.backbone import Backbone, BackboneConfig, load_backbone, random_backbone
@@ -107,6 +108,7 @@ def run(shape: str, task: str, runtime_name: str, data: Path | None, engines: Pa
     }
 
 
+@one_line_errors()
 def main() -> None:
     """Time all shapes and tasks asked for, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

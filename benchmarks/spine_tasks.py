@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import one_line_errors
 from benchmarks.provenance import save
 
 TASKS = ["tnews", "cmrc2018", "c3", "chnsent", "lcqmc", "cote_mfw", "ccpm"]  # the long ones first
@@ -60,6 +61,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@one_line_errors(goes_on=True)
 def main() -> None:
     """Run all tasks, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

@@ -39,6 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.command import one_line_errors
 from benchmarks.full_shape import HEADS, HIDDEN, POSITIONS, VOCAB, vocabulary
 from benchmarks.plain_loop import PlainLoop
 from benchmarks.provenance import provenance, save
@@ -184,6 +185,7 @@ def paper(kind: str, task: str) -> dict[str, Any]:
     }
 
 
+@one_line_errors(goes_on=True)
 def main() -> None:
     """Do what is left of the cells, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

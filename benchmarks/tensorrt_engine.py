@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.command import one_line_errors
 from benchmarks.provenance import save
 from mp2.backbone import Backbone, load_backbone
 from mp2.engine import Runtime, create_runtime
@@ -114,6 +115,7 @@ def run(args: argparse.Namespace, precision: str) -> dict[str, Any]:
     return row
 
 
+@one_line_errors()
 def main() -> None:
     """Run the precisions, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

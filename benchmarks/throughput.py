@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.command import one_line_errors
 from benchmarks.engine_work import (
     INTRINSIC_DIM,
     PROMPT_TOKENS,
@@ -207,6 +208,7 @@ def agreement(
     return found
 
 
+@one_line_errors()
 def main() -> None:
     """Measure what is asked for, print a table, write JSON (and curves)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

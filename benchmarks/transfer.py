@@ -30,10 +30,11 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from benchmarks.command import one_line_errors
 from benchmarks.provenance import RESULTS, provenance
 from benchmarks.transfer_methods import DEFAULT_METHODS, METHODS, Lab, Settings
 from benchmarks.transfer_table import answers, markdown, summarise
-from mp2.errors import MismatchError, Mp2Error, UnknownNameError, UsageError
+from mp2.errors import MismatchError, UnknownNameError, UsageError
 from mp2.optimizers.run_folder import write_json
 from mp2.optimizers.session import one_blas_thread, sigterm_exits
 from mp2.tasks import load_card
@@ -150,6 +151,7 @@ def write_results(work: Path, out: Path) -> str:
     return markdown(rows, found, settings)
 
 
+@one_line_errors(goes_on=True)
 def main() -> None:
     """Compute cells, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -170,16 +172,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes; one a core")
     parser.add_argument("--table", action="store_true", help="compute nothing: print what is there")
     args = parser.parse_args()
-    try:
-        if not args.table:
-            _compute(args)
-        print(write_results(args.work, args.out))
-    except Mp2Error as error:
-        print(f"transfer: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("transfer: stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    if not args.table:
+        _compute(args)
+    print(write_results(args.work, args.out))
 
 
 def _compute(args: argparse.Namespace) -> None:

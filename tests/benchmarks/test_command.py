@@ -1,0 +1,58 @@
+"""Benchmarks end in one line where something is wrong."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import benchmarks
+from benchmarks.command import one_line_errors
+from mp2.errors import LossError, UnknownNameError
+
+COMMANDS = sorted(
+    path.stem
+    for path in Path(benchmarks.__path__[0]).glob("*.py")
+    if re.search(r"^def main\(", path.read_text("utf-8"), re.MULTILINE) and path.stem != "gpu"
+)
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UnknownNameError("task", "tnewz", ["tnews"]), 2, "unknown task 'tnewz'. Did you mean 'tnews'?"),
+        (LossError("all 20 losses are NaN"), 1, "all 20 losses are NaN"),
+        (KeyboardInterrupt(), 130, "stopped"),
+    ],
+)
+def test_errors_of_ours_are_one_line_and_their_exit_status(
+    capsys: pytest.CaptureFixture[str], error: BaseException, status: int, line: str, goes_on: bool
+) -> None:
+    @one_line_errors(goes_on=goes_on)
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == status
+    told = capsys.readouterr().err
+    more = "; the same command goes on from here" if goes_on and status == 130 else ""
+    assert told == f"test_command: {line}{more}\n"
+
+
+def test_errors_that_are_not_ours_keep_their_traceback() -> None:
+    @one_line_errors()
+    def main() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        main()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_benchmark_ends_so(name: str) -> None:
+    main = importlib.import_module(f"benchmarks.{name}").main
+    assert main.__wrapped__.__name__ == "main"

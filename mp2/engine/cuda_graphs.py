@@ -2,9 +2,10 @@
 
 A recorded graph reads and writes fixed addresses. So each kind of work (its key) owns copies of its inputs;
 a call copies the new inputs in, replays, and hands back the output buffer, which the next replay
-overwrites. Work is recorded the second time its key is seen: the first time runs it plainly, which warms
-up whatever must not happen while recording (handles, compilers, autotuners), and costs nothing where a key
-never comes again, such as a last, smaller generation.
+overwrites: what is to be kept of it must be queued for copying before that. Work is recorded the second time
+its key is seen: the first time runs it plainly, which warms up whatever must not happen while recording
+(handles, compilers, autotuners, cuBLAS's workspace), and costs nothing where a key never comes again, such
+as a last, smaller generation.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 
@@ -35,23 +37,53 @@ class Recorder(Protocol):
         ...
 
 
-class CudaRecorder:
-    """Records CUDA graphs that share one memory pool, as only one of them runs at a time."""
+class _Kept:
+    """A CUDA graph that its recorder knows to be alive."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+
+    def replay(self) -> None:
+        """See `Graph`."""
+        self.graph.replay()
+
+
+class CudaRecorder:
+    """Records CUDA graphs on one stream; they share a memory pool, as only one of them runs at a time.
+
+    A pool ends with its last graph and cannot be taken up again, so that graphs after that get a new one.
+    """
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
+        self._device, self._stream = device, stream
         self._pool: Any = None  # an opaque handle
+        self._alive: WeakSet[_Kept] = WeakSet()
 
     def __call__(self, work: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
-        """See `Recorder`."""
-        graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
+        """See `Recorder`. Other threads may wait for other streams meanwhile."""
+        alive = list(self._alive)  # held, so that the pool lives as long as this takes
+        if not alive:
             self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.device(self._device):
-            torch.cuda.synchronize()
-            with torch.cuda.graph(graph, pool=self._pool):
-                output = work()
-        return graph, output
+        kept = _Kept()
+        failure: Exception | None = None
+        try:
+            with (
+                torch.cuda.device(self._device),
+                torch.cuda.graph(
+                    kept.graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ),
+            ):
+                try:
+                    output = work()
+                except Exception as error:
+                    failure = error
+                    raise
+        except Exception as error:
+            if failure is None or error is failure:
+                raise
+            raise failure from error  # not what ending a broken capture says
+        self._alive.add(kept)
+        return kept, output
 
 
 class Graphs:
@@ -95,7 +127,8 @@ class Graphs:
         graph.replay()
         return output
 
-    def clear(self) -> None:
-        """Forget everything, and free its memory."""
+    def restart(self, record: Recorder | None) -> None:
+        """Forget everything, which frees its memory, and go on with ``record``."""
+        self._record = record
         self._seen.clear()
         self._recorded.clear()

@@ -2,8 +2,12 @@
 
 Same losses and same methods as `Objective`. What differs is the layout: nothing is padded, a batch is as
 many candidates as the free memory and the device's appetite allow (`CudaRuntime.most_tokens`), and a forward
-through all the layers of a batch is one graph. The incumbent's keys and values and the folded projections
-stay on the device; candidates go in as [P, d] and P losses come out.
+through all the layers of a batch is one graph, from intrinsic prompts to losses. The incumbent's keys and
+values and the folded projections stay on the device; candidates go in as [P, d] and P losses come out.
+
+Every evaluation is launched first and fetched afterwards: ``launch_...`` queues it on the objective's lane
+(`mp2.engine.cuda_lanes`) and returns at once. Launches belong in one thread, for all objectives of a runtime;
+fetching may be done in any. `commit` and `set_incumbent` touch nothing on the device.
 """
 
 from __future__ import annotations
@@ -11,23 +15,32 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
 from mp2.backbone import Backbone
-from mp2.engine.cuda_graphs import CudaRecorder, Graphs, Recorder, Tensors
+from mp2.engine.cuda_forward import PackedForward
+from mp2.engine.cuda_graphs import Graphs
+from mp2.engine.cuda_incumbent import Incumbent
+from mp2.engine.cuda_lanes import Lane
 from mp2.engine.cuda_pack import Pack, make_packs
-from mp2.engine.cuda_projector import DeviceProjector
 from mp2.engine.cuda_runtime import CudaRuntime
 from mp2.engine.objective import incumbent_for, intrinsic
-from mp2.engine.runtime import Prefix, is_out_of_memory
+from mp2.engine.runtime import is_out_of_memory
 from mp2.errors import OutOfMemoryError, UsageError
+from mp2.pending import Pending
 from mp2.prompts import PromptSet
 
 if TYPE_CHECKING:
     from mp2.tasks import MrcInput
+
+LogProbs = tuple[list[np.ndarray], list[np.ndarray]]
+T = TypeVar("T")
+
+_POPULATION = 20  # of the memory that a lane is thought to need; another one only changes the number of lanes
+_KEPT_SETS = 2  # sets whose log-probabilities are recorded: dev, and perhaps test
 
 
 class CudaObjective:
@@ -44,13 +57,11 @@ class CudaObjective:
         train: Sequence[MrcInput],
         *,
         micro_batch_tokens: int | None = None,
-        record: Recorder | None = None,
     ) -> None:
         """Get ready for ``train``; a batch holds at most ``micro_batch_tokens`` (None: as memory allows).
 
-        ``record`` None: CUDA graphs on CUDA, none elsewhere. Raises UsageError without examples,
-        MismatchError for prompts of another backbone, UsageError
-        for deep inline prompts.
+        Raises UsageError without examples, MismatchError for prompts of another backbone, UsageError for
+        deep inline prompts.
         """
         if not train:
             raise UsageError("no training examples, expected at least 1; check the task's data and --shots")
@@ -63,93 +74,101 @@ class CudaObjective:
         self.runtime = runtime
         self.n_evaluations = 0
         self.seconds = 0.0
-        self._place = torch.device(runtime.device)
-        if record is None and self._place.type == "cuda":
-            record = CudaRecorder(self._place)
-        self.graphs = Graphs(record)
         self.micro_batch_tokens = micro_batch_tokens or runtime.most_tokens()
+        self.graphs = Graphs(None)
+        self._place = torch.device(runtime.device)
+        self._lane: Lane | None = None  # taken with the first launch
         self._prompts = prompts
-        self._n_layers = backbone.config.n_layers
         self._deep = prompts.kind == "deep"
         self._n_inline = prompts.meta.n_inline
         self._shape = (prompts.z.shape[0], prompts.z.shape[-1])  # L', d
-        self._projector = DeviceProjector(backbone, prompts, self._place, runtime.dtype)
-        self._span = tuple(
-            x.detach().to(self._place, torch.float32) for x in (prompts.span_weight, prompts.span_bias)
-        )
+        self._forward = PackedForward(runtime, backbone, prompts)
         self._train = list(train)
         self._packs: list[Pack] = []
-        self._z: torch.Tensor | None = None  # the incumbent, [L', d]
-        self._incumbent: dict[int, Prefix] = {}  # at fixed addresses: graphs read them
-        self._text: dict[int, tuple[int, torch.Tensor]] = {}  # pack -> layer, its input [1, S, H]
+        n_prefixes = backbone.config.n_layers if self._deep else 0
+        self._incumbent = Incumbent(runtime, self._forward.prefix, self.graphs, n_prefixes)
+        self._scored: list[tuple[list[MrcInput], list[Pack]]] = []  # sets of one pack, seen before
 
     def router_losses(self, routers: np.ndarray) -> np.ndarray:
         """See `Objective.router_losses`."""
+        return self.launch_router_losses(routers).fetch()
+
+    def launch_router_losses(self, routers: np.ndarray) -> Pending[np.ndarray]:
+        """Begin `router_losses`."""
         fused = self._prompts.fuse(torch.from_numpy(np.asarray(routers)))
-        return self.full_losses(fused.detach().numpy())
+        return self.launch_full_losses(fused.detach().numpy())
 
     def full_losses(self, z: np.ndarray) -> np.ndarray:
         """See `Objective.full_losses`."""
-        candidates = intrinsic(z, ("P", *self._shape))
+        return self.launch_full_losses(z).fetch()
+
+    def launch_full_losses(self, z: np.ndarray) -> Pending[np.ndarray]:
+        """Begin `full_losses`."""
 
         def batch(number: int, pack: Pack, part: torch.Tensor) -> torch.Tensor:
-            inputs = self._prompt_inputs(part)
             return self.graphs(
-                ("full", number, len(part)), inputs, lambda held: self._every_layer(pack, held)
+                ("full", number, len(part)), (part,), lambda held: self._forward.losses(pack, *held)
             )
 
-        return self._losses(candidates, batch)
+        return self._launch(intrinsic(z, ("P", *self._shape)), batch)
 
     def set_incumbent(self, z: np.ndarray) -> None:
         """See `Objective.set_incumbent`."""
-        self._z = intrinsic(z, self._shape).clone()
-        self._text.clear()
-        if self._deep:
-            for layer in range(self._n_layers):
-                self._hold(layer)
+        self._incumbent.set(intrinsic(z, self._shape).clone())
 
     def layer_losses(self, layer: int, z: np.ndarray) -> np.ndarray:
         """See `Objective.layer_losses`."""
-        incumbent_for(self._z, layer, self._prompts.kind)
+        return self.launch_layer_losses(layer, z).fetch()
+
+    def launch_layer_losses(self, layer: int, z: np.ndarray) -> Pending[np.ndarray]:
+        """Begin `layer_losses`."""
+        incumbent_for(self._incumbent.z, layer, self._prompts.kind)
         candidates = intrinsic(z, ("P", self._shape[1]))
         if not self._deep:
-            return self.full_losses(candidates.unsqueeze(1).numpy())
+            return self.launch_full_losses(candidates.unsqueeze(1).numpy())
 
         def batch(number: int, pack: Pack, part: torch.Tensor) -> torch.Tensor:
-            inputs = (self._text_at(number, pack, layer), *self._projector(layer, part))
             return self.graphs(
                 ("visit", layer, number, len(part)),
-                inputs,
-                lambda held: self._layers_above(layer, pack, held),
+                (self._incumbent.text_at(number, pack, layer), part),
+                lambda held: self._forward.visit(layer, pack, held[0], held[1], self._incumbent.prefixes),
             )
 
-        return self._losses(candidates, batch)
+        return self._launch(candidates, batch)
 
     def commit(self, layer: int, z: np.ndarray) -> None:
         """See `Objective.commit`."""
-        incumbent = incumbent_for(self._z, layer, self._prompts.kind)
-        incumbent[layer] = intrinsic(z, (self._shape[1],))
-        self._text = {n: (level, x) for n, (level, x) in self._text.items() if level <= layer}
-        if self._deep:
-            self._hold(layer)
+        incumbent_for(self._incumbent.z, layer, self._prompts.kind)
+        self._incumbent.commit(layer, intrinsic(z, (self._shape[1],)))
+
+    def log_probs(self, z: np.ndarray, inputs: Sequence[MrcInput]) -> LogProbs:
+        """See `Objective.log_probs`."""
+        return self.launch_log_probs(z, inputs).fetch()
 
     @torch.inference_mode()
-    def log_probs(
-        self, z: np.ndarray, inputs: Sequence[MrcInput]
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """See `Objective.log_probs`."""
-        held = self._prompt_inputs(intrinsic(z, self._shape).unsqueeze(0))
+    def launch_log_probs(self, z: np.ndarray, inputs: Sequence[MrcInput]) -> Pending[LogProbs]:
+        """Begin `log_probs`."""
+        prompt = intrinsic(z, self._shape).unsqueeze(0)
 
-        def attempt() -> list[np.ndarray]:
+        def attempt(lane: Lane) -> list[Any]:
+            held = lane.upload(prompt)
+            number, packs = self._scored_packs(inputs)
+            if number is None:
+                return [(pack, lane.send(self._forward.log_probs(pack, held)[0])) for pack in packs]
+            (pack,) = packs
+            logp = self.graphs(("scored", number), (held,), lambda own: self._forward.log_probs(pack, *own))
+            return [(pack, lane.send(logp[0]))]
+
+        sent = self._within_memory(attempt, inputs)
+
+        def fetch() -> LogProbs:
             logps: list[np.ndarray] = [np.empty((0, 2))] * len(inputs)
-            for pack in self._make_packs(inputs):
-                found = self._log_probs(pack, self._forward(pack, held))[0].cpu().numpy()
-                for row, index, length in zip(found, pack.indices, pack.lengths, strict=True):
+            for pack, arrive in sent:
+                for row, index, length in zip(arrive(), pack.indices, pack.lengths, strict=True):
                     logps[index] = row[:length]
-            return logps
+            return [logp[:, 0] for logp in logps], [logp[:, 1] for logp in logps]
 
-        logps = self._within_memory(attempt, inputs)
-        return [logp[:, 0] for logp in logps], [logp[:, 1] for logp in logps]
+        return Pending(fetch)
 
     def batches(self, population: int) -> dict[str, Any]:
         """How a population is cut up, for people."""
@@ -162,96 +181,55 @@ class CudaObjective:
             "padding": 0.0,
         }
 
-    # What a batch computes; everything here can be recorded.
+    def most_lanes(self) -> int:
+        """Return how many runs like this one the device's free memory holds side by side."""
+        tokens = sum(len(x.input_ids) + self._n_inline for x in self._train)
+        return self.runtime.most_lanes(min(self.micro_batch_tokens, _POPULATION * tokens))
 
-    def _every_layer(self, pack: Pack, held: Tensors) -> torch.Tensor:
-        return self._cross_entropy(pack, self._forward(pack, held))
-
-    def _forward(self, pack: Pack, held: Tensors) -> torch.Tensor:
-        """Return the last hidden states [P, S, H] under prompt inputs (see `_prompt_inputs`)."""
-        runtime = self.runtime
-        if self._deep:
-            keys, values = held  # [L, P, h, m, d_h]
-            hidden = runtime.embed_pack(pack)
-            for i in range(self._n_layers):
-                hidden = runtime.packed_layer(i, hidden, pack, (keys[i], values[i]))
-            return hidden
-        hidden = runtime.embed_pack(pack, held[0])
-        for i in range(self._n_layers):
-            hidden = runtime.packed_layer(i, hidden, pack, None)
-        return hidden
-
-    def _layers_above(self, layer: int, pack: Pack, held: Tensors) -> torch.Tensor:
-        text, keys, values = held
-        hidden = self.runtime.packed_layer(layer, text, pack, (keys, values))
-        for i in range(layer + 1, self._n_layers):
-            hidden = self.runtime.packed_layer(i, hidden, pack, self._incumbent[i])
-        return self._cross_entropy(pack, hidden)
-
-    def _log_probs(self, pack: Pack, hidden: torch.Tensor) -> torch.Tensor:
-        return self.runtime.packed_log_probs(hidden, pack, self._span[0], self._span[1])
+    def leave_lane(self) -> None:
+        """See `Member.leave_lane`."""
+        self._lane = None
+        self._forget()
 
     @torch.inference_mode()
-    def _cross_entropy(self, pack: Pack, hidden: torch.Tensor) -> torch.Tensor:
-        """Return [P, n] float64: (CE of the start + CE of the end) / 2."""
-        logp = self._log_probs(pack, hidden)
-        gold = torch.stack([pack.start, pack.end], -1).view(1, -1, 1, 2).expand(len(logp), -1, -1, -1)
-        return -logp.gather(2, gold).squeeze(2).mean(-1)
-
-    # Cutting up, and what is kept on the device.
-
-    @torch.inference_mode()
-    def _losses(
+    def _launch(
         self, candidates: torch.Tensor, batch: Callable[[int, Pack, torch.Tensor], torch.Tensor]
-    ) -> np.ndarray:
-        """Return the mean losses [P] of ``batch`` over all packs and chunks of candidates."""
+    ) -> Pending[np.ndarray]:
+        """Begin the mean losses [P] of ``batch`` over all packs and chunks of candidates."""
         started = time.perf_counter()
 
-        def attempt() -> np.ndarray:
+        def attempt(lane: Lane) -> list[Any]:
+            placed = lane.upload(candidates)
             self._packs = self._packs or self._make_packs(self._train)
+            return [
+                (chunk, pack, lane.send(batch(number, pack, placed[chunk])))
+                for number, pack in enumerate(self._packs)
+                for chunk in self._chunks(len(candidates), pack)
+            ]
+
+        sent = self._within_memory(attempt, self._train)
+
+        def fetch() -> np.ndarray:
             ce = np.empty((len(candidates), len(self._train)))
-            for number, pack in enumerate(self._packs):
-                for chunk in self._chunks(len(candidates), pack):
-                    ce[chunk, pack.indices] = batch(number, pack, candidates[chunk]).cpu().numpy()
-            return ce
+            for chunk, pack, arrive in sent:
+                ce[chunk, pack.indices] = arrive()
+            losses: np.ndarray = ce.mean(axis=1)
+            self.seconds += time.perf_counter() - started
+            self.n_evaluations += len(losses)
+            return losses
 
-        losses: np.ndarray = self._within_memory(attempt, self._train).mean(axis=1)
-        self.seconds += time.perf_counter() - started
-        self.n_evaluations += len(losses)
-        return losses
+        return Pending(fetch)
 
-    def _prompt_inputs(self, z: torch.Tensor) -> Tensors:
-        """Return what a forward through all layers takes in for ``z`` [P, L', d]."""
-        if not self._deep:
-            return (self._projector.inline(z[:, 0]),)
-        pairs = [self._projector(i, z[:, i]) for i in range(self._n_layers)]
-        return torch.stack([keys for keys, _ in pairs]), torch.stack([values for _, values in pairs])
-
-    def _text_at(self, number: int, pack: Pack, layer: int) -> torch.Tensor:
-        """Return the input of ``layer`` under the incumbent, [1, S, H]."""
-        level, hidden = self._text.get(number, (layer + 1, torch.empty(0)))
-        if level > layer:
-            level, hidden = 0, self.runtime.embed_pack(pack)
-        while level < layer:
-            i = level
-            hidden = self.graphs(
-                ("advance", i, number),
-                (hidden,),
-                lambda held, i=i: self.runtime.packed_layer(i, held[0], pack, self._incumbent[i]),  # type: ignore[misc]
-            ).clone()
-            level += 1
-        self._text[number] = (level, hidden)
-        return hidden
-
-    @torch.inference_mode()
-    def _hold(self, layer: int) -> None:
-        assert self._z is not None
-        new = self._projector(layer, self._z[layer : layer + 1])
-        if layer in self._incumbent:
-            for old, x in zip(self._incumbent[layer], new, strict=True):
-                old.copy_(x)
-        else:
-            self._incumbent[layer] = new
+    def _scored_packs(self, inputs: Sequence[MrcInput]) -> tuple[int | None, list[Pack]]:
+        """Return the packs of ``inputs``, and a number if they are one pack that may come again."""
+        for number, (known, packs) in enumerate(self._scored):
+            if len(known) == len(inputs) and all(a is b for a, b in zip(known, inputs, strict=True)):
+                return number, packs
+        packs = self._make_packs(inputs)
+        if len(packs) > 1 or len(self._scored) >= _KEPT_SETS:
+            return None, packs
+        self._scored.append((list(inputs), packs))
+        return len(self._scored) - 1, packs
 
     def _make_packs(self, inputs: Sequence[MrcInput]) -> list[Pack]:
         return make_packs(
@@ -265,23 +243,34 @@ class CudaObjective:
         edges = [n_candidates * k // n_parts for k in range(n_parts + 1)]
         return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
-    def _within_memory(self, attempt: Callable[[], Any], inputs: Sequence[MrcInput]) -> Any:
-        """Return ``attempt()``, with batches halved, and kept so, whenever memory runs out."""
+    def _forget(self) -> None:
+        """Drop what can be made again."""
+        self._packs, self._scored = [], []
+        self._incumbent.drop_text()
+        self.graphs.restart(None if self._lane is None else self._lane.record)
+
+    def _within_memory(self, attempt: Callable[[Lane], T], inputs: Sequence[MrcInput]) -> T:
+        """Return ``attempt(lane)``, on one lane for all, then with halved batches, once memory runs out."""
         longest = max(len(x.input_ids) for x in inputs) + self._n_inline
         while True:
+            if self._lane is None:
+                self._lane = self.runtime.lanes.take(self)
+                self.graphs.restart(self._lane.record)
             try:
-                return attempt()
+                with self._lane.queue():
+                    self._incumbent.refresh(self._lane)
+                    return attempt(self._lane)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                if self.micro_batch_tokens <= longest:
+                if self.micro_batch_tokens <= longest and self.runtime.lanes.n_lanes < 2:
                     raise OutOfMemoryError(
                         f"one example of {longest} tokens does not fit the memory of {self.runtime.device} "
                         f"with runtime '{self.runtime.name}'; shorten the examples (--max-tokens) or use "
                         "another device"
                     ) from error
+            if self.runtime.lanes.merge():  # no more than that: alone, batches would be as large
+                continue
             self.micro_batch_tokens = max(longest, self.micro_batch_tokens // 2)
-            self._packs, self._text = [], {}
-            self.graphs.clear()
-            if self._place.type == "cuda":
-                torch.cuda.empty_cache()
+            self._forget()
+            self.runtime.lanes.free_memory()

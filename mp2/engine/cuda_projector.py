@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from mp2.backbone import Backbone
@@ -17,11 +19,19 @@ class DeviceProjector:
     """
 
     def __init__(
-        self, backbone: Backbone, prompts: PromptSet, place: torch.device, dtype: torch.dtype
+        self,
+        backbone: Backbone,
+        prompts: PromptSet,
+        place: torch.device,
+        dtype: torch.dtype,
+        settle: Callable[[], None],
     ) -> None:
-        """Fold ``prompts`` into ``backbone``'s projections, a layer when it is first asked for."""
+        """Fold ``prompts`` into ``backbone``'s projections, a layer when it is first asked for.
+
+        ``settle`` completes what was queued: several objectives, on lanes of their own, share a projector.
+        """
         self._encoder, self._prompts = backbone.encoder, prompts
-        self._place, self._dtype = place, dtype
+        self._place, self._dtype, self._settle = place, dtype, settle
         self._folded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._inline: torch.Tensor | None = None
 
@@ -30,7 +40,9 @@ class DeviceProjector:
         """Return keys and values [P, h, m, d_h] of ``z`` [P, d] at ``layer``."""
         meta = self._prompts.meta
         if layer not in self._folded:
-            self._folded[layer] = self._fold(layer)
+            folded = self._fold(layer)
+            self._settle()
+            self._folded[layer] = folded
         weight, bias = self._folded[layer]
         both = torch.addmm(bias, z.to(self._place, torch.float32), weight).to(self._dtype)
         both = both.view(len(z), 2, meta.n_heads, meta.prompt_tokens, meta.hidden // meta.n_heads)
@@ -41,7 +53,9 @@ class DeviceProjector:
         """Return inline prompts [P, m, H] (float32) of ``z`` [P, d]."""
         meta = self._prompts.meta
         if self._inline is None:
-            self._inline = self._prompts.projection[0].detach().to(self._place, torch.float32)
+            inline = self._prompts.projection[0].detach().to(self._place, torch.float32)
+            self._settle()
+            self._inline = inline
         rows = z.to(self._place, torch.float32) @ self._inline
         return rows.view(len(z), meta.prompt_tokens, meta.hidden)
 

@@ -6,23 +6,28 @@ The same code runs on a CPU in fp32 (plain attention, nothing compiled), which i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 
 from mp2.backbone import Backbone, resolve_device
 from mp2.engine.cuda_attention import attend, choose_kernels
+from mp2.engine.cuda_lanes import CudaLane, HostLane, Lane, Lanes
 from mp2.engine.cuda_linear import Fp8Linear, Fused, HalfLinear, Linear
 from mp2.engine.cuda_pack import Pack, Spans
+from mp2.engine.cuda_projector import DeviceProjector
 from mp2.engine.runtime import Prefix
 from mp2.engine.torch_runtime import TorchRuntime
 from mp2.errors import MissingDependencyError, UnknownNameError
+from mp2.prompts import PromptSet
 
 CUDA_PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 _FP8_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0)
 MOST_TOKENS = 65536  # a batch: more is no faster, products are at full rate long before
 _MEMORY_SHARE = 0.6  # of the free memory may hold a batch's activations; the rest is for caches and graphs
+_COPIES = 2  # of a lane's activations: its graphs' pool and what the allocator keeps of plain runs
 _WIDTHS = 16.0  # hidden-sized rows alive at once inside a layer, per token: qkv, contexts, feed-forward twice
 
 
@@ -86,6 +91,41 @@ class CudaRuntime(TorchRuntime):
             )
         )
         self._embedding_bias = encoder.embedding_norm.bias.detach().to(place, torch.float32)
+        self._projectors: WeakValueDictionary[tuple[int, int], DeviceProjector] = WeakValueDictionary()
+        self.lanes = Lanes(self._make_lane, self._free_memory)
+        self.settle()
+
+    def projector(self, backbone: Backbone, prompts: PromptSet) -> DeviceProjector:
+        """Return the projector of ``prompts``, the same one as long as somebody uses it."""
+        key = (id(backbone.encoder), id(prompts))  # a projector keeps both, so that ids stay theirs
+        found = self._projectors.get(key)
+        if found is None:
+            found = DeviceProjector(backbone, prompts, self._place, self.dtype, self.settle)
+            self._projectors[key] = found
+        return found
+
+    def settle(self) -> None:
+        """Complete what was queued here: what was made by it may now be read on any lane."""
+        if self._place.type == "cuda":
+            torch.cuda.current_stream(self._place).synchronize()
+
+    def _make_lane(self) -> Lane:
+        return CudaLane(self._place) if self._place.type == "cuda" else HostLane()
+
+    def _free_memory(self) -> None:
+        if self._place.type == "cuda":
+            torch.cuda.synchronize(self._place)
+            torch.cuda.empty_cache()
+
+    def most_lanes(self, batch_tokens: int) -> int:
+        """Return how many lanes may compute batches of ``batch_tokens`` side by side in the free memory.
+
+        At least 1; on a CPU, whose cores one batch fills, 1.
+        """
+        if self._place.type != "cuda":
+            return 1
+        free, _ = torch.cuda.mem_get_info(self._place)
+        return lanes_that_fit(free, batch_tokens, self._config.hidden, self._config.ffn, self.dtype.itemsize)
 
     def most_tokens(self) -> int:
         """Tokens that a batch may hold: as many as are useful, or as fit the memory that is free now."""
@@ -163,7 +203,7 @@ class CudaRuntime(TorchRuntime):
             module = getattr(source, name)
             return tuple(x.detach().to(self._place, torch.float32) for x in (module.weight, module.bias))  # type: ignore[return-value]
 
-        self._packed[index] = _PackedLayer(
+        packed = _PackedLayer(
             qkv=linear("query", "key", "value"),
             attention_output=linear("attention_output"),
             intermediate=linear("intermediate"),
@@ -171,10 +211,22 @@ class CudaRuntime(TorchRuntime):
             attention_norm=norm("attention_norm"),
             output_norm=norm("output_norm"),
         )
-        return self._packed[index]
+        self.settle()
+        self._packed[index] = packed
+        return packed
 
 
 def tokens_that_fit(free_bytes: int, hidden: int, ffn: int, itemsize: int) -> int:
     """Tokens of a batch whose activations fit ``free_bytes``, at most ``MOST_TOKENS``, at least 1."""
-    a_token = itemsize * (_WIDTHS * hidden + 2 * ffn)
+    a_token = _token_bytes(hidden, ffn, itemsize)
     return int(max(1, min(MOST_TOKENS, _MEMORY_SHARE * free_bytes / a_token)))
+
+
+def lanes_that_fit(free_bytes: int, batch_tokens: int, hidden: int, ffn: int, itemsize: int) -> int:
+    """Lanes whose batches fit ``free_bytes`` together, at least 1."""
+    a_lane = _COPIES * batch_tokens * _token_bytes(hidden, ffn, itemsize)
+    return int(max(1, _MEMORY_SHARE * free_bytes / a_lane))
+
+
+def _token_bytes(hidden: int, ffn: int, itemsize: int) -> float:
+    return itemsize * (_WIDTHS * hidden + 2 * ffn)

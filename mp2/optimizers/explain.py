@@ -82,12 +82,22 @@ def plan_table(plan: Plan, n_seeds: int = 1) -> str:
         )
     )
     if n_seeds > 1:
-        rows.append(
-            ("seeds", f"{clock(n_seeds * s.total_s)}  at most, for {n_seeds} seeds one after another")
-        )
+        rows.append(("seeds", _seeds(plan, n_seeds)))
     width = max(len(name) for name, _ in rows)
     lines = [f"{plan.task}  {plan.kind}  seed {plan.seed}  backbone {plan.backbone}"]
     for name, text in rows:
         indent = " " * (width + 2)
         lines.append(textwrap.fill(text, 110, initial_indent=name.ljust(width + 2), subsequent_indent=indent))
     return "\n".join(lines)
+
+
+def _seeds(plan: Plan, n_seeds: int) -> str:
+    most = clock(n_seeds * plan.seconds.total_s)
+    if plan.lanes == 1:
+        return f"{most}  at most, for {n_seeds} seeds one after another"
+    n_lanes = min(plan.lanes, n_seeds)
+    least = clock(-(-n_seeds // n_lanes) * plan.seconds.total_s)
+    return (
+        f"{least} to {most}  for {n_seeds} seeds, {n_lanes} side by side, each on a CUDA stream of its own: "
+        "how much they overlap is not predicted"
+    )

@@ -18,8 +18,12 @@ from mp2.optimizers.recorder import Scores
 from mp2.optimizers.router_search import stage_one_iterations
 from mp2.optimizers.task_data import TaskData
 from mp2.optimizers.two_stage import Prompt
+from mp2.pending import Pending, settled, then
 
 if TYPE_CHECKING:
+    from mp2.engine import Objective
+    from mp2.engine.cuda_objective import LogProbs
+    from mp2.engine.launches import Launches
     from mp2.engine.select import AnyObjective
     from mp2.tasks import Example, MrcInput, TaskCard
 
@@ -52,15 +56,33 @@ class FewShotProblem:
             model.runtime, model.backbone, model.prompts, self.train_inputs
         )
 
+    @property
+    def launching(self) -> Objective | Launches:
+        """The objective, its evaluations only launched where the runtime can do that."""
+        from mp2.engine.launches import launching
+
+        return launching(self.objective)
+
     def dev_scores(self, z: Prompt) -> Scores:
         """Score and loss of z [L', d] on the few-shot dev set; the loss is the mean over its sequences."""
+        return settled(self.launch_dev_scores(z))
+
+    def launch_dev_scores(self, z: Prompt) -> Scores | Pending[Scores]:
+        """`dev_scores`; what is launched is decoded by whoever fetches it."""
         return self._scores(z, self._dev, self.dev_inputs)
 
     def test_scores(self, z: Prompt) -> Scores:
         """Score and loss of z [L', d] on the test set; examples that do not fit count as wrong."""
+        return settled(self.launch_test_scores(z))
+
+    def launch_test_scores(self, z: Prompt) -> Scores | Pending[Scores]:
+        """`test_scores`; what is launched is decoded by whoever fetches it."""
         fitting = self.data.fitting_tests
-        scores = self._scores(z, fitting, self.data.test_inputs)
-        return replace(scores, score=scores.score * (len(fitting) / self.n_test))
+        share = len(fitting) / self.n_test
+        return then(
+            self._scores(z, fitting, self.data.test_inputs),
+            lambda scores: replace(scores, score=scores.score * share),
+        )
 
     def test_inputs(self) -> list[MrcInput]:
         """The sequences that a test evaluation runs."""
@@ -71,15 +93,20 @@ class FewShotProblem:
         """Test examples that are scored."""
         return len(self.data.tests)
 
-    def _scores(self, z: Prompt, examples: Sequence[Example], inputs: Sequence[MrcInput]) -> Scores:
+    def _scores(
+        self, z: Prompt, examples: Sequence[Example], inputs: Sequence[MrcInput]
+    ) -> Scores | Pending[Scores]:
         from mp2.tasks import decode, score
 
-        start, end = self.objective.log_probs(z, inputs)
-        losses = [
-            -(float(s[i.start]) + float(e[i.end])) / 2 for i, s, e in zip(inputs, start, end, strict=True)
-        ]
-        predictions = decode(self.card, examples, inputs, start, end)
-        return Scores(float(score(self.card, predictions, examples)), float(np.mean(losses)))
+        def scores(log_probs: LogProbs) -> Scores:
+            start, end = log_probs
+            losses = [
+                -(float(s[i.start]) + float(e[i.end])) / 2 for i, s, e in zip(inputs, start, end, strict=True)
+            ]
+            predictions = decode(self.card, examples, inputs, start, end)
+            return Scores(float(score(self.card, predictions, examples)), float(np.mean(losses)))
+
+        return then(self.launching.log_probs(z, inputs), scores)
 
 
 def _inputs_sha256(inputs: Sequence[MrcInput]) -> str:

@@ -13,12 +13,14 @@ import numpy as np
 
 from mp2.engine.batches import group_by_length, pieces
 from mp2.engine.cuda_objective import CudaObjective
+from mp2.engine.launches import lanes_for
 from mp2.engine.layer_timer import LayerTimer
 from mp2.engine.plan import Costs, Prediction, Workload, measure, predict, target_tokens
 from mp2.engine.select import create_objective, layer_seconds
 from mp2.optimizers.cma_layers import LayerSearches
 from mp2.optimizers.router_search import create_router_search, stage_one_iterations
 from mp2.optimizers.session import one_blas_thread
+from mp2.optimizers.together import AT_ONCE
 
 if TYPE_CHECKING:
     from mp2.optimizers.few_shot_problem import FewShotProblem
@@ -44,6 +46,7 @@ class Plan:
     work: Workload
     costs: Costs
     suggest_s: tuple[float, float]  # stage I and II: what the optimizers add to the forwards
+    lanes: int  # runs like this one that the device computes side by side; 1: their evaluations take turns
     seconds: Prediction  # suggestions included
 
     def as_dict(self) -> dict[str, Any]:
@@ -173,6 +176,7 @@ def _plan(problem: FewShotProblem, token_s: float, budget_s: float) -> Plan:
         work=work,
         costs=costs,
         suggest_s=(suggest1, suggest2),
+        lanes=lanes_for(objective, AT_ONCE),
         seconds=Prediction(
             prepare_s=forwards.prepare_s,
             stage1_s=forwards.stage1_s + suggest1,

@@ -21,9 +21,10 @@ from mp2.errors import LossError, MismatchError
 from mp2.optimizers.journal import Journal, Record, finite_or_none
 from mp2.optimizers.quiet import warn
 from mp2.optimizers.together import timed
+from mp2.pending import Pending
 
 Floats = NDArray[np.float64]
-Evaluate = Callable[[Callable[[], Any]], tuple[Any, float]]
+Evaluate = Callable[[Callable[[], Any]], tuple[Any, float]]  # also of a computation that is only launched
 SECONDS = ("forward", "suggest", "hidden", "journal", "other")  # of losses; each event's, as ``<name>_s``
 
 
@@ -39,6 +40,9 @@ class Scores:
     loss: float
 
 
+ScoresOrPending = Callable[[], Scores | Pending[Scores]]
+
+
 class Recorder:
     """Hands out losses and scores; counts iterations and seconds, recorded ones included.
 
@@ -47,8 +51,10 @@ class Recorder:
     optimizer time that ran beside evaluations and cost no wall time of its own; making the journal durable;
     the rest of what the run did between two evaluations. ``dev`` and ``test`` are evaluations, too. Without
     ``hidden``, which is in none of the others, they sum up to the run's wall time, but for what a run waited
-    while others were served (``waited``) and for replays. ``load`` is what came before the first evaluation
-    of this session: data, weights, libraries, and the replay if there is one.
+    while others were served (``waited``) and for replays. Where evaluations of several runs are on a device
+    at the same time, each run's are timed from launch to result: they overlap, and are longer than alone.
+    ``load`` is what came before the first evaluation of this session: data, weights, libraries, and the
+    replay if there is one.
     """
 
     def __init__(
@@ -86,7 +92,7 @@ class Recorder:
         stage: int,
         layer: int | None,
         candidates: NDArray[Any],
-        compute: Callable[[], NDArray[np.floating[Any]]],
+        compute: Callable[[], Floats | Pending[Floats]],
         *,
         suggest_s: float = 0.0,
         hidden_s: float = 0.0,
@@ -143,7 +149,7 @@ class Recorder:
         self._count(spent)
         return repaired
 
-    def scores(self, split: str, at: str, prompt: NDArray[Any], compute: Callable[[], Scores]) -> Scores:
+    def scores(self, split: str, at: str, prompt: NDArray[Any], compute: ScoresOrPending) -> Scores:
         """Score and loss of the prompt [L', d] on ``dev`` or ``test``, after the stage ``at``."""
         digest = _digest(prompt, split, at)
         record = self._next("scores")

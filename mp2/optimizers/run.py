@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mp2.optimizers.config import BbtConfig
 from mp2.optimizers.few_shot_problem import FewShotProblem
@@ -24,6 +24,9 @@ from mp2.optimizers.run_folder import says_how_to_go_on, write_json, write_text
 from mp2.optimizers.task_data import TaskData
 from mp2.optimizers.tuned import save_tuned
 from mp2.optimizers.two_stage import Outcome, Progress, TwoStage
+
+if TYPE_CHECKING:
+    from mp2.engine.select import AnyObjective
 
 Observe = Callable[[Progress], None]
 
@@ -63,6 +66,11 @@ class Run:
         self._problem, self._observe = problem, observe
         self._recorder: Recorder | None = None
 
+    @property
+    def objective(self) -> AnyObjective:
+        """What it tunes on."""
+        return self._problem.objective
+
     def write_beginning(self) -> None:
         """Write the files that a run has before its first forward."""
         problem = self._problem
@@ -72,7 +80,8 @@ class Run:
     def drive(self, evaluate: Evaluate) -> tuple[Outcome, dict[str, float]]:
         """Begin, or go on where the journal ends; the outcome and the stages' test scores.
 
-        May run in any thread: all forwards go through ``evaluate``.
+        May run in any thread: all forwards go through ``evaluate``, though what is only launched there is
+        fetched and decoded here.
         """
         problem, path = self._problem, self.run_dir / "journal.jsonl"
         journal, header, records = open_journal(path, {**identity(problem), "versions": versions()})
@@ -86,9 +95,9 @@ class Run:
             check_identity(path, header, identity(problem))
             outcome = TwoStage(
                 problem.config,
-                problem.objective,
+                problem.launching,
                 problem.model.space(),
-                problem.dev_scores,
+                problem.launch_dev_scores,
                 recorder,
                 observe,
             ).run()

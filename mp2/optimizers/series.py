@@ -20,7 +20,7 @@ from mp2.optimizers.run import Observe, Run, make_problem
 from mp2.optimizers.run_folder import locked, new_folder, read_config, resume_command
 from mp2.optimizers.session import one_blas_thread, sigterm_exits
 from mp2.optimizers.task_data import TaskData
-from mp2.optimizers.together import Server, timed
+from mp2.optimizers.together import AT_ONCE, Server, timed
 
 _MODEL_FIELDS = ("backbone", "prompts", "kind", "runtime", "precision", "device", "threads", "engine")
 
@@ -154,6 +154,7 @@ def _tune(runs: list[Run]) -> Iterator[dict[str, Any]]:
     try:
         with sigterm_exits(), one_blas_thread():
             if len(runs) > 1:
+                _share_device(runs)
                 server = Server()
                 works = [lambda run=run: run.drive(server.timed) for run in runs]  # type: ignore[misc]
                 yield from _in_order((n, runs[n].finish(found)) for n, found in server.run(works))
@@ -168,6 +169,19 @@ def _tune(runs: list[Run]) -> Iterator[dict[str, Any]]:
         command = resume_command(*(run.run_dir for run in left))
         print(f"mp2: stopped {where}; go on with: {command}", file=sys.stderr)
         raise
+
+
+def _share_device(runs: Sequence[Run]) -> None:
+    """Let the runs compute side by side where the device can, and say so."""
+    from mp2.engine.launches import spread
+
+    n_lanes = spread([run.objective for run in runs], min(len(runs), AT_ONCE))
+    if n_lanes > 1:
+        print(
+            f"mp2: {len(runs)} runs share the device; {n_lanes} side by side, each on its own CUDA stream",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _in_order(finished: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[dict[str, Any]]:

@@ -1,10 +1,16 @@
-"""Several runs as one: each drives itself in a thread, their evaluations run in the thread that serves them.
+"""Several runs as one: each drives itself in a thread, evaluations go through the thread that serves them.
 
 A run asks, through its :class:`~mp2.optimizers.recorder.Recorder`, for one evaluation after another. Here
-these go into one queue. What is in the queue is computed one after another, in the order asked for, by
-exactly the calls that the run alone would make: so each result has the same bits as alone. While one run's
-forwards are computed, the others suggest, hash and journal: the engine waits for nobody as long as two runs
-are under way.
+these go into one queue, and are taken from it in the order asked for, by exactly the calls that the run alone
+would make: so each result has the same bits as alone.
+
+On a CPU an evaluation is computed before the next is taken: it has all cores. While one run's forwards are
+computed, the others suggest, hash and journal: the engine waits for nobody as long as two runs are under way.
+
+On a GPU an evaluation is only launched (:class:`~mp2.pending.Pending`), and the run that asked for it waits
+for it in its own thread. The serving thread waits for no result, so whatever several runs ask for is on the
+device at once, each run's on a CUDA stream of its own (``mp2.engine.cuda_lanes``). All launches, captures
+and allocations are made by this one thread.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from mp2.errors import Mp2Error
+from mp2.pending import Pending, settled
 
 T = TypeVar("T")
 
@@ -28,9 +35,17 @@ class Stopped(BaseException):
 
 
 @dataclass(frozen=True)
+class _Answer:
+    value: Any
+    started: float
+    ended: float  # computed, or launched
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True)
 class _Call:
     compute: Callable[[], Any]
-    answer: SimpleQueue[tuple[Any, float, BaseException | None]]
+    answer: SimpleQueue[_Answer]
 
 
 @dataclass(frozen=True)
@@ -41,19 +56,26 @@ class _End:
 
 
 class Server:
-    """Computes what the threads of several runs ask for."""
+    """Computes or launches what the threads of several runs ask for."""
 
     def __init__(self) -> None:
         self._inbox: SimpleQueue[_Call | _End] = SimpleQueue()
 
-    def timed(self, compute: Callable[[], T]) -> tuple[T, float]:
-        """In a run's thread: the result of ``compute``, run by the server, and the seconds it took itself."""
-        answer: SimpleQueue[tuple[Any, float, BaseException | None]] = SimpleQueue()
+    def timed(self, compute: Callable[[], T | Pending[T]]) -> tuple[T, float]:
+        """In a run's thread: the result of ``compute``, run by the server, and the seconds it took itself.
+
+        These begin when the server takes it up; of what was launched, they end when it is fetched, and the
+        device may have worked for other runs, too.
+        """
+        answer: SimpleQueue[_Answer] = SimpleQueue()
         self._inbox.put(_Call(compute, answer))
-        value, seconds, error = answer.get()
-        if error is not None:
-            raise error
-        return value, seconds
+        got = answer.get()
+        if got.error is not None:
+            raise got.error
+        if isinstance(got.value, Pending):
+            value = got.value.fetch()
+            return value, time.perf_counter() - got.started
+        return got.value, got.ended - got.started
 
     def run(self, works: Sequence[Callable[[], T]], at_once: int = AT_ONCE) -> Iterator[tuple[int, T]]:
         """Do the works, each in a thread that may call :meth:`timed`; yields (number, result) as they end.
@@ -84,7 +106,7 @@ class Server:
             while n_alive:
                 message = self._inbox.get()
                 if isinstance(message, _Call):
-                    message.answer.put((None, 0.0, Stopped()))
+                    message.answer.put(_Answer(None, 0.0, 0.0, Stopped()))
                 else:
                     n_alive -= 1
         if errors:
@@ -101,19 +123,20 @@ class Server:
         threading.Thread(target=run, name=f"mp2-run-{number}", daemon=True).start()
 
     def _answer(self, call: _Call) -> None:
+        started = time.perf_counter()
         try:
-            value, seconds = timed(call.compute)
+            value = call.compute()
         except Exception as error:
-            call.answer.put((None, 0.0, error))
+            call.answer.put(_Answer(None, 0.0, 0.0, error))
         except BaseException:  # Ctrl-C here, in the thread that serves: everything ends
-            call.answer.put((None, 0.0, Stopped()))
+            call.answer.put(_Answer(None, 0.0, 0.0, Stopped()))
             raise
         else:
-            call.answer.put((value, seconds, None))
+            call.answer.put(_Answer(value, started, time.perf_counter()))
 
 
-def timed(compute: Callable[[], T]) -> tuple[T, float]:
-    """The result of ``compute`` and the seconds that it took."""
+def timed(compute: Callable[[], T | Pending[T]]) -> tuple[T, float]:
+    """The result of ``compute``, fetched where it was only launched, and the seconds that it took."""
     start = time.perf_counter()
-    value = compute()
+    value = settled(compute())
     return value, time.perf_counter() - start

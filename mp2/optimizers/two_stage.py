@@ -31,14 +31,16 @@ from mp2.optimizers.config import BbtConfig, Kind
 from mp2.optimizers.recorder import Recorder, Scores
 from mp2.optimizers.router_search import create_router_search, stage_one_iterations
 from mp2.optimizers.routers import Routers, RouterSearch
+from mp2.pending import Pending
 
 Prompt = NDArray[np.float32]  # fused intrinsic prompts z, [L', d]
+Losses = NDArray[np.float64]
 
 
 class Objective(Protocol):
-    """The few-shot training loss (see ``mp2.engine.objective``)."""
+    """The few-shot training loss (see ``mp2.engine.objective``), computed or only launched."""
 
-    def router_losses(self, routers: Routers) -> NDArray[np.float64]:
+    def router_losses(self, routers: Routers) -> Losses | Pending[Losses]:
         """Losses [P] of routers [P, L', K]."""
         ...
 
@@ -46,7 +48,7 @@ class Objective(Protocol):
         """Every layer's prompt [L', d]."""
         ...
 
-    def layer_losses(self, layer: int, z: NDArray[np.float32]) -> NDArray[np.float64]:
+    def layer_losses(self, layer: int, z: NDArray[np.float32]) -> Losses | Pending[Losses]:
         """Losses [P] with ``layer`` at each of z [P, d] and the others at the incumbent."""
         ...
 
@@ -120,7 +122,7 @@ class TwoStage:
         config: BbtConfig,
         objective: Objective,
         space: Space,
-        dev: Callable[[Prompt], Scores],
+        dev: Callable[[Prompt], Scores | Pending[Scores]],
         recorder: Recorder,
         observe: Callable[[Progress], None] = lambda progress: None,
     ) -> None:

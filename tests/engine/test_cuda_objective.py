@@ -11,10 +11,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from lanes_double import Device
 
 from mp2.backbone import Backbone
 from mp2.engine import create_objective, create_runtime
-from mp2.engine.cuda_graphs import Graph
 from mp2.engine.cuda_objective import CudaObjective
 from mp2.engine.cuda_runtime import CudaRuntime
 from mp2.errors import MismatchError, OutOfMemoryError, UsageError
@@ -27,22 +27,6 @@ CLOSE = {"rtol": 1e-5, "atol": 0}
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-class Recorded:
-    """Stands in for a CUDA graph: the same work on the same buffers, its result written to one place."""
-
-    def __init__(self, work: Callable[[], torch.Tensor]) -> None:
-        self.work = work
-        self.output = torch.full_like(work(), torch.nan)  # recording computes nothing that counts
-
-    def replay(self) -> None:
-        self.output.copy_(self.work())
-
-
-def record(work: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
-    graph = Recorded(work)
-    return graph, graph.output
-
-
 @pytest.fixture(scope="module")
 def runtime(tiny_backbone: Backbone) -> CudaRuntime:
     return CudaRuntime(tiny_backbone, device="cpu", precision="fp32")
@@ -52,10 +36,10 @@ def runtime(tiny_backbone: Backbone) -> CudaRuntime:
 def make(
     request: pytest.FixtureRequest, runtime: CudaRuntime, tiny_backbone: Backbone, train: list[MrcInput]
 ) -> Callable[..., CudaObjective]:
+    runtime.lanes = Device(records=request.param).make_lanes()
+
     def make(prompts: PromptSet, **options: int) -> CudaObjective:
-        return CudaObjective(
-            runtime, tiny_backbone, prompts, train, record=record if request.param else None, **options
-        )
+        return CudaObjective(runtime, tiny_backbone, prompts, train, **options)
 
     return make
 
@@ -125,7 +109,8 @@ def test_shallow_visits_equal_slow_float64(
 def test_work_is_recorded_when_it_comes_again(
     runtime: CudaRuntime, tiny_backbone: Backbone, deep: PromptSet, train: list[MrcInput]
 ) -> None:
-    objective = CudaObjective(runtime, tiny_backbone, deep, train, record=record)
+    runtime.lanes = Device().make_lanes()
+    objective = CudaObjective(runtime, tiny_backbone, deep, train)
     z = candidates(4, deep)
     counts = []
     for n in (4, 4, 4, 3):  # a smaller, last generation is never worth recording
@@ -141,13 +126,16 @@ def test_log_probs_keep_order_and_equal_slow_float64(
 ) -> None:
     prompts, slow = request.getfixturevalue(kind), request.getfixturevalue(f"slow_{kind}")
     inputs = make_inputs((4, 21, 20, 19, 4, 40), tiny_backbone.config.vocab_size, seed=9)
-    z = candidates(1, prompts)[0]
-    objective = CudaObjective(runtime, tiny_backbone, prompts, inputs[:1], micro_batch_tokens=50)
-    starts, ends = objective.log_probs(z, inputs)
-    for item, start, end in zip(inputs, starts, ends, strict=True):
-        expected = slow.log_probs(z, item.input_ids)
-        np.testing.assert_allclose(np.stack([start, end], 1), expected, rtol=1e-5, atol=1e-5)
-    assert objective.n_evaluations == 0
+    runtime.lanes = Device().make_lanes()
+    for limit in (50, None):  # several packs; one, which is recorded
+        objective = CudaObjective(runtime, tiny_backbone, prompts, inputs[:1], micro_batch_tokens=limit)
+        for z in candidates(3, prompts):
+            starts, ends = objective.log_probs(z, inputs)
+            for item, start, end in zip(inputs, starts, ends, strict=True):
+                expected = slow.log_probs(z, item.input_ids)
+                np.testing.assert_allclose(np.stack([start, end], 1), expected, rtol=1e-5, atol=1e-5)
+        assert objective.n_evaluations == 0
+        assert objective.graphs.n_recorded == (limit is None)
 
 
 def test_a_nan_candidate_spoils_no_other(

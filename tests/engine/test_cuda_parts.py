@@ -16,7 +16,7 @@ from mp2.engine.cuda_graphs import Graphs
 from mp2.engine.cuda_linear import FP8, FP8_MAX, Fp8Linear, Fused, add_norm, quantize_rows
 from mp2.engine.cuda_objective import CudaObjective
 from mp2.engine.cuda_pack import Spans, make_packs
-from mp2.engine.cuda_runtime import MOST_TOKENS, CudaRuntime, tokens_that_fit
+from mp2.engine.cuda_runtime import MOST_TOKENS, CudaRuntime, lanes_that_fit, tokens_that_fit
 from mp2.errors import UnknownNameError
 from mp2.prompts import random_prompts
 from mp2.tasks import MrcInput
@@ -181,10 +181,17 @@ def test_replays_read_new_inputs_through_old_buffers() -> None:
     assert call("a", 3.0) == [8.0, 8.0]
     assert call("b", 1.0) == [4.0, 4.0]
     assert (graphs.n_recorded, recorder.n_recorded) == (1, 1)
-    graphs.clear()
+    graphs.restart(recorder)
     assert graphs.n_recorded == 0
     assert call("a", 5.0) == [12.0, 12.0]
     assert graphs.n_recorded == 0
+
+
+def test_lanes_are_as_many_as_memory_allows() -> None:
+    a_batch = 2 * 2 * (16 * 1024 + 2 * 4096)  # two copies, two bytes
+    assert lanes_that_fit(1000 * a_batch, 100, 1024, 4096, 2) == 6
+    assert lanes_that_fit(1000 * a_batch, 50, 1024, 4096, 2) == 12
+    assert lanes_that_fit(1, 100, 1024, 4096, 2) == 1
 
 
 def test_batches_are_as_large_as_memory_allows() -> None:

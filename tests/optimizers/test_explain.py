@@ -64,6 +64,20 @@ def test_the_table_says_what_why_and_how_long(world: World) -> None:
     assert max(len(line) for line in done.stdout.splitlines()) <= 110
 
 
+def test_seeds_that_compute_side_by_side_take_less_than_one_after_another(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mp2.optimizers.planning.lanes_for", lambda objective, n_runs: 2)
+    monkeypatch.setattr("mp2.optimizers.explain.clock", lambda seconds: f"{seconds:.6f} s")
+    options = [*world.options(), *[o for o in SHORT if o not in ("--seed", "13")], "--seeds", "1,2,3"]
+    done = CliRunner().invoke(main, ["bbt", *options, "--explain"])
+    words = " ".join(done.stdout.split("\nseeds", 1)[1].split())
+    assert "for 3 seeds, 2 side by side, each on a CUDA stream of its own" in words
+    total = float(done.stdout.split("\ntotal", 1)[1].split()[0])
+    least, most = (float(text) for text in (words.split()[0], words.split()[3]))
+    assert (least, most) == (pytest.approx(2 * total, abs=1e-4), pytest.approx(3 * total, abs=1e-4))
+
+
 def test_a_slow_router_search_is_tried_in_part(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mp2.optimizers.planning._SUGGEST_LIMIT_S", 0.0)
     options = [*world.options(), *SHORT, "--router-only", "--no-test", "--router-search", "random"]

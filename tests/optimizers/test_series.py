@@ -133,7 +133,7 @@ def test_ctrl_c_names_all_runs_that_go_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(FewShotProblem, "dev_scores", interrupted)
+        patch.setattr(FewShotProblem, "launch_dev_scores", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(start_series(configs(world)[:2], tmp_path))
     message = capsys.readouterr().err

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mp2.backbone.load import Backbone
-from mp2.errors import FormatError, MismatchError, UnknownNameError
+from mp2.errors import FormatError, MismatchError, UnknownNameError, UsageError
 
 SCHEMA_VERSION = 1
 EMBEDDED = {
@@ -184,12 +184,15 @@ def load_prompts(source: str | Path, backbone: Backbone | None = None) -> Prompt
 
     Raises:
         UnknownNameError: neither an embedded name nor a file.
+        UsageError: a path where no file is.
         FormatError: damaged file, unknown schema, wrong shapes; the message names file and field.
         MismatchError: made for another backbone; the message says which one fits.
     """
     text = str(source)
     path = EMBEDDED.get(text, Path(text))
     if not path.is_file():
+        if path.suffix or len(path.parts) > 1:
+            raise UsageError(f"no prompt file '{text}' (embedded ones: {', '.join(EMBEDDED)})")
         raise UnknownNameError("prompts", text, EMBEDDED, "A prompt file (*.safetensors) works too.")
     try:
         with safe_open(path, framework="pt") as file:

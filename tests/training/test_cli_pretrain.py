@@ -7,16 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from command_line import mp2
 
 from mp2.backbone import load_backbone, save_backbone
-from mp2.cli import main
 from mp2.prompts import load_prompts
+from training.toy_runs import cut_at
 from training.toy_tasks import lively_backbone, write_tasks
-
-
-def mp2(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 @pytest.fixture
@@ -127,15 +123,7 @@ def test_resume_takes_everything_from_the_folder(
 
     command = [*options, "--tasks", tmp_path / "mood.toml", "--steps", 6, "--checkpoint-minutes", 0]
     unbroken = mp2(*command, "--out", tmp_path / "unbroken", "--temperature-end", 0.5)
-    save = Pretrainer.save
-
-    def cut(self: Pretrainer) -> None:
-        save(self)
-        if self.step == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Pretrainer, "save", cut)
+    with cut_at(Pretrainer, 3):
         assert mp2(*command, "--out", tmp_path / "cut", "--temperature-end", 0.5).exit_code == 1
     monkeypatch.chdir(tmp_path / "data")  # from any folder
     resumed = mp2("pretrain", "--resume", tmp_path / "cut", "--threads", 1)
@@ -187,7 +175,7 @@ def test_pretrain_without_names_takes_every_known_task_with_data(
         (["--backbone", "mimi"], "unknown backbone 'mimi'"),
         (["--temperature", "0"], "temperature is 0.0"),
         (["--precision", "fp8"], "precision is 'fp8'"),
-        (["--init", "nowhere.safetensors"], "unknown prompts 'nowhere.safetensors'"),
+        (["--init", "nowhere.safetensors"], "no prompt file 'nowhere.safetensors'"),
         (["--schedule", "cosine"], "'cosine' is not one of 'constant', 'linear'"),
     ],
 )
@@ -203,8 +191,7 @@ def test_pretrain_says_what_was_typed_wrong(
 
 def test_pretrain_backbone_refuses_a_device_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("天气", "utf-8")
-    arguments = ["pretrain-backbone", "--corpus", str(tmp_path), "--out", str(tmp_path / "out")]
-    done = CliRunner().invoke(main, [*arguments, "--device", "cdua"])
+    done = mp2("pretrain-backbone", "--corpus", tmp_path, "--out", tmp_path / "out", "--device", "cdua")
     assert done.exit_code == 2
     assert "unknown device 'cdua'. Did you mean 'cuda'" in done.output
     assert not (tmp_path / "out").exists()

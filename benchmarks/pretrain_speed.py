@@ -30,9 +30,10 @@ from typing import Any
 import torch
 
 from benchmarks.command import one_line_errors
+from benchmarks.engine_work import shaped_backbone
 from benchmarks.plain_training import PlainTraining
 from benchmarks.provenance import save
-from mp2.backbone import Backbone, BackboneConfig, load_backbone, random_backbone
+from mp2.backbone import Backbone, load_backbone
 from mp2.tasks import load_card
 from mp2.training import PretrainConfig, Pretrainer, span_loss
 from mp2.training.mixture import Batch, MixtureTask, load_mixture, sample_batch
@@ -46,20 +47,7 @@ SHAPES = {"256": (4, 256, 8), "1024": (6, 1024, 16), "cpt-large": (24, 1024, 16)
 
 def make_backbone(shape: str) -> Backbone:
     """The embedded backbone, or a random one of that shape with its vocabulary."""
-    mini = load_backbone("mini")
-    if shape == "mini":
-        return mini
-    layers, hidden, heads = SHAPES[shape]
-    config = BackboneConfig(
-        name=shape,
-        n_layers=layers,
-        hidden=hidden,
-        n_heads=heads,
-        ffn=4 * hidden,
-        vocab_size=mini.config.vocab_size,
-        max_positions=512,
-    )
-    return random_backbone(config, mini.tokenizer.tokens(), seed=0)
+    return load_backbone("mini") if shape == "mini" else shaped_backbone(*SHAPES[shape])
 
 
 def needed_flops(backbone: Backbone, run: PretrainConfig, lengths: list[int]) -> float:

@@ -27,49 +27,24 @@ import numpy as np
 import torch
 
 from benchmarks.command import one_line_errors
+from benchmarks.engine_work import INTRINSIC_DIM, PROMPT_TOKENS, SHAPES, make_backbone, task_inputs
 from benchmarks.plain_loop import PlainLoop
 from benchmarks.provenance import save
-from mp2.backbone import Backbone, BackboneConfig, load_backbone, random_backbone
 from mp2.engine import Objective, create_runtime
 from mp2.export import export_engine
 from mp2.prompts import random_prompts
-from mp2.tasks import MrcFormatter, few_shot_split, load_card, load_examples
 
 POPULATION = 20
-SEED = 42
-SHAPES = {  # layers, hidden, heads, largest number of examples
-    "256": (4, 256, 8, None),
-    "1024": (6, 1024, 16, 16),
-}
-
-
-def make_backbone(shape: str) -> tuple[Backbone, int | None]:
-    """The embedded backbone, or a random one of that width with its vocabulary."""
-    mini = load_backbone("mini")
-    if shape == "mini":
-        return mini, None
-    layers, hidden, heads, limit = SHAPES[shape]
-    config = BackboneConfig(
-        name=f"random-{shape}",
-        n_layers=layers,
-        hidden=hidden,
-        n_heads=heads,
-        ffn=4 * hidden,
-        vocab_size=mini.config.vocab_size,
-        max_positions=512,
-    )
-    return random_backbone(config, mini.tokenizer.tokens(), seed=0), limit
 
 
 def run(shape: str, task: str, runtime_name: str, data: Path | None, engines: Path) -> dict[str, Any]:
     """Time one backbone shape on one task; times in ms an evaluation."""
-    backbone, limit = make_backbone(shape)
-    m = 50
-    prompts = random_prompts(backbone, "deep", prompt_tokens=m, intrinsic_dim=300, seed=1)
-    card = load_card(task)
-    train = few_shot_split(card, load_examples(card, "train", data), SEED).train[:limit]
-    formatter = MrcFormatter(card, backbone.tokenizer, backbone.config.max_positions - m)
-    inputs = [formatter.training_input(example, i) for i, example in enumerate(train)]
+    backbone = make_backbone(shape)
+    prompts = random_prompts(
+        backbone, "deep", prompt_tokens=PROMPT_TOKENS, intrinsic_dim=INTRINSIC_DIM, seed=1
+    )
+    limit = None if shape == "mini" else SHAPES[shape][3]
+    inputs = task_inputs(task, backbone, data, limit)
     engine_dir = None
     if runtime_name == "onnxruntime":
         engine_dir = engines / backbone.name
@@ -79,9 +54,9 @@ def run(shape: str, task: str, runtime_name: str, data: Path | None, engines: Pa
     objective = Objective(runtime, backbone, prompts, inputs)
     plain = PlainLoop(backbone, prompts, inputs)
     rng = np.random.default_rng(0)
-    n_layers, d = backbone.config.n_layers, prompts.meta.intrinsic_dim
-    z = rng.standard_normal((n_layers, d)).astype(np.float32)
-    candidates = rng.standard_normal((POPULATION, d)).astype(np.float32)
+    n_layers = backbone.config.n_layers
+    z = rng.standard_normal((n_layers, INTRINSIC_DIM)).astype(np.float32)
+    candidates = rng.standard_normal((POPULATION, INTRINSIC_DIM)).astype(np.float32)
     objective.set_incumbent(z)
     objective.layer_losses(0, candidates[:2])  # warm-up
     plain.loss(z)
@@ -117,7 +92,7 @@ def main() -> None:
     parser.add_argument("--task", nargs="+")
     parser.add_argument("--runtime", nargs="+", default=["torch", "onnxruntime"])
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--rounds", type=int, default=3, help="repetitions, the median ratio is kept")
+    parser.add_argument("--rounds", type=int, default=3, help="the median ratio of so many; 1 at width 1024")
     parser.add_argument("--engines", type=Path, default=Path("engines"), help="where engine folders are kept")
     args = parser.parse_args()
     if args.threads:
@@ -128,7 +103,7 @@ def main() -> None:
         rows = []
         for task in tasks:
             for runtime in args.runtime:
-                repeats = 1 if shape == "1024" else args.rounds
+                repeats = args.rounds if shape in ("mini", "256") else 1
                 found = [run(shape, task, runtime, args.data, args.engines) for _ in range(repeats)]
                 row = sorted(found, key=lambda r: r["ratio"])[len(found) // 2]
                 row["ratios"] = [r["ratio"] for r in found]

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from command_line import mp2, mp2_json, predicted_accuracy, predictions
 from safetensors.numpy import load_file
 from tuning_world import World, make_world
 
 from mp2.backbone import Backbone
-from mp2.cli import main
 from mp2.optimizers import run
 from mp2.optimizers.config import BbtConfig
 from mp2.optimizers.journal import Journal
@@ -47,14 +46,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> 
     return make_world(tmp_path_factory.mktemp("world"), tiny_backbone)
 
 
-def mp2(*arguments: str | Path, input: str | None = None) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments], input=input)
-
-
-def bbt(*arguments: str | Path) -> dict[str, Any]:
-    done = mp2("bbt", *arguments, "--json")
-    assert done.exit_code == 0, (done.output, done.exception)
-    return json.loads(done.stdout)
+def bbt(*arguments: object) -> Any:
+    return mp2_json("bbt", *arguments)
 
 
 def comparable(result: dict[str, Any]) -> dict[str, Any]:
@@ -366,22 +359,16 @@ def test_a_tuned_prompt_is_one_vector_a_layer(unbroken: dict[str, Any], world: W
 
 def test_predictions_on_the_test_set_reproduce_the_test_score(unbroken: dict[str, Any], world: World) -> None:
     path = world.data / "mood" / "test.jsonl"
-    done = mp2("predict", "--run", unbroken["run_dir"], "--input", path)
-    assert done.exit_code == 0, (done.output, done.exception)
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    gold = [json.loads(line)["label"] for line in path.read_text("utf-8").splitlines()]
-    assert np.mean([f["label"] == g for f, g in zip(found, gold, strict=True)]) == unbroken["test_score"]
-    assert all(0.5 <= f["probability"] <= 1 for f in found)
+    assert predicted_accuracy(unbroken["run_dir"], path) == unbroken["test_score"]
+    assert all(0.5 <= found["probability"] <= 1 for found in predictions(unbroken["run_dir"], path))
 
 
 def test_predict_reads_plain_text_from_standard_input(unbroken: dict[str, Any]) -> None:
     text = "真的很好\n\n太差了\n"
-    done = mp2("predict", "--run", unbroken["run_dir"], "--input", "-", input=text)
-    assert done.exit_code == 0, (done.output, done.exception)
+    found = predictions(unbroken["run_dir"], "-", input=text)
     as_json = "\n".join(json.dumps({"text": t}) for t in text.split())
-    other = mp2("predict", "--run", unbroken["run_dir"], "--input", "-", input=as_json)
-    assert done.stdout == other.stdout
-    assert len(done.stdout.splitlines()) == 2
+    assert found == predictions(unbroken["run_dir"], "-", input=as_json)
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("task", ["find", "pick"])
@@ -390,9 +377,7 @@ def test_extraction_and_multiple_choice_tune_and_predict(world: World, task: str
     short = ["--iters", "20", "--router-iters", "8", "--popsize", "4"]
     result = bbt(*world.options(card=card), *short)
     path = world.data / task / "test.jsonl"
-    done = mp2("predict", "--run", result["run_dir"], "--input", path)
-    assert done.exit_code == 0, (done.output, done.exception)
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = predictions(result["run_dir"], path)
     examples = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     assert len(found) == len(examples)
     for prediction, example in zip(found, examples, strict=True):

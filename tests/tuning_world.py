@@ -38,19 +38,14 @@ class World:
 
     def options(self, *, kind: str = "deep", card: Path | None = None) -> list[str]:
         """Options of ``mp2 bbt`` that name this world."""
+        return [*self.tune_options(kind=kind, card=card), "--runtime", "torch"]
+
+    def tune_options(self, *, kind: str = "deep", card: Path | None = None) -> list[str]:
+        """Those of ``mp2 tune``, which has no choice of runtimes."""
         prompts = self.deep if kind == "deep" else self.shallow
         return [
             *("--task", str(card or self.card), "--data", str(self.data), "--backbone", str(self.backbone)),
-            *(
-                "--prompts",
-                str(prompts),
-                "--runtime",
-                "torch",
-                "--threads",
-                "1",
-                "--out",
-                str(self.root / "runs"),
-            ),
+            *("--prompts", str(prompts), "--threads", "1", "--out", str(self.root / "runs")),
         ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,13 @@ from mp2.optimizers.config import BbtConfig
 from mp2.optimizers.journal import finite_or_none
 from mp2.optimizers.provenance import identity, versions
 from mp2.optimizers.recorder import Recorder
+from mp2.optimizers.routers import Routers
 from mp2.optimizers.tuned import TunedMeta
 from mp2.optimizers.two_stage import Checkpoint, Outcome
 
 if TYPE_CHECKING:
     from mp2.optimizers.few_shot_problem import FewShotProblem
+    from mp2.optimizers.frozen_model import FrozenModel
 
 
 def score_tests(problem: FewShotProblem, outcome: Outcome, recorder: Recorder) -> dict[str, float]:
@@ -54,26 +57,13 @@ def run_result(
         "test_score": final_test,
         "metric": problem.card.metric,
         "seconds": run_seconds(recorder.seconds),
-        "engine": {
-            "runtime": model.runtime.name,
-            "precision": model.runtime.precision,
-            "device": str(model.runtime.device),
-        },
+        "engine": engine_facts(model),
         "run_dir": str(run_dir),
         "router_search": config.router.method,
-        "router": _router_text(outcome),
+        "router": router_text(outcome.router),
         "best_train_loss": outcome.incumbent_loss,
         "selected": {"at": final.at, "iteration": final.iteration},
-        "stages": {
-            name: {
-                "iteration": c.iteration,
-                "train_loss": finite_or_none(c.train_loss),
-                "dev_score": c.dev.score,
-                "dev_loss": finite_or_none(c.dev.loss),
-                "test_score": tests.get(name),
-            }
-            for name, c in stages.items()
-        },
+        "stages": stage_scores(stages, tests),
         "evaluations": dict(recorder.counts),
         "examples": {"train": problem.n_train, "dev": problem.n_dev, "test": problem.n_test if tests else 0},
         "non_finite_losses": recorder.n_non_finite,
@@ -97,8 +87,31 @@ def run_seconds(seconds: dict[str, float]) -> dict[str, float]:
     return {**stages, **parts, "suggest_hidden": hidden, **rest}
 
 
-def _router_text(outcome: Outcome) -> list[str]:
-    return ["".join("1" if bit else "0" for bit in layer) for layer in outcome.router]
+def engine_facts(model: FrozenModel) -> dict[str, str]:
+    """What computed the losses."""
+    runtime = model.runtime
+    return {"runtime": runtime.name, "precision": runtime.precision, "device": str(runtime.device)}
+
+
+def stage_scores(
+    stages: Mapping[str, Checkpoint], tests: Mapping[str, float]
+) -> dict[str, dict[str, float | None]]:
+    """Losses and scores of each stage's prompt; ``tests`` has the test scores that are known."""
+    return {
+        name: {
+            "iteration": c.iteration,
+            "train_loss": finite_or_none(c.train_loss),
+            "dev_score": c.dev.score,
+            "dev_loss": finite_or_none(c.dev.loss),
+            "test_score": tests.get(name),
+        }
+        for name, c in stages.items()
+    }
+
+
+def router_text(router: Routers) -> list[str]:
+    """A router bool [L, K] as a text of 0 and 1 a layer."""
+    return ["".join("1" if bit else "0" for bit in layer) for layer in router]
 
 
 def tuned_meta(problem: FewShotProblem, outcome: Outcome) -> TunedMeta:
@@ -111,7 +124,7 @@ def tuned_meta(problem: FewShotProblem, outcome: Outcome) -> TunedMeta:
         backbone_sha256=model.backbone.sha256,
         prompts=str(problem.config.prompts),
         prompts_sha256=model.prompts.sha256,
-        router=_router_text(outcome),
+        router=router_text(outcome.router),
         card=Path(problem.card.path).read_text(encoding="utf-8"),
         max_tokens=problem.max_tokens,
         at=outcome.final.at,

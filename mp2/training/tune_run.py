@@ -21,6 +21,7 @@ from mp2.optimizers.frozen_model import FrozenModel, load_model, resolve_paths
 from mp2.optimizers.journal import finite_or_none
 from mp2.optimizers.provenance import config_file, identity, versions
 from mp2.optimizers.report import ProgressLine, draw_curve
+from mp2.optimizers.result import engine_facts, router_text, stage_scores
 from mp2.optimizers.run_folder import locked, new_folder, write_json, write_text
 from mp2.optimizers.tuned import TunedMeta, save_tuned
 from mp2.optimizers.two_stage import Checkpoint
@@ -135,26 +136,13 @@ def _result(run_dir: Path, config: TuneConfig, tuner: GradientTuner, outcome: Tu
             "dev": seconds["dev"],
             "test": tested_s,
         },
-        "engine": {
-            "runtime": model.runtime.name,
-            "precision": model.runtime.precision,
-            "device": str(model.runtime.device),
-        },
+        "engine": engine_facts(model),
         "run_dir": str(run_dir),
         "router_search": "adam",
-        "router": ["".join("1" if bit else "0" for bit in layer) for layer in found.router],
+        "router": router_text(found.router),
         "best_train_loss": finite_or_none(found.incumbent_loss),
         "selected": {"at": found.final.at, "iteration": found.final.iteration},
-        "stages": {
-            name: {
-                "iteration": c.iteration,
-                "train_loss": finite_or_none(c.train_loss),
-                "dev_score": c.dev.score,
-                "dev_loss": finite_or_none(c.dev.loss),
-                "test_score": tests.get(name),
-            }
-            for name, c in stages.items()
-        },
+        "stages": stage_scores(stages, tests),
         "evaluations": {"train": found.loss_curve[-1][0], "dev": outcome.n_dev, "test": len(set(tests))},
         "examples": {"train": problem.n_train, "dev": problem.n_dev, "test": problem.n_test if tests else 0},
         "non_finite_losses": 0,

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from command_line import mp2
 from tuning_world import World, make_world
 
 from mp2.backbone import Backbone
-from mp2.cli import main
 
 HUGE = 2**70
 
@@ -242,7 +241,7 @@ def test_one_line_says_what_was_typed_wrong(
 ) -> None:
     before = sorted(places.root.rglob("*"))
     words = [str(word).replace("ROOT", str(places.root)) for word in more]
-    done = CliRunner().invoke(main, [*places.options(command), *words])
+    done = mp2(*places.options(command), *words)
     assert isinstance(done.exception, SystemExit), done.exception
     assert done.exit_code == 2
     assert expected in done.stderr.splitlines()[-1]
@@ -263,7 +262,7 @@ def test_one_line_says_what_was_typed_wrong(
 )
 def test_a_damaged_corpus_is_named(places: Places, tmp_path: Path, corpus: str, expected: str) -> None:
     words = ["--corpus", str(places.root / corpus), "--out", str(tmp_path / "new")]
-    done = CliRunner().invoke(main, [*places.options("pretrain-backbone"), *words])
+    done = mp2(*places.options("pretrain-backbone"), *words)
     assert done.exit_code == 2
     assert expected in done.stderr
 
@@ -272,7 +271,7 @@ def test_a_damaged_corpus_is_named(places: Places, tmp_path: Path, corpus: str, 
 def test_missing_test_data_are_found_before_tuning(places: Places, tmp_path: Path, command: str) -> None:
     options = [word for word in places.options(command) if word != "--no-test"]
     words = ["--data", str(places.root / "no-test"), "--out", str(tmp_path / "new")]
-    done = CliRunner().invoke(main, [*options, *words])
+    done = mp2(*options, *words)
     assert done.exit_code == 2
     assert "task 'mood' has no" in done.stderr
     assert "test.jsonl" in done.stderr
@@ -289,7 +288,7 @@ def test_missing_test_data_are_found_before_tuning(places: Places, tmp_path: Pat
 )
 @pytest.mark.parametrize("command", ["show", "check"])
 def test_a_bad_card_is_named(places: Places, command: str, card: str, expected: str) -> None:
-    done = CliRunner().invoke(main, ["tasks", command, str(places.root / card)])
+    done = mp2("tasks", command, places.root / card)
     assert done.exit_code == 2
     assert expected in done.stdout + done.stderr
     assert "Traceback" not in done.output
@@ -316,7 +315,7 @@ def test_a_bad_checkpoint_is_named(
     name = "checkpoint.safetensors" if command == "pretrain" else "mlm_checkpoint.safetensors"
     other = (places.world.backbone / "model.safetensors").read_bytes()
     (tmp_path / "run" / name).write_bytes(other if content is None else content)
-    done = CliRunner().invoke(main, options)
+    done = mp2(*options)
     assert done.exit_code == 2
     assert name in done.stderr.splitlines()[-1]
     assert expected in done.stderr.splitlines()[-1]

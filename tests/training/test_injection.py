@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import mp2, mp2_json, predicted_accuracy
 from tuning_world import make_world
 
 from benchmarks.plain_loop import PlainLoop
 from mp2.backbone import Backbone
-from mp2.cli import main
 from mp2.errors import FormatError, MismatchError, UsageError
 from mp2.prompts import ModularPrompts, fuse, load_prompts, new_meta, random_prompts, save_prompts
 from mp2.tasks import TaskCard
-from mp2.training import PretrainConfig, Pretrainer, PretrainResult
-from mp2.training import pretrain as pretrain_function
+from mp2.training import PretrainConfig, Pretrainer
 from mp2.training.mixture import load_mixture, sample_batch
 from mp2.training.model import PromptedEncoder
-from training.toy_tasks import lively_backbone, write_tasks
+from training.toy_runs import cut_at, losses, run
 
 SIZES = {"n_modules": 4, "prompt_tokens": 3, "intrinsic_dim": 8}
 
@@ -41,26 +38,6 @@ def config(**changes: Any) -> PretrainConfig:
         "checkpoint_minutes": 0.0,
     }
     return PretrainConfig(**{**settings, **changes})
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[TaskCard], Path]:
-    return write_tasks(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return lively_backbone()
-
-
-def run(
-    world: tuple[list[TaskCard], Path], backbone: Backbone, settings: PretrainConfig, out: Path
-) -> PretrainResult:
-    return pretrain_function(world[0], backbone, settings, out, data=world[1])
-
-
-def losses(out: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / "losses.jsonl").read_text().splitlines()]
 
 
 def test_the_training_loss_is_that_of_a_bert_model_with_hooks(
@@ -112,20 +89,11 @@ def test_inline_prompts_learn_and_the_file_says_how_they_enter(
 
 
 def test_a_run_cut_off_goes_on_bit_for_bit_and_not_under_the_other_injection(
-    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path
 ) -> None:
     unbroken = run(world, backbone, config(), tmp_path / "unbroken")
-    save = Pretrainer.save
-
-    def cut(self: Pretrainer) -> None:
-        save(self)
-        if self.step == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Pretrainer, "save", cut)
-        with pytest.raises(KeyboardInterrupt):
-            run(world, backbone, config(), tmp_path / "cut")
+    with cut_at(Pretrainer, 3), pytest.raises(KeyboardInterrupt):
+        run(world, backbone, config(), tmp_path / "cut")
     with pytest.raises(MismatchError, match="injection"):
         run(world, backbone, config(injection=None), tmp_path / "cut")
     with pytest.raises(MismatchError, match="router_normalisation"):
@@ -197,21 +165,9 @@ def tuned(
 ) -> tuple[Any, dict[str, Any], list[str]]:
     """A world, the result of tuning its prefix prompts inline, and the options of that run."""
     small = make_world(tmp_path_factory.mktemp("tune"), backbone)
-    options = [o for o in small.options() if o not in ("--runtime", "torch")]
-    more = [
-        "--injection",
-        "inline",
-        "--epochs",
-        "12",
-        "--router-epochs",
-        "0",
-        "--prompt-lr",
-        "0.05",
-        "--json",
-    ]
-    done = CliRunner().invoke(main, ["tune", *options, *more])
-    assert done.exit_code == 0, done.output
-    return small, json.loads(done.stdout), options
+    options = small.tune_options()
+    more = ["--injection", "inline", "--epochs", 12, "--router-epochs", 0, "--prompt-lr", 0.05]
+    return small, mp2_json("tune", *options, *more), options
 
 
 def test_tuning_inline_says_so_everywhere_and_predict_agrees(
@@ -221,12 +177,7 @@ def test_tuning_inline_says_so_everywhere_and_predict_agrees(
     assert result["injection"] == "inline"
     run_dir = Path(result["run_dir"])
     assert load_prompts(run_dir / "prompts.safetensors").meta.injection == "inline"
-    lines = (small.data / "mood" / "test.jsonl").read_text().splitlines()
-    texts = "\n".join(json.loads(line)["text"] for line in lines)
-    predicted = CliRunner().invoke(main, ["predict", "--run", str(run_dir), "--input", "-"], input=texts)
-    assert predicted.exit_code == 0, predicted.output
-    labels = [json.loads(line)["label"] for line in predicted.stdout.splitlines()]
-    right = np.mean([label == json.loads(line)["label"] for label, line in zip(labels, lines, strict=True)])
+    right = predicted_accuracy(run_dir, small.data / "mood" / "test.jsonl")
     assert right == pytest.approx(result["test_score"])
 
 
@@ -241,11 +192,8 @@ def test_black_box_tuning_runs_an_inline_file_inline(tuned: tuple[Any, dict[str,
     small, result, options = tuned
     file = Path(result["run_dir"]) / "prompts.safetensors"
     options = [str(file) if o == str(small.deep) else o for o in options]
-    done = CliRunner().invoke(
-        main, ["bbt", *options, "--iters", "24", "--router-iters", "4", "--popsize", "4", "--json"]
-    )
-    assert done.exit_code == 0, done.output
-    untuned = json.loads(done.stdout)["stages"]["untuned"]["train_loss"]
+    result = mp2_json("bbt", *options, "--iters", 24, "--router-iters", 4, "--popsize", 4)
+    untuned = result["stages"]["untuned"]["train_loss"]
     prompts = load_prompts(file)
     from mp2.backbone import load_backbone
     from mp2.engine import Objective, TorchRuntime
@@ -264,8 +212,7 @@ def test_black_box_tuning_runs_an_inline_file_inline(tuned: tuple[Any, dict[str,
 
 def test_shallow_prompts_cannot_be_tuned_as_a_prefix(tuned: tuple[Any, dict[str, Any], list[str]]) -> None:
     small, _, _ = tuned
-    options = [o for o in small.options(kind="shallow") if o not in ("--runtime", "torch")]
-    done = CliRunner().invoke(main, ["tune", *options, "--injection", "prefix"])
+    done = mp2("tune", *small.tune_options(kind="shallow"), "--injection", "prefix")
     assert done.exit_code == 2
     assert "shallow prompts are always inline" in done.stderr
 
@@ -274,9 +221,8 @@ def test_export_with_inline_prompts_is_refused(
     tuned: tuple[Any, dict[str, Any], list[str]], tmp_path: Path
 ) -> None:
     small, result, _ = tuned
-    file = str(Path(result["run_dir"]) / "prompts.safetensors")
-    arguments = ["export", "--backbone", str(small.backbone), "--out", str(tmp_path / "e"), "--prompts", file]
-    done = CliRunner().invoke(main, arguments)
+    file = Path(result["run_dir"]) / "prompts.safetensors"
+    done = mp2("export", "--backbone", small.backbone, "--out", tmp_path / "e", "--prompts", file)
     assert done.exit_code == 2
     assert "the graphs have prefixes only" in done.stderr
     assert not (tmp_path / "e").exists()

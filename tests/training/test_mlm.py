@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,8 @@ from mp2.training import MlmConfig, train_mlm
 from mp2.training.checkpoint import alone_in
 from mp2.training.mlm import MaskedLanguageModel, schedule
 from mp2.training.mlm_trainer import MlmTrainer
+from training.toy_runs import cut_at, kill_after
+from training.toy_runs import losses as journal_losses
 
 SENTENCES = ["这个东西真的很好，不错。", "天气今日晴有雨！", "旅游美食体育科技", "“健康”教育财经音乐？"]
 
@@ -55,10 +55,8 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
-def losses(out: Path) -> list[float]:
-    lines = [json.loads(line) for line in (out / "mlm_losses.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [line["loss"] for line in lines]
+def losses(out: Path) -> list[float | None]:
+    return journal_losses(out, "mlm_losses.jsonl")
 
 
 def train(corpus: Path, out: Path, config: MlmConfig, log: list[str] | None = None) -> Backbone:
@@ -166,23 +164,12 @@ def test_it_learns_to_read_the_context(tmp_path: Path) -> None:
 def test_a_run_cut_off_after_a_checkpoint_goes_on_bit_for_bit(
     corpus: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     unbroken: tuple[list[float], str],
     last_saved: int,
     killed_at: int,
 ) -> None:
-    save = MlmTrainer.save
-
-    def sometimes(self: MlmTrainer) -> None:
-        if self.step <= last_saved:
-            save(self)
-        if self.step == killed_at:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(MlmTrainer, "save", sometimes)
-        with pytest.raises(KeyboardInterrupt):
-            train(corpus, tmp_path / "tiny", tiny())
+    with cut_at(MlmTrainer, killed_at, last_saved), pytest.raises(KeyboardInterrupt):
+        train(corpus, tmp_path / "tiny", tiny())
     assert len(losses(tmp_path / "tiny")) == killed_at
     with (tmp_path / "tiny" / "mlm_losses.jsonl").open("a") as file:
         file.write('{"step": 99, "lo')  # a torn line
@@ -211,14 +198,7 @@ def test_a_run_killed_by_sigkill_goes_on_bit_for_bit(corpus: Path, tmp_path: Pat
         [sys.executable, "-c", MLM_PROGRAM, str(corpus), str(out), repr(asdict(config))],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    journal = out / "mlm_losses.jsonl"
-    deadline = time.monotonic() + 60
-    while not (journal.is_file() and journal.read_text().count("\n") >= 10):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    kill_after(process, out / "mlm_losses.jsonl", 10)
     lines: list[str] = []
     assert train(corpus, out, config, lines).sha256 == expected
     assert any(line.startswith("resumed at step ") for line in lines)

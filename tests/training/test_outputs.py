@@ -14,7 +14,6 @@ from mp2.backbone import Backbone
 from mp2.prompts import load_prompts
 from mp2.tasks import TaskCard
 from mp2.training import PretrainConfig, PretrainInputs, PretrainResult, pretrain
-from training.toy_tasks import lively_backbone, write_tasks
 
 SETTINGS: dict[str, Any] = {
     "n_modules": 4,
@@ -28,16 +27,6 @@ SETTINGS: dict[str, Any] = {
     "dev_limit": 8,
     "eval_every": 10,
 }
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[TaskCard], Path]:
-    return write_tasks(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return lively_backbone()
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,8 @@ import copy
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +22,14 @@ from mp2.tasks import TaskCard
 from mp2.training import (
     PretrainConfig,
     Pretrainer,
-    PretrainResult,
     PromptedEncoder,
     score_table,
     span_loss,
 )
-from mp2.training import pretrain as pretrain_function
 from mp2.training.checkpoint import alone_in
 from mp2.training.mixture import Batch, load_mixture
 from mp2.training.trainer import MAX_SKIPPED_IN_A_ROW
-from training.toy_tasks import lively_backbone, write_tasks
+from training.toy_runs import cut_at, kill_after, losses, run
 
 SIZES = {"n_modules": 4, "prompt_tokens": 3, "intrinsic_dim": 8}
 
@@ -52,33 +48,11 @@ def tiny(**changes: Any) -> PretrainConfig:
     return PretrainConfig(**{**settings, **changes})
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[TaskCard], Path]:
-    return write_tasks(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture
-def backbone() -> Backbone:
-    return lively_backbone()
-
-
-def run(
-    world: tuple[list[TaskCard], Path], backbone: Backbone, config: PretrainConfig, out: Path, **more: Any
-) -> PretrainResult:
-    return pretrain_function(world[0], backbone, config, out, data=world[1], **more)
-
-
 def trainer(
     world: tuple[list[TaskCard], Path], backbone: Backbone, config: PretrainConfig, out: Path, **more: Any
 ) -> Pretrainer:
     tasks = load_mixture(world[0], world[1], backbone.tokenizer, 64, dev_limit=8, log=lambda _: None)
     return Pretrainer(backbone, tasks, config, out, **more)
-
-
-def losses(out: Path) -> list[float | None]:
-    lines = [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [line["loss"] for line in lines]
 
 
 # ---- the loss
@@ -309,25 +283,14 @@ def test_a_run_cut_off_after_a_checkpoint_goes_on_bit_for_bit(
     world: tuple[list[TaskCard], Path],
     backbone: Backbone,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     settings: dict[str, Any],
     last_saved: int,
     killed_at: int,
 ) -> None:
     config = tiny(**settings)
     unbroken = run(world, backbone, config, tmp_path / "unbroken")
-    save = Pretrainer.save
-
-    def sometimes(self: Pretrainer) -> None:
-        if self.step <= last_saved:
-            save(self)
-        if self.step == killed_at:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Pretrainer, "save", sometimes)
-        with pytest.raises(KeyboardInterrupt):
-            run(world, backbone, config, tmp_path / "cut")
+    with cut_at(Pretrainer, killed_at, last_saved), pytest.raises(KeyboardInterrupt):
+        run(world, backbone, config, tmp_path / "cut")
     with (tmp_path / "cut" / "losses.jsonl").open("a") as file:
         file.write('{"step": 77, "lo')  # a torn line
     lines: list[str] = []
@@ -368,13 +331,7 @@ def test_a_run_killed_by_sigkill_goes_on_bit_for_bit(
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, json.dumps(arguments)], env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    deadline = time.monotonic() + 60
-    while not ((out / "losses.jsonl").is_file() and (out / "losses.jsonl").read_text().count("\n") >= 10):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    kill_after(process, out / "losses.jsonl", 10)
     lines: list[str] = []
     resumed = run(world, backbone, config, out, log=lines.append)
     assert any(line.startswith("resumed at step ") for line in lines)

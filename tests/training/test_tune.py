@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import mp2, mp2_json, predicted_accuracy
 from tuning_world import World, make_world
 
 from mp2.backbone import Backbone
-from mp2.cli import main
 from mp2.errors import UsageError
 from mp2.optimizers import BbtConfig
 from mp2.optimizers.few_shot_problem import FewShotProblem
@@ -145,29 +143,21 @@ def test_same_seed_same_result(world: World, tmp_path: Path) -> None:
 
 
 def test_run_folder_can_be_predicted_with(world: World, tmp_path: Path) -> None:
-    options = [*world.options(), "--epochs", "20", "--router-lr", "0.3", "--prompt-lr", "0.05", "--json"]
-    done = CliRunner().invoke(main, ["tune", *[o for o in options if o not in ("--runtime", "torch")]])
-    assert done.exit_code == 0, done.output
-    result = json.loads(done.stdout)
+    rates = ["--epochs", 20, "--router-lr", 0.3, "--prompt-lr", 0.05]
+    result = mp2_json("tune", *world.tune_options(), *rates)
     run_dir = Path(result["run_dir"])
     assert result["method"] == "mp2-deep-gradient"
     assert set(result["stages"]) == {"untuned", "stage1", "stage2"}
     assert result["test_score"] == result["stages"]["stage2"]["test_score"]
     assert (run_dir / "curve.png").stat().st_size > 1000
-    lines = (world.data / "mood" / "test.jsonl").read_text().splitlines()
-    texts = "\n".join(json.loads(line)["text"] for line in lines)
-    predicted = CliRunner().invoke(main, ["predict", "--run", str(run_dir), "--input", "-"], input=texts)
-    assert predicted.exit_code == 0, predicted.output
-    labels = [json.loads(line)["label"] for line in predicted.stdout.splitlines()]
-    right = np.mean([label == json.loads(line)["label"] for label, line in zip(labels, lines, strict=True)])
+    right = predicted_accuracy(run_dir, world.data / "mood" / "test.jsonl")
     assert right == pytest.approx(result["test_score"])
     kind = load_prompts(run_dir / "prompts.safetensors").meta
     assert (kind.intrinsic_dim, kind.n_modules) == (4, 4)
 
 
 def test_the_table_of_a_run_is_that_of_black_box_tuning(world: World) -> None:
-    options = [o for o in world.options(kind="deep") if o not in ("--runtime", "torch")]
-    done = CliRunner().invoke(main, ["tune", *options, "--epochs", "2"])
+    done = mp2("tune", *world.tune_options(), "--epochs", 2)
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     assert lines[0].startswith("mood  mp2-deep-gradient  seed 8")
@@ -175,12 +165,8 @@ def test_the_table_of_a_run_is_that_of_black_box_tuning(world: World) -> None:
 
 
 def test_several_seeds_give_a_list(world: World) -> None:
-    options = [o for o in world.options(kind="shallow") if o not in ("--runtime", "torch")]
-    done = CliRunner().invoke(
-        main, ["tune", *options, "--epochs", "2", "--seeds", "8,13", "--router-only", "--no-test", "--json"]
-    )
-    assert done.exit_code == 0, done.output
-    results = json.loads(done.stdout)
+    short = ["--epochs", 2, "--seeds", "8,13", "--router-only", "--no-test"]
+    results = mp2_json("tune", *world.tune_options(kind="shallow"), *short)
     assert [r["seed"] for r in results] == [8, 13]
     assert {r["method"] for r in results} == {"mp2-shallow-gradient-router"}
     assert set(results[0]["stages"]) == {"untuned", "stage1"}

@@ -48,6 +48,7 @@ _ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "relu": "relu",
 }
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _READABLE = "a BERT-family encoder (BERT, RoBERTa-wwm, MacBERT, ERNIE) or CPT"
 
 
@@ -167,13 +168,14 @@ def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
         if index.is_file():
             try:
                 shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-            except (json.JSONDecodeError, KeyError, AttributeError) as error:
+                files = [folder / shard for shard in shards]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise FormatError(
                     f"not an index of shards: {error}", path=index, field="weight_map"
                 ) from error
             tensors: dict[str, Tensor] = {}
-            for shard in shards:
-                tensors.update(_read_file(folder / shard))
+            for file in files:
+                tensors.update(_read_file(file))
             return index, tensors
     raise FormatError("no weights found, expected model.safetensors or pytorch_model.bin", path=folder)
 
@@ -188,13 +190,15 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise FormatError("no such file, but the index of shards names it", path=path) from None
     except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error):  # names of code, not tensors
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if code:
             raise FormatError(
-                f"holds more than tensors and was not opened: {_refused(error)}; "
-                "convert it to safetensors where you trust it",
+                f"holds more than tensors and was not opened: it names the code {code[1].rstrip('.')}; where "
+                "the model can be loaded, model.save_pretrained(FOLDER) writes safetensors",
                 path=path,
             ) from None
-        raise FormatError(f"not a readable weights file: {_refused(error)}", path=path) from error
+        last = [line.strip() for line in str(error).splitlines() if line.strip()][-1:] or ["not a pickle"]
+        raise FormatError(f"not a readable weights file: {last[0].rstrip('.')}", path=path) from error
     except (
         SafetensorError,
         RuntimeError,
@@ -207,14 +211,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise FormatError(f"not a readable weights file: {error}", path=path) from error
     if not isinstance(loaded, Mapping):
         raise FormatError(f"holds a {type(loaded).__name__}, expected a dictionary of tensors", path=path)
-    return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
-
-
-def _refused(error: pickle.UnpicklingError) -> str:
-    """The reason inside torch's message, without its advice to open the file all the same."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if line.startswith(("Trying to load", "Unsupported"))]
-    return (telling or lines[-1:] or ["not a pickle"])[0].rstrip(".")
+    tensors = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+    if not tensors:
+        names = ", ".join(map(str, list(loaded)[:5])) or "nothing"
+        raise FormatError(f"has no tensors at its top, but {names}; expected a state dict alone", path=path)
+    return tensors
 
 
 def encoder_state(config: BackboneConfig, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -245,6 +246,12 @@ def encoder_state(config: BackboneConfig, tensors: Mapping[str, Tensor], path: P
             raise FormatError(
                 f"tensor '{prefix + theirs}' has shape {tuple(tensor.shape)}, expected {shapes[ours]} "
                 "from config.json",
+                path=path,
+            )
+        if tensor.dtype not in _DTYPES:
+            raise FormatError(
+                f"tensor '{prefix + theirs}' is {str(tensor.dtype).removeprefix('torch.')}, "
+                "expected float32, float16 or bfloat16: quantised checkpoints are not read",
                 path=path,
             )
         state[ours] = tensor.to(torch.float32)

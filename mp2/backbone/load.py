@@ -62,6 +62,8 @@ def load_backbone(name: str | Path, *, revision: str | None = None) -> Backbone:
         folder = EMBEDDED[text]
     elif Path(text).is_dir():
         folder = Path(text)
+    elif Path(text).is_file():
+        raise FormatError("is a file, expected the checkpoint folder that it lies in", path=text)
     elif text in HUB_NAMES:
         folder = _download(HUB_NAMES[text], text, revision)
     elif text.count("/") == 1 and not text.startswith((".", "/", "~")):
@@ -119,10 +121,10 @@ def random_backbone(config: BackboneConfig, vocab: Sequence[str], seed: int) -> 
 
 
 def save_backbone(backbone: Backbone, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write a checkpoint folder in BERT form (config.json, vocab.txt, model.safetensors)."""
+    """Write a checkpoint folder in BERT form: config.json, model.safetensors, and the tokenizer's files."""
     folder.mkdir(parents=True, exist_ok=True)
     write_config(backbone.config, folder)
-    (folder / "vocab.txt").write_text("\n".join(backbone.tokenizer.tokens()) + "\n", "utf-8")
+    backbone.tokenizer.save(folder)
     state = backbone.encoder.state_dict()
     names = checkpoint_names(backbone.config.n_layers)
     save_file(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -30,15 +31,20 @@ class Pieces(NamedTuple):
 class Tokenizer:
     """A BERT word-piece tokenizer without special tokens (Chinese text: one character, one token)."""
 
-    def __init__(self, tokenizer: _Tokenizer, source: str | Path = "vocabulary") -> None:
+    def __init__(
+        self, tokenizer: _Tokenizer, source: str | Path = "vocabulary", *, lowercase: bool | None = None
+    ) -> None:
         """Wrap ``tokenizer``; ``source`` names it in errors.
+
+        ``lowercase`` tells that its vocabulary and this say all about it (None: they do not).
 
         Raises:
             FormatError: a special token is missing.
         """
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        self._tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True  # "[SEP]" in a text is text
+        self._tokenizer, self._lowercase = tokenizer, lowercase
         ids = {}
         for field, token in SPECIAL_TOKENS.items():
             token_id = tokenizer.token_to_id(token)
@@ -65,7 +71,7 @@ class Tokenizer:
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
-        return cls(tokenizer, source)
+        return cls(tokenizer, source, lowercase=lowercase)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -74,8 +80,6 @@ class Tokenizer:
         Raises:
             FormatError: neither file is there, or it is damaged.
         """
-        import json
-
         vocab_file, fast_file = folder / "vocab.txt", folder / "tokenizer.json"
         if vocab_file.is_file():
             settings_file = folder / "tokenizer_config.json"
@@ -102,6 +106,17 @@ class Tokenizer:
             except Exception as error:  # the library raises plain Exception
                 raise FormatError(f"not a tokenizer file: {error}", path=fast_file) from error
         raise FormatError("no vocab.txt and no tokenizer.json, expected one of them", path=folder)
+
+    def save(self, folder: Path) -> None:
+        """Write what ``from_folder`` reads back as the same tokenizer: vocab.txt, or tokenizer.json."""
+        vocab_file, settings_file = folder / "vocab.txt", folder / "tokenizer_config.json"
+        if self._lowercase is None:
+            (folder / "tokenizer.json").write_text(self._tokenizer.to_str(pretty=True) + "\n", "utf-8")
+            vocab_file.unlink(missing_ok=True)  # it would be read in its place
+            return
+        vocab_file.write_text("\n".join(self.tokens()) + "\n", "utf-8")
+        if settings_file.exists() or not self._lowercase:
+            settings_file.write_text(json.dumps({"do_lower_case": self._lowercase}) + "\n", "utf-8")
 
     @property
     def vocab_size(self) -> int:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_words import tiny_vocab
+from tokenizers import Tokenizer as Fast
+from tokenizers.normalizers import BertNormalizer
 from torch import Tensor
 from transformers import BertConfig, BertModel, ErnieConfig, ErnieModel
 
@@ -243,6 +245,27 @@ def test_tokenizer_json_serves_where_there_is_no_vocab_txt(tiny_backbone: Backbo
     )
 
 
+@pytest.mark.parametrize("form", ["vocab.txt", "cased vocab.txt", "tokenizer.json"])
+def test_a_saved_backbone_has_the_tokenizer_it_was_loaded_with(
+    tiny_backbone: Backbone, folder: Path, tmp_path: Path, form: str
+) -> None:
+    if form == "cased vocab.txt":
+        (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    if form == "tokenizer.json":
+        tokenizer = tiny_backbone.tokenizer._tokenizer
+        cased = Fast.from_str(tokenizer.to_str())
+        cased.normalizer = BertNormalizer(lowercase=False)
+        cased.save(str(folder / "tokenizer.json"))
+        (folder / "vocab.txt").unlink()
+    loaded, text = load_backbone(folder), "这个A东西a [SEP]"
+    save_backbone(tiny_backbone, tmp_path / "copy")  # files of another tokenizer are there already
+    save_backbone(loaded, tmp_path / "copy")
+    copy = load_backbone(tmp_path / "copy")
+    assert copy.tokenizer.encode(text) == loaded.tokenizer.encode(text)
+    same_as_lowercase = loaded.tokenizer.encode(text) == tiny_backbone.tokenizer.encode(text)
+    assert same_as_lowercase == (form == "vocab.txt")
+
+
 def test_random_backbones_depend_on_their_seed_alone(tiny_config: BackboneConfig) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(123)
@@ -405,6 +428,32 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(folder: Path, tmp_path:
         assert "system" in str(caught.value)
 
 
+def test_a_whole_model_in_a_bin_is_refused_and_its_class_named(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(torch.nn.Bilinear(2, 2, 2), folder / "pytorch_model.bin")
+    with pytest.raises(FormatError, match=r"code torch\.nn\.modules\.linear\.Bilinear; .*save_pretrained"):
+        load_backbone(folder)
+
+
+def test_a_state_dict_inside_a_training_checkpoint_is_told_of(folder: Path) -> None:
+    state = tensors_of(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"epoch": 3, "state_dict": state}, folder / "pytorch_model.bin")
+    with pytest.raises(FormatError, match="no tensors at its top, but epoch, state_dict"):
+        load_backbone(folder)
+
+
+def test_quantised_weights_are_not_taken_for_weights(folder: Path) -> None:
+    rewrite(folder, {name: (100 * t).to(torch.int8) for name, t in tensors_of(folder).items()})
+    with pytest.raises(FormatError, match="is int8, expected float32, float16 or bfloat16"):
+        load_backbone(folder)
+
+
+def test_a_file_in_place_of_its_folder_is_called_that(folder: Path) -> None:
+    with pytest.raises(FormatError, match=r"model\.safetensors: is a file, expected the checkpoint folder"):
+        load_backbone(folder / "model.safetensors")
+
+
 def test_a_bin_that_is_no_dictionary_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save([torch.zeros(2)], folder / "pytorch_model.bin")
@@ -412,8 +461,9 @@ def test_a_bin_that_is_no_dictionary_is_refused(folder: Path) -> None:
         load_backbone(folder)
 
 
-def test_an_index_without_a_weight_map_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize("text", ['{"metadata": {}}', "[]", '{"weight_map": {"a": 3}}', "{"])
+def test_an_index_without_a_weight_map_is_refused(folder: Path, text: str) -> None:
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    (folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(FormatError, match=r"index\.json: field 'weight_map': not an index of shards"):
         load_backbone(folder)

@@ -57,9 +57,15 @@ def test_offsets_cut_the_tokens_out_of_the_text_itself(ours: Tokenizer, text: st
             assert text[start:end].lower() in (words[token_id].removeprefix("##"), "é")
 
 
-def test_special_tokens_cannot_be_written_into_a_text(ours: Tokenizer) -> None:
-    ids = ours.encode("[MASK][SEP][CLS][PAD]").ids
-    assert not {ours.mask_id, ours.sep_id, ours.cls_id, ours.pad_id} & set(ids)
+def test_special_tokens_cannot_be_written_into_a_text(
+    ours: Tokenizer, theirs: BertTokenizer, tmp_path: Path
+) -> None:
+    theirs.save_pretrained(tmp_path)  # a tokenizer.json in which they are special
+    fast = Tokenizer.from_folder(tmp_path)
+    text = "[MASK][SEP]这[CLS][PAD]"
+    assert not {ours.mask_id, ours.sep_id, ours.cls_id, ours.pad_id} & set(ours.encode(text).ids)
+    assert fast.encode(text) == ours.encode(text)
+    assert fast.encode_ids([text]) == [ours.encode(text).ids]
 
 
 def test_many_texts_at_once_give_the_same_ids(ours: Tokenizer) -> None:

@@ -11,6 +11,7 @@ their worth; a step is not begun when the minutes are used up:
     large       cpt-large's shape in bf16, fp8 and fp16; their rank agreement on the embedded backbone
     table4      Table 4 in bf16          table4-fp8  Table 4 in fp8
     throughput  mini, 1024 wide and cpt-large's shape, bf16 and fp8, against the plain loop
+    together    five seeds as one against one after another, mini and cpt-large's shape
     plan        predicted against actual time
     tensorrt    TensorRT plans of the embedded backbone (where tensorrt is installed)
 
@@ -52,6 +53,8 @@ def steps(data: Path | None, work: Path) -> dict[str, list[str]]:
     engines = ["--engine", "torch:fp32", "torch:bf16", "torch:fp8"]
     shapes = ["--shape", "mini", "1024", "large", "--device", "cuda"]
     found["throughput"] = ["-m", "benchmarks.throughput", *where, *tasks, *engines, *shapes]
+    shapes = ["--shape", "mini", "large", "--device", "cuda", "--name", "together_cuda"]
+    found["together"] = ["-m", "benchmarks.together", *where, *tasks, *shapes]
     found["plan"] = ["-m", "benchmarks.plan", *where, *tasks, "--device", "cuda", "--name", "plan_cuda"]
     if importlib.util.find_spec("tensorrt") is not None:
         found["tensorrt"] = ["-m", "benchmarks.tensorrt_engine", "--work", str(work / "tensorrt"), *where]

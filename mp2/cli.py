@@ -19,7 +19,11 @@ from mp2.errors import Mp2Error
 
 
 class _Group(click.Group):
-    """A group that prints ``Mp2Error`` as one message and exits with the error's own status."""
+    """A group that prints ``Mp2Error`` as one message and exits with its own status; with 130 on Ctrl-C."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of their use, not of the alphabet."""
+        return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -27,6 +31,9 @@ class _Group(click.Group):
         except Mp2Error as error:
             click.echo(f"mp2: {error}", err=True)
             sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("mp2: stopped", err=True)
+            sys.exit(130)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -39,13 +46,13 @@ for command in (
     tasks,
     bbt,
     predict,
-    doctor,
-    export,
+    tune,
+    pretrain,
     pretrain_backbone,
     pseudo_tasks,
-    pretrain,
     scratch,
-    tune,
+    export,
+    doctor,
 ):
     main.add_command(command)
 

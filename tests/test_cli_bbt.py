@@ -336,6 +336,14 @@ def test_every_router_search_runs_on_shallow_prompts(world: World, method: str) 
     assert result["stages"]["stage1"]["iteration"] == stage_one
 
 
+def test_runs_that_have_no_iterations_for_stage_two_say_so(world: World) -> None:
+    short = ["--iters", "6", "--shots", "2", "--no-test"]
+    said = "stage I takes all 6 iterations; --router-iters leaves some to stage II"
+    assert said in mp2("bbt", *world.options(), *short).stderr
+    assert said not in mp2("bbt", *world.options(), *short, "--router-only").stderr
+    assert said not in mp2("bbt", *world.options(), *short, "--router-iters", "4").stderr
+
+
 def test_router_only(world: World) -> None:
     result = bbt(*world.options(), "--router-only", "--router-iters", "9", "--shots", "2")
     assert (result["iterations"], result["method"]) == (9, "mp2-deep-router")
@@ -397,11 +405,19 @@ def test_predict_says_what_is_wrong(unbroken: dict[str, Any], world: World, tmp_
     for text in ("", "\n \n"):
         done = mp2("predict", "--run", run, "--input", "-", input=text)
         assert (done.exit_code, "<stdin>: nothing to label" in done.stderr) == (2, True)
+    (tmp_path / "latin.txt").write_bytes("好\ncafé\n".encode().replace(b"\xc3\xa9", b"\xe9"))
+    done = mp2("predict", "--run", run, "--input", tmp_path / "latin.txt")
+    assert (done.exit_code, "latin.txt:2: not UTF-8" in done.stderr) == (2, True)
+    done = mp2("predict", "--run", tmp_path / "nowhere", "--input", "-", input="好")
+    assert (done.exit_code, "there is no folder" in done.stderr) == (2, True)
+    done = mp2("predict", "--run", Path(run).parent, "--input", "-", input="好")
+    assert (done.exit_code, f"runs in it: {Path(run).parent}" in done.stderr) == (2, True)
     unfinished = tmp_path / "run"
     unfinished.mkdir()
     (unfinished / "config.json").write_bytes((Path(run) / "config.json").read_bytes())
     done = mp2("predict", "--run", unfinished, "--input", "-", input="好")
-    assert (done.exit_code, "the run has not ended" in done.stderr) == (2, True)
+    assert done.exit_code == 2
+    assert f"the run has not ended: go on with mp2 bbt --resume {unfinished}" in done.stderr
 
 
 def test_doctor_names_what_there_is_and_what_is_missing() -> None:

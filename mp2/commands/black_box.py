@@ -13,7 +13,7 @@ from mp2.commands.options import tuned_model
 from mp2.commands.printing import as_json_text, given
 
 
-@click.command()
+@click.command(short_help="Tune prompts for a task without gradients.")
 @click.option(
     "--task", multiple=True, help="A name of 'mp2 tasks', or your own card (a TOML file); again for more."
 )
@@ -89,7 +89,7 @@ def bbt(ctx: click.Context, /, **options: Any) -> None:
         click.echo(series_table(results))
 
 
-@click.command()
+@click.command(short_help="Label new text with a tuned prompt.")
 @click.option(
     "--run", "run_dir", type=click.Path(), required=True, help="Folder of a finished 'mp2 bbt' run."
 )

@@ -11,7 +11,7 @@ from mp2.commands.options import tuned_model
 from mp2.commands.printing import as_json_text, given, note, typed
 
 
-@click.command("pretrain-backbone")
+@click.command("pretrain-backbone", short_help="Train a backbone on plain text.")
 @click.option("--corpus", required=True, type=click.Path(), help="Folder of *.txt or *.txt.xz files.")
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder to write and resume in.")
 @click.option("--layers", "n_layers", default=4, show_default=True, help="Layers L.")
@@ -51,7 +51,7 @@ def pretrain_backbone(
         click.echo(f"{out}: {backbone.name}, {backbone.sha256[:12]}")
 
 
-@click.command("pseudo-tasks")
+@click.command("pseudo-tasks", short_help="Cut training tasks out of plain text.")
 @click.option("--corpus", required=True, type=click.Path(), help="Folder of *.txt or *.txt.xz files.")
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder to make.")
 @click.option("--examples", default=40_000, show_default=True, help="Training examples a task, at most.")
@@ -66,7 +66,7 @@ def pseudo_tasks(corpus: str, out: str, **options: Any) -> None:
     click.echo(f"{out}: {len(made)} tasks, {sum(made.values()):,} training examples")
 
 
-@click.command()
+@click.command(short_help="Pre-train modular prompts on many tasks.")
 @click.option(
     "--tasks",
     "names",
@@ -122,7 +122,7 @@ def pretrain(ctx: click.Context, /, device: str, threads: int | None, **options:
     pretrain_command(inputs, config, out, device, threads, log=note, show=click.echo)
 
 
-@click.command()
+@click.command(short_help="Write untrained prompts (BBT, BBTv2).")
 @click.option("--backbone", default="mini", show_default=True, help="mini, cpt-large, a folder, or a hub id.")
 @click.option("--like", default="mini-deep", show_default=True, help="Prompts whose shape and head to take.")
 @click.option("--seed", default=8, show_default=True, help="Draws the random projections.")
@@ -135,7 +135,7 @@ def scratch(backbone: str, like: str, seed: int, out: str) -> None:
     click.echo(f"{out}: {meta.kind}, m = {meta.prompt_tokens}, d = {meta.intrinsic_dim}, random projections")
 
 
-@click.command()
+@click.command(short_help="Tune prompts for a task by gradient.")
 @click.option("--task", required=True, help="A name of 'mp2 tasks', or your own card (a TOML file).")
 @tuned_model
 @click.option(

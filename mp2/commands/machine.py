@@ -9,7 +9,7 @@ import click
 from mp2.commands.printing import as_json_text
 
 
-@click.command()
+@click.command(short_help="Write an engine folder of ONNX graphs.")
 @click.option("--backbone", required=True, help="A name (cpt-large, mini ...), a folder or a hub id.")
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Engine folder to write.")
 @click.option("--prompts", help="Prompt file whose span head is baked into the deployment graphs.")
@@ -30,7 +30,7 @@ def export(as_json: bool, **options: Any) -> None:
         click.echo(as_json_text(summary))
 
 
-@click.command()
+@click.command(short_help="Show what this machine has.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(as_json: bool) -> None:
     """Show what this machine has: libraries, runtimes, devices, embedded weights, data."""

@@ -9,7 +9,7 @@ import click
 from mp2.commands.printing import as_json_text
 
 
-@click.group(invoke_without_command=True)
+@click.group(invoke_without_command=True, short_help="List, show and check tasks.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def tasks(ctx: click.Context, as_json: bool) -> None:

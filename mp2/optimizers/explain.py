@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mp2.optimizers.planning import Plan, engine_of, plan_run, plan_start
+from mp2.optimizers.planning import Plan, engine_of, iterations_of, plan_run, plan_start
 from mp2.optimizers.report import clock
 
 if TYPE_CHECKING:
@@ -17,11 +18,20 @@ __all__ = ["Plan", "announce", "engine_line", "plan_line", "plan_run", "plan_tab
 _WORTH_S = 30.0  # a run that will surely be shorter gets no prediction
 
 
-def announce(problem: FewShotProblem) -> None:
-    """Say on stderr what runs and why, and about how long it will take if that is long."""
-    line = f"mp2: {engine_line(engine_of(problem))}"
-    plan = plan_start(problem, _WORTH_S)
-    print(line if plan is None else f"{line}; {plan_line(plan)}", file=sys.stderr, flush=True)
+def announce(problems: Sequence[FewShotProblem]) -> None:
+    """Say on stderr what runs and why, and about how long a run of each task will take if that is long."""
+    lines = [engine_line(engine_of(problems[0]))]
+    for task, problem in {problem.card.task: problem for problem in reversed(problems)}.items():
+        plan = plan_start(problem, _WORTH_S)
+        if plan is not None and len(problems) == 1:
+            lines[0] += f"; {plan_line(plan)}"
+        elif plan is not None:
+            lines.append(f"a run of {task}: {plan_line(plan)}")
+    config = problems[0].config
+    if not iterations_of(problems[0])[1] and not config.router_only:
+        lines.append(f"stage I takes all {config.iters} iterations; --router-iters leaves some to stage II")
+    for line in lines:
+        print(f"mp2: {line}", file=sys.stderr, flush=True)
 
 
 def plan_line(plan: Plan) -> str:

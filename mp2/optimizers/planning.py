@@ -88,7 +88,7 @@ def _budget(rough_s: float, purpose: str) -> float:
 
 def _rough(problem: FewShotProblem) -> tuple[float, float]:
     """Seconds a token and layer, and of the whole run: within a factor of two or so, at once."""
-    model, (stage1, stage2) = problem.model, _iterations(problem)
+    model, (stage1, stage2) = problem.model, iterations_of(problem)
     token_s = layer_seconds(model.runtime, model.backbone) / _PROBE_TOKENS
     inline = _n_inline(problem)
     tokens = sum(x.n_tokens + inline for x in problem.train_inputs)
@@ -96,7 +96,7 @@ def _rough(problem: FewShotProblem) -> tuple[float, float]:
     return token_s, token_s * model.backbone.config.n_layers * tokens * evaluations
 
 
-def _iterations(problem: FewShotProblem) -> tuple[int, int]:
+def iterations_of(problem: FewShotProblem) -> tuple[int, int]:
     """Iterations of the stages."""
     config, space = problem.config, problem.model.space()
     stage1 = stage_one_iterations(
@@ -120,7 +120,7 @@ def _plan(problem: FewShotProblem, token_s: float, budget_s: float) -> Plan:
     train = problem.train_inputs
     lengths = [x.n_tokens for x in train]
     on_gpu = str(runtime.device).startswith("cuda")  # there, part of a batch would say nothing of the whole
-    populations, suggest1 = _stage_one(problem, _iterations(problem)[0])
+    populations, suggest1 = _stage_one(problem, iterations_of(problem)[0])
     stage1 = sum(populations)  # fewer than asked for where there are not as many routers
     stage2 = 0 if config.router_only else config.iters - stage1
     sizes = Counter(populations)

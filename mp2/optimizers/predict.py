@@ -117,7 +117,7 @@ class Predictor:
                 f"{', '.join(fields)}: write each line as a JSON object with them"
             )
         for line in chain([b"\n"] * skipped, [first], iterator):
-            yield _wrap(line, fields[0]) if plain and line.strip() else line
+            yield _wrap(line, fields[0]) if plain else line
 
     def _answer_probability(
         self, example: Example, answer: str, outputs: Sequence[tuple[MrcInput, _Floats, _Floats]]
@@ -145,8 +145,11 @@ def _option_probability(item: MrcInput, start: _Floats, end: _Floats) -> float:
 
 
 def _wrap(line: bytes, field: str) -> bytes:
-    text = line.decode("utf-8-sig", errors="surrogateescape").strip()
-    return json.dumps({field: text}).encode()
+    try:
+        text = line.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        return line  # the reader of lines says so
+    return json.dumps({field: text}).encode() if text else b"\n"
 
 
 def predict_file(run_dir: Path, source: str, stdin: Iterable[bytes]) -> Iterator[dict[str, Any]]:

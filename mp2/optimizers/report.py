@@ -173,7 +173,7 @@ def series_table(results: Sequence[dict[str, Any]]) -> str:
     titles = {"untuned": "untuned", "stage1": "stage I", "stage2": "stage II"}
     rows = [["task", "seed", "train loss", *(f"{titles[c]} dev / test" for c in columns)]]
     for task in dict.fromkeys(r["task"] for r in results):
-        members = [r for r in results if r["task"] == task]
+        members = sorted((r for r in results if r["task"] == task), key=lambda r: r["seed"])
         for r in members:
             scores = [_pair(r["stages"].get(c, {})) for c in columns]
             rows.append([task, str(r["seed"]), f"{r['train_loss']:.4f}", *scores])

@@ -17,8 +17,13 @@ from mp2.optimizers.config import SCHEMA_VERSION, BbtConfig
 def read_config(run_dir: Path) -> BbtConfig:
     """The config of a run folder."""
     path = run_dir / "config.json"
+    if not run_dir.is_dir():
+        raise UsageError(f"there is no folder {run_dir}, expected the folder of a run")
     if not path.exists():
-        raise UsageError(f"{run_dir} is not a run folder: there is no config.json in it")
+        runs = sorted(config.parent for config in run_dir.glob("*/config.json"))
+        names = ", ".join(map(str, runs[:3])) + (" ..." if len(runs) > 3 else "")
+        hint = f"; runs in it: {names}" if runs else ""
+        raise UsageError(f"{run_dir} is not a run folder: there is no config.json in it{hint}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

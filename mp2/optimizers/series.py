@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mp2.errors import LossError, Mp2Error, UsageError
+from mp2.limits import check_new_folder
 from mp2.optimizers.config import BbtConfig
 from mp2.optimizers.few_shot_problem import FewShotProblem
 from mp2.optimizers.frozen_model import FrozenModel, load_model, resolve_paths
@@ -60,10 +61,10 @@ def start_series(
     from mp2.optimizers.explain import announce
 
     started = time.perf_counter()
+    check_new_folder(out)
     model = model or load_model(resolve_paths(configs[0]))
     problems = _problems(configs, model)
-    for problem in problems[:1] if len({p.card.task for p in problems}) == 1 else problems:
-        announce(problem)
+    announce(problems)
     with ExitStack() as locks:
         runs = []
         for problem in problems:

@@ -51,7 +51,9 @@ def load_tuned(path: Path) -> tuple[NDArray[np.float32], TunedMeta]:
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
-        raise FormatError("no such file; the run has not ended: go on with mp2 bbt --resume", path=path)
+        raise FormatError(
+            f"no such file; the run has not ended: go on with mp2 bbt --resume {path.parent}", path=path
+        )
     try:
         with safe_open(path, framework="numpy") as file:
             text = (file.metadata() or {}).get("mp2")

@@ -14,8 +14,6 @@ from mp2.tasks.example import Example
 from mp2.tasks.fewshot import few_shot_split
 from mp2.tasks.problems import AllProblems, Problem
 
-NEEDED_SPLITS = ("train", "test")  # dev is optional: the few-shot dev set is drawn from train
-
 
 @dataclass(frozen=True)
 class CheckReport:
@@ -78,6 +76,8 @@ def check_task(name_or_path: str, data: str | Path | None = None) -> CheckReport
         remarks.append("no data was checked; --data DIR (or MP2_DATA) names it")
     else:
         splits = _read_splits(card, folder, problems)
+        if "test" not in splits:
+            remarks.append(f"no {folder / 'test.jsonl'}; tune with --no-test, or put labelled examples there")
     if not problems.found and "train" in splits:
         remarks += _remarks(card, splits)
     n_by_label: dict[str, dict[str, int]] = {}
@@ -103,7 +103,7 @@ def _read_splits(card: TaskCard, folder: Path, problems: AllProblems) -> dict[st
             splits[split] = list(read_examples(card, path, problems))
             if not splits[split] and len(problems.found) == before:
                 problems.add("no examples; expected one JSON object a line", path)
-        elif split in NEEDED_SPLITS:
+        elif split == "train":  # dev is optional, it is drawn from train; so is test, with --no-test
             problems.add("missing; expected JSON lines", path)
     return splits
 

@@ -53,7 +53,8 @@ def load_examples(
         path = folder / f"{split}.jsonl"
         if not path.is_file():
             have = ", ".join(sorted(p.name for p in folder.glob("*.jsonl"))) or "no .jsonl file"
-            raise UsageError(f"task '{card.task}' has no {path}; the folder has {have}")
+            hint = "; without test examples tune with --no-test" if split == "test" else ""
+            raise UsageError(f"task '{card.task}' has no {path}; the folder has {have}{hint}")
         found = read_examples(card, path, FirstProblem())
     examples = list(islice(found, limit))
     if not examples:

@@ -64,21 +64,28 @@ def save_checkpoint(
     save_atomically(tensors, path, {"state": json.dumps(dict(state))})
 
 
+def checkpoint_state(path: Path) -> dict[str, Any]:
+    """The JSON state of a checkpoint; raises ``FormatError`` for a file that is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if "state" not in metadata:
+            raise FormatError("not a training checkpoint: it has no training state", path=path)
+        state: dict[str, Any] = json.loads(metadata["state"])
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise FormatError(f"not a training checkpoint: {error}", path=path) from error
+    return state
+
+
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Restore parameters and moments in place; return the JSON state.
 
     Raises:
         FormatError: damaged file, or a checkpoint of another model.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if "state" not in metadata:
-                raise FormatError("not a training checkpoint: it has no training state", path=path)
-            state: dict[str, Any] = json.loads(metadata["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise FormatError(f"not a training checkpoint: {error}", path=path) from error
+    state = checkpoint_state(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for name, parameter in parameters.items():

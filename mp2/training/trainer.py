@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mp2.errors import LossError, LostProcessError, MismatchError
-from mp2.training.checkpoint import load_checkpoint, save_checkpoint
+from mp2.training.checkpoint import checkpoint_state, load_checkpoint, save_checkpoint
 from mp2.training.journal import drop_lines_after
 from mp2.training.prefetch import Prefetcher
 from mp2.training.progress import SCALARS_EVERY, Progress, Scalars
@@ -120,7 +120,7 @@ class Trainer(ABC, Generic[T]):
         """
         if not self.checkpoint.is_file():
             return False
-        state = load_checkpoint(self.checkpoint, self.model, self.optimizer)
+        state = checkpoint_state(self.checkpoint)
         before, now = state["settings"], json.loads(json.dumps(self.settings()))
         if before != now:
             old = before if isinstance(before, dict) else {}
@@ -129,6 +129,7 @@ class Trainer(ABC, Generic[T]):
                 f"{self.checkpoint} was made with other settings, data or backbone: {', '.join(differ)}; "
                 "give the same ones, or another --out"
             )
+        load_checkpoint(self.checkpoint, self.model, self.optimizer)
         for name in ("step", "skipped", "in_a_row", "seconds", "waited_s"):
             setattr(self, name, state[name])
         self.restore(state)

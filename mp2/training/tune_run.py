@@ -7,12 +7,14 @@ prompts), ``prompt.safetensors`` (their mixture), ``config.json`` (how to load b
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mp2.errors import UsageError
+from mp2.limits import check_new_folder
 from mp2.optimizers import Progress
 from mp2.optimizers.command import read_seeds
 from mp2.optimizers.config import BbtConfig, RouterConfig
@@ -41,6 +43,7 @@ def start_tune(
         UsageError: bad names, files or data; nothing was made.
         LossError: a loss was not finite.
     """
+    check_new_folder(out)
     card = load_card(config.run.task)
     run = resolve_paths(replace(config.run, router=RouterConfig(method="none")))
     model = injected(model or load_model(run), config.injection)
@@ -181,6 +184,11 @@ def tune_results(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for result in start_tunes(config, seeds, Path(options["out"]), observe):
             lines[-1].close()
             yield result
+    except KeyboardInterrupt:
+        for line in lines:
+            line.close()
+        print("mp2: a tuning by gradient keeps nothing before its end; begin it again", file=sys.stderr)
+        raise
     finally:
         for line in lines:
             line.close()

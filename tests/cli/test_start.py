@@ -5,6 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+from command_line import mp2 as mp2_typed
+
 import mp2
 
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "cma", "nevergrad", "matplotlib", "numpy")
@@ -26,6 +29,32 @@ def test_the_module_exits_as_the_command_does() -> None:
     done = _python("-m", "mp2", "tasks", "show", "tnewz")
     assert done.returncode == 2
     assert done.stderr.startswith("mp2: unknown task 'tnewz'. Did you mean 'tnews'")
+
+
+def test_help_lists_the_commands_in_whole_lines() -> None:
+    listed = _python("-m", "mp2", "--help").stdout.split("Commands:\n")[1].splitlines()
+    assert [line.split()[0] for line in listed][:3] == ["tasks", "bbt", "predict"]
+    assert all(line.endswith(".") and not line.endswith("...") for line in listed)
+
+
+@pytest.mark.parametrize(
+    ("work", "words"),
+    [
+        ("mp2.training.pseudo_tasks.make_pseudo_tasks", "pseudo-tasks --corpus x --out y"),
+        ("mp2.export.export_command", "export --backbone mini --out y"),
+        ("mp2.training.tune_run.start_tunes", "tune --task demo_sentiment"),
+        ("mp2.optimizers.predict.predict_file", "predict --run x --input y"),
+    ],
+)
+def test_ctrl_c_is_130_and_one_line(monkeypatch: pytest.MonkeyPatch, work: str, words: str) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, interrupted)
+    done = mp2_typed(*words.split())
+    assert (done.exit_code, done.stdout) == (130, "")
+    assert done.stderr.splitlines()[-1] == "mp2: stopped"
+    assert ("begin it again" in done.stderr) == words.startswith("tune")
 
 
 def test_help_loads_nothing_heavy() -> None:

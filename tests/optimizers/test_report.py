@@ -54,7 +54,7 @@ def run(task: str, seed: int, dev: float, test: float | None) -> dict[str, objec
 
 
 def test_a_line_a_run_and_mean_and_deviation_of_every_tasks_seeds() -> None:
-    runs = [run("a", 8, 0.5, None), run("a", 13, 0.7, None), run("b", 8, 0.5, 0.25)]
+    runs = [run("a", 13, 0.7, None), run("a", 8, 0.5, None), run("b", 8, 0.5, 0.25)]  # as a folder lists them
     assert [" ".join(line.split()) for line in series_table(runs).splitlines()] == [
         "task seed train loss untuned dev / test stage I dev / test",
         "a 8 0.5000 25.0 / - 50.0 / -",

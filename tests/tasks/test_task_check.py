@@ -43,9 +43,19 @@ def test_every_problem_is_reported_with_its_line(user: Path, write_jsonl: Write)
         (path.name, 2, None),
         (path.name, 3, "text"),
         ("dev.jsonl", None, None),
-        ("test.jsonl", None, None),
     ]
     assert report.n_examples == {"train": 1, "dev": 0}
+
+
+def test_without_test_examples_a_task_is_ok_with_a_note(user: Path) -> None:
+    (user / "fruit" / "test.jsonl").unlink()
+    report = check_task(str(user / "fruit.toml"), user)
+    assert report.ok
+    (remark,) = report.remarks
+    assert "test.jsonl; tune with --no-test" in remark
+    (user / "fruit" / "train.jsonl").unlink()
+    (problem,) = check_task(str(user / "fruit.toml"), user).problems
+    assert Path(problem.path).name == "train.jsonl"
 
 
 def test_the_command_exits_0_or_2_and_prints_the_report(user: Path, write_jsonl: Write) -> None:

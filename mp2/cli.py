@@ -6,6 +6,7 @@ Results go to stdout (``--json`` for machines), progress and log to stderr.
 
 from __future__ import annotations
 
+import errno
 import sys
 
 import click
@@ -16,6 +17,9 @@ from mp2.commands.gradient import pretrain, pretrain_backbone, pseudo_tasks, scr
 from mp2.commands.machine import doctor, export
 from mp2.commands.tasks import tasks
 from mp2.errors import Mp2Error
+
+# of a file: the machine's doing, for its owner to mend, and no mistake of ours
+_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO}
 
 
 class _Group(click.Group):
@@ -31,6 +35,11 @@ class _Group(click.Group):
         except Mp2Error as error:
             click.echo(f"mp2: {error}", err=True)
             sys.exit(error.exit_code)
+        except OSError as error:
+            if error.errno not in _MACHINE or error.filename is None:
+                raise
+            click.echo(f"mp2: {error.filename}: {error.strerror}", err=True)
+            sys.exit(1)
         except KeyboardInterrupt:
             click.echo("mp2: stopped", err=True)
             sys.exit(130)

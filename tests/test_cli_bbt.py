@@ -233,6 +233,20 @@ def test_a_second_process_in_one_folder_is_refused(locked: Path) -> None:
     assert "another process works in" in done.stderr
 
 
+def test_a_run_folder_that_cannot_be_written_in_is_one_line(
+    unbroken: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import filelock
+
+    def refused(self: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refused)
+    done = mp2("bbt", "--resume", unbroken["run_dir"])
+    assert done.exit_code == 2
+    assert f"cannot write in {unbroken['run_dir']}: Permission denied" in done.stderr
+
+
 def test_resuming_a_finished_run_reads_its_result_back(unbroken: dict[str, Any]) -> None:
     assert bbt("--resume", unbroken["run_dir"]) == unbroken
 

@@ -67,6 +67,8 @@ def locked(run_dir: Path) -> Iterator[None]:
         raise RunLockedError(
             f"another process works in {run_dir}; wait for it, or stop it and resume the run"
         ) from None
+    except OSError as error:
+        raise UsageError(f"cannot write in {run_dir}: {error.strerror}; a run writes in its folder") from None
     try:
         yield
     finally:

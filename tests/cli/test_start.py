@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 
@@ -55,6 +57,23 @@ def test_ctrl_c_is_130_and_one_line(monkeypatch: pytest.MonkeyPatch, work: str, 
     assert (done.exit_code, done.stdout) == (130, "")
     assert done.stderr.splitlines()[-1] == "mp2: stopped"
     assert ("begin it again" in done.stderr) == words.startswith("tune")
+
+
+def test_what_the_machine_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(number: int, *file: str) -> None:
+        def full(*_: object, **__: object) -> None:
+            raise OSError(number, os.strerror(number), *file)
+
+        monkeypatch.setattr("mp2.optimizers.predict.predict_file", full)
+
+    words = ["predict", "--run", "x", "--input", "y"]
+    for number in (errno.ENOSPC, errno.EACCES):
+        refuse(number, "some/file")
+        done = mp2_typed(*words)
+        assert (done.exit_code, done.stderr) == (1, f"mp2: some/file: {os.strerror(number)}\n")
+    for odd in ((errno.ENOENT, "some/file"), (errno.ENOSPC,)):  # a mistake of ours, or nothing to tell
+        refuse(*odd)
+        assert isinstance(mp2_typed(*words).exception, OSError)
 
 
 def test_help_loads_nothing_heavy() -> None:

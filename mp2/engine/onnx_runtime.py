@@ -10,6 +10,8 @@ from mp2.backbone import Backbone, resolve_device
 from mp2.engine.runtime import Prefix, check_positions
 from mp2.errors import MismatchError
 from mp2.export.folder import EngineFolder, layer_file
+from mp2.export.onnx_cpu_graphs import cpu_layer_model
+from mp2.export.onnx_cpu_probe import cpu_graphs_problem
 from mp2.export.onnx_providers import Provider
 from mp2.export.onnx_session import OnnxSession
 from mp2.export.tensorrt.graphs import plain_layer_file
@@ -37,11 +39,14 @@ class OnnxRuntime:
         threads: int | None = None,
         precision: str = "fp32",
         reason: str = "",
+        fused: bool = True,
     ) -> None:
         """Verify ``engine_dir`` against ``backbone``; FormatError or MismatchError if it does not fit.
 
         ``provider`` is ``cpu``, ``cuda`` or ``tensorrt`` (None: what ``device`` says), and
         MissingDependencyError says what to install for it. The TensorRT provider keeps engines in the folder.
+        On the CPU in fp32, layers run in `mp2.export.onnx_cpu_graphs`' form where the installed onnxruntime
+        can (``.reason`` says if not), without ``fused`` as the folder has them.
         """
         kind = provider or resolve_device(device).type
         self._folder = EngineFolder.open(engine_dir, backbone)
@@ -64,6 +69,10 @@ class OnnxRuntime:
         self.device = device
         self.precision = precision
         self.reason = reason or "asked for"
+        self._fused = fused and kind == "cpu" and manifest.precision == "fp32"
+        if self._fused and (problem := cpu_graphs_problem()):
+            self._fused = False
+            self.reason += f"; standard operators only: {problem}"
         self._threads = threads
         self._config = backbone.config
         self._sessions: dict[str, OnnxSession] = {}
@@ -107,7 +116,13 @@ class OnnxRuntime:
         self, graph: str, feeds: dict[str, torch.Tensor], shape: tuple[int, ...], output: str = "hidden_out"
     ) -> torch.Tensor:
         if graph not in self._sessions:
-            self._sessions[graph] = OnnxSession(
-                self._folder.file(graph), threads=self._threads, provider=self._provider
-            )
+            self._sessions[graph] = self._open(graph)
         return self._sessions[graph].run(feeds, {output: shape})[0]
+
+    def _open(self, graph: str) -> OnnxSession:
+        model: Path | bytes = self._folder.file(graph)
+        layers = [layer_file(i, "onnx") for i in range(self._config.n_layers)]
+        if self._fused and graph in layers:
+            fused = cpu_layer_model(self._folder.file(graph), self._config, layers.index(graph))
+            model = fused.SerializeToString()
+        return OnnxSession(model, threads=self._threads, provider=self._provider, weights=self._folder.path)

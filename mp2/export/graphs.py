@@ -11,29 +11,39 @@ it lies, never copied for each example.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from mp2.backbone import BackboneConfig
-from mp2.export.weights import WeightStore
+from mp2.export.weights import StoredArray
 
 OPSET = 20
 IR_VERSION = 10
-_MASKED = -1e30  # added to the scores of padding: exp() of it is 0, and no runtime turns it into NaN
+MASKED = -1e30  # added to the scores of padding: exp() of it is 0, and no runtime turns it into NaN
+
+
+class Stored(Protocol):
+    """Arrays by name, as a `WeightStore` has them."""
+
+    def __getitem__(self, name: str) -> StoredArray:
+        """Return where array ``name`` lies."""
+        ...
 
 
 class GraphBuilder:
     """Collects nodes and initializers of one graph; every method returns the names of its outputs."""
 
     hidden_type: int = TensorProto.FLOAT  # of the activations between the chain's graphs
+    domains: Mapping[str, int] = {"": OPSET}  # of the operators, with versions
 
-    def __init__(self, config: BackboneConfig, store: WeightStore) -> None:
-        """Build for ``config`` with weights from ``store``."""
+    def __init__(self, config: BackboneConfig, weights: Stored) -> None:
+        """Build for ``config`` with ``weights``."""
         self.config = config
-        self._store = store
+        self._weights = weights
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -49,7 +59,7 @@ class GraphBuilder:
     def weight(self, name: str) -> str:
         """Point at a stored array."""
         if name not in self._initializers:
-            self._initializers[name] = self._store[name].tensor()
+            self._initializers[name] = self._weights[name].tensor()
         return name
 
     def constant(self, value: np.ndarray) -> str:
@@ -85,7 +95,7 @@ class GraphBuilder:
         graph = helper.make_graph(self._nodes, name, self._inputs, infos, list(self._initializers.values()))
         return helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
+            opset_imports=[helper.make_opsetid(name, at) for name, at in self.domains.items()],
             ir_version=IR_VERSION,
             producer_name="mp2",
         )
@@ -137,7 +147,7 @@ class GraphBuilder:
 
     def bias(self, mask: str) -> str:
         """Additive scores [1, N, 1, 1, T] for a bool ``mask`` [N, T]."""
-        zero, masked = (self.constant(np.array(v, np.float32)) for v in (0.0, _MASKED))
+        zero, masked = (self.constant(np.array(v, np.float32)) for v in (0.0, MASKED))
         return self.one("Unsqueeze", self.one("Where", mask, zero, masked), self.ints(0, 2, 3))
 
     def layer(self, index: int, hidden: str, bias: str, prefix: tuple[str, str] | None) -> str:

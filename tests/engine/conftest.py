@@ -48,18 +48,18 @@ def engine_dir(tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory
     return export_engine(tiny_backbone, tmp_path_factory.mktemp("engine") / "tiny").path
 
 
-@pytest.fixture(params=["torch", "torch without C", "onnxruntime"])
+@pytest.fixture(params=["torch", "torch without C", "onnxruntime", "onnxruntime, standard operators"])
 def runtime(
     request: pytest.FixtureRequest,
     tiny_backbone: Backbone,
     engine_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Runtime:
-    if request.param != "onnxruntime":
+    if request.param.startswith("torch"):
         if request.param == "torch without C":
             monkeypatch.setattr("mp2.engine.native.load", lambda: None)
         return TorchRuntime(tiny_backbone)
-    return OnnxRuntime(tiny_backbone, engine_dir, threads=1)
+    return OnnxRuntime(tiny_backbone, engine_dir, threads=1, fused=request.param == "onnxruntime")
 
 
 @pytest.fixture

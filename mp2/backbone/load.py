@@ -120,8 +120,12 @@ def random_backbone(config: BackboneConfig, vocab: Sequence[str], seed: int) -> 
     return freeze(config, encoder, Tokenizer.from_vocab(vocab))
 
 
-def save_backbone(backbone: Backbone, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write a checkpoint folder in BERT form: config.json, model.safetensors, and the tokenizer's files."""
+def save_backbone(backbone: Backbone, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write a checkpoint folder in BERT form: config.json, model.safetensors, and the tokenizer's files.
+
+    ``dtype`` is that of the stored weights; they are read back as float32.
+    """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_config(backbone.config, folder)
     backbone.tokenizer.save(folder)

@@ -83,8 +83,14 @@ class Objective:
         return self._forward.micro_batch_tokens
 
     def router_losses(self, routers: np.ndarray) -> np.ndarray:
-        """Return float64 [P] losses of the prompts fused by ``routers`` [P, L', K] bool (stage I, eq. 1)."""
-        fused = self._prompts.fuse(torch.from_numpy(np.asarray(routers)))
+        """Return float64 [P] losses of the prompts fused by ``routers`` [P, L', K] bool (stage I, eq. 1).
+
+        Raises UsageError for routers of another shape.
+        """
+        weights = torch.from_numpy(np.asarray(routers))
+        if weights.dim() != 3:
+            raise UsageError(f"routers have shape {tuple(weights.shape)}, expected (P, L', K)")
+        fused = self._prompts.fuse(weights)
         return self.full_losses(fused.detach().numpy())
 
     def full_losses(self, z: np.ndarray) -> np.ndarray:

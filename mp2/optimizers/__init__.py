@@ -2,6 +2,7 @@
 
 from mp2.optimizers.cma_layers import LayerCma, LayerSearches
 from mp2.optimizers.config import BbtConfig, LayerConfig, RouterConfig
+from mp2.optimizers.predict import Predictor
 from mp2.optimizers.recorder import NonFiniteLossWarning, Recorder, Scores
 from mp2.optimizers.router_search import METHODS, create_router_search
 from mp2.optimizers.routers import RouterSearch
@@ -17,6 +18,7 @@ __all__ = [
     "NonFiniteLossWarning",
     "Objective",
     "Outcome",
+    "Predictor",
     "Progress",
     "Recorder",
     "RouterConfig",

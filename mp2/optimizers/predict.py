@@ -30,14 +30,21 @@ class Predictor:
 
     ::
 
-        predictor = Predictor(Path("runs/tnews-..."))
+        predictor = Predictor("runs/tnews-...")
         for line in predictor.predict_lines(open("new.jsonl", "rb"), "new.jsonl"):
             print(line)          # {"label": "news_story", "probability": 0.93}
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: str | Path) -> None:
+        """Load what a finished run of ``mp2 bbt`` or ``mp2 tune`` left in ``run_dir``.
+
+        Raises:
+            UsageError: no run there, or one that has not ended.
+            MismatchError: backbone or prompts are no longer what they were.
+        """
         from mp2.tasks import MrcFormatter, load_card
 
+        run_dir = Path(run_dir)
         config = read_config(run_dir)
         self._z, meta = load_tuned(run_dir / "prompt.safetensors")
         self.card: TaskCard = load_card(run_dir / "card.toml")
@@ -65,7 +72,11 @@ class Predictor:
             yield from self.predict(chunk)
 
     def predict(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
-        """Predictions for examples, in their order."""
+        """Predictions for examples, in their order: dictionaries as of `predict_lines`.
+
+        Raises:
+            UsageError: options of an example leave no room for its text.
+        """
         from mp2.engine import create_objective
         from mp2.tasks import decode
 

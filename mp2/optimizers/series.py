@@ -27,9 +27,11 @@ _MODEL_FIELDS = ("backbone", "prompts", "kind", "runtime", "precision", "device"
 
 
 def start_run(
-    config: BbtConfig, out: Path, observe: Observe = lambda p: None, model: FrozenModel | None = None
+    config: BbtConfig, out: str | Path, observe: Observe = lambda p: None, model: FrozenModel | None = None
 ) -> dict[str, Any]:
-    """Tune in a new folder under ``out``; returns the result.
+    """Tune in a new folder under ``out``; returns the result, as ``result.json`` has it (docs/api.md).
+
+    ``observe`` is told of the progress after each generation. ``model`` is one that was loaded before.
 
     Raises:
         UsageError: bad names, files or data; nothing was made.
@@ -40,7 +42,7 @@ def start_run(
 
 
 def start_runs(
-    config: BbtConfig, seeds: list[int], out: Path, observe: Callable[[], Observe]
+    config: BbtConfig, seeds: list[int], out: str | Path, observe: Callable[[], Observe]
 ) -> Iterator[dict[str, Any]]:
     """One run a seed, all of them as one; yields the results in the seeds' order."""
     yield from start_series([replace(config, seed=seed) for seed in seeds], out, observe)
@@ -48,7 +50,7 @@ def start_runs(
 
 def start_series(
     configs: Sequence[BbtConfig],
-    out: Path,
+    out: str | Path,
     observe: Callable[[], Observe] = lambda: lambda p: None,
     model: FrozenModel | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -61,6 +63,7 @@ def start_series(
     from mp2.optimizers.explain import announce
 
     started = time.perf_counter()
+    out = Path(out)
     check_new_folder(out)
     model = model or load_model(resolve_paths(configs[0]))
     problems = _problems(configs, model)
@@ -77,13 +80,13 @@ def start_series(
         yield from _tune(runs)
 
 
-def resume_run(run_dir: Path, observe: Observe = lambda p: None) -> dict[str, Any]:
+def resume_run(run_dir: str | Path, observe: Observe = lambda p: None) -> dict[str, Any]:
     """Go on with a run that was cut off; the result of one that has ended is read back.
 
     Raises:
         UsageError: no run there, another process works on it, or what it depends on has changed.
     """
-    (result,) = resume_series([run_dir], lambda: observe)
+    (result,) = resume_series([Path(run_dir)], lambda: observe)
     return result
 
 

@@ -128,7 +128,17 @@ class PromptSet:
         return digest.hexdigest()
 
     def fuse(self, router: Tensor) -> Tensor:
-        """Fused intrinsic prompts [..., L', d] under router weights [..., L', K] (eq. 1 applied to z)."""
+        """Fused intrinsic prompts [..., L', d] under router weights [..., L', K] (eq. 1 applied to z).
+
+        Raises:
+            UsageError: weights of another shape.
+        """
+        n_layers, n_modules = self.z.shape[:2]
+        if tuple(router.shape[-2:]) != (n_layers, n_modules):
+            raise UsageError(
+                f"router has shape {tuple(router.shape)}, expected (..., {n_layers}, {n_modules}): "
+                f"these are {self.kind} prompts of '{self.meta.backbone}'"
+            )
         return fuse(self.z, router, self.meta.router_normalisation)
 
     def router(self, task: str) -> Tensor:
@@ -170,10 +180,14 @@ def fuse(z: Tensor, router: Tensor, normalisation: str) -> Tensor:
     return torch.einsum("...lk,lkd->...ld", weights, z)
 
 
-def save_prompts(prompts: PromptSet, path: Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write a prompt file (safetensors; metadata under the key ``mp2_prompts``), whole or not at all."""
+def save_prompts(prompts: PromptSet, path: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write a prompt file (safetensors; metadata under the key ``mp2_prompts``), whole or not at all.
+
+    ``dtype`` is that of the stored tensors; they are read back as float32.
+    """
     from mp2.training.checkpoint import save_atomically
 
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: getattr(prompts, name).to(dtype) for name in prompts.meta.shapes()}
     save_atomically(tensors, path, {"mp2_prompts": json.dumps(asdict(prompts.meta), ensure_ascii=False)})

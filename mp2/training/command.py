@@ -54,17 +54,24 @@ def pretrain(
     cards: Sequence[TaskCard],
     backbone: Backbone,
     config: PretrainConfig,
-    out: Path,
+    out: str | Path,
     *,
-    data: Path | None = None,
+    data: str | Path | None = None,
     init: PromptSet | None = None,
     device: str = "cpu",
     log: Callable[[str], None] = lambda _: None,
     inputs: PretrainInputs | None = None,
 ) -> PretrainResult:
-    """Pre-train prompts for ``cards`` over ``backbone`` in the folder ``out``; see ``Pretrainer``.
+    """Pre-train prompts for ``cards`` over ``backbone`` in the folder ``out`` (section 3.3 of the paper).
 
-    Under ``torchrun`` all its processes share the work. ``inputs`` is kept in ``config.json``.
+    A run in ``out`` goes on. ``data`` (or MP2_DATA) has TASK/{train,dev}.jsonl; ``init`` are prompts to start
+    from. Under ``torchrun`` all its processes share the work. ``inputs`` is kept in ``config.json``.
+
+    Raises:
+        UsageError: bad data or settings.
+        MismatchError: a checkpoint in ``out`` is of other settings, data or backbone.
+        RunLockedError: another process trains in ``out``.
+        LossError: ten losses in a row were not finite; the last checkpoint is good.
     """
     if init is not None:
         differences(init, backbone, config)
@@ -79,7 +86,7 @@ def pretrain(
         say = log if ranks.main else lambda _: None
         tasks = load_mixture(
             cards,
-            data,
+            Path(data) if data is not None else None,
             backbone.tokenizer,
             limit,
             dev_limit=config.dev_limit,
@@ -94,7 +101,7 @@ def pretrain(
             backbone,
             tasks,
             config,
-            out,
+            Path(out),
             init=init,
             ranks=ranks,
             log=say,

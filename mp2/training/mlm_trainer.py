@@ -131,8 +131,8 @@ class MlmTrainer(Trainer[Tensors]):
 
 
 def train_mlm(
-    corpus: Path,
-    out: Path,
+    corpus: str | Path,
+    out: str | Path,
     config: MlmConfig,
     *,
     log: Callable[[str], None],
@@ -154,6 +154,7 @@ def train_mlm(
         MismatchError: a checkpoint of another configuration.
         UnknownNameError, MissingDependencyError: no such device here.
     """
+    corpus, out = Path(corpus), Path(out)
     files = corpus_files(corpus)
     check_new_folder(out)
     check_threads(threads)

@@ -227,6 +227,13 @@ def test_wrong_calls_say_what_was_expected(
     objective = Objective(runtime, tiny_backbone, deep, train)
     with pytest.raises(UsageError, match=r"shape \(2, 10\), expected \(P, 3, 10\)"):
         objective.full_losses(np.zeros((2, 10)))
+    with pytest.raises(UsageError, match=r"routers have shape \(3, 4\), expected \(P, L', K\)"):
+        objective.router_losses(np.ones((3, 4), bool))
+    n_modules = deep.z.shape[1]
+    with pytest.raises(
+        UsageError, match=rf"router has shape \(2, 3, {n_modules + 1}\), expected \(\.\.\., 3, "
+    ):
+        objective.router_losses(np.ones((2, 3, n_modules + 1), bool))
     with pytest.raises(UsageError, match="no incumbent"):
         objective.layer_losses(0, np.zeros((2, 10)))
     objective.set_incumbent(np.zeros((3, 10)))

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from mp2.backbone import Backbone, random_backbone
+from mp2.doctor import as_text, examine
 from mp2.engine import OnnxRuntime
-from mp2.export import export_engine, onnx_cpu_graphs, onnx_session
+from mp2.export import export_engine, onnx_cpu_graphs, onnx_cpu_probe, onnx_session
 from mp2.export.folder import layer_file
 from mp2.export.onnx_cpu_graphs import cpu_layer_model, roomy
 from mp2.export.onnx_cpu_probe import cpu_graphs_problem
@@ -179,5 +180,8 @@ def test_it_is_used_on_the_cpu_in_float32_unless_told_otherwise(
         assert isinstance(opened[0], bytes) == fused
 
 
-def test_the_probe_finds_nothing_wrong_here() -> None:
+def test_the_doctor_says_which_operators_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_graphs_problem() == ""
+    assert "; CPU: fused attention" in as_text(examine())
+    monkeypatch.setattr(onnx_cpu_probe, "cpu_graphs_problem", lambda: "no luck")
+    assert "; CPU: standard operators only: no luck" in as_text(examine())

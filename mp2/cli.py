@@ -45,7 +45,11 @@ class _Group(click.Group):
             sys.exit(130)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit status: 0 done, 1 the work failed, 2 a wrong command or bad input, 130 stopped by Ctrl-C.",
+)
 @click.version_option(__version__, prog_name="mp2")
 def main() -> None:
     """Tune a frozen language model for a new task from 32 examples, without gradients."""

@@ -10,6 +10,7 @@ import click
 import pytest
 
 from mp2.cli import main
+from mp2.tasks import check_task
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -42,6 +43,18 @@ def test_shown_command_exists_with_its_options(file: str, line: str) -> None:
     options = {name for parameter in command.params for name in [*parameter.opts, *parameter.secondary_opts]}
     shown = {word.split("=")[0] for word in words if re.match(r"--[a-z]", word)}
     assert shown <= options, f"{file}: {line!r} shows {sorted(shown - options)}"
+
+
+def test_the_card_of_the_tasks_page_is_good_and_its_example_fits_it(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "tasks.md").read_text("utf-8")
+    (card,) = re.findall(r"```toml\n(.*?)```", page, re.S)
+    (tmp_path / "reviews.toml").write_text(card, "utf-8")
+    (line,) = re.findall(r"my_data/reviews/train\.jsonl\s+(\{.*\})", page)
+    (tmp_path / "my_data" / "reviews").mkdir(parents=True)
+    (tmp_path / "my_data" / "reviews" / "train.jsonl").write_text(line + "\n", "utf-8")
+    report = check_task(str(tmp_path / "reviews.toml"), tmp_path / "my_data")
+    assert report.ok, str(report)
+    assert report.n_by_label == {"train": {"bad": 0, "good": 1}}
 
 
 def test_the_documents_show_commands() -> None:

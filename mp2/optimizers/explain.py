@@ -21,7 +21,10 @@ _WORTH_S = 30.0  # a run that will surely be shorter gets no prediction
 def announce(problems: Sequence[FewShotProblem]) -> None:
     """Say on stderr what runs and why, and about how long a run of each task will take if that is long."""
     lines = [engine_line(engine_of(problems[0]))]
-    for task, problem in {problem.card.task: problem for problem in reversed(problems)}.items():
+    first: dict[str, FewShotProblem] = {}
+    for problem in problems:
+        first.setdefault(problem.card.task, problem)
+    for task, problem in first.items():
         plan = plan_start(problem, _WORTH_S)
         if plan is not None and len(problems) == 1:
             lines[0] += f"; {plan_line(plan)}"
@@ -43,7 +46,8 @@ def plan_line(plan: Plan) -> str:
 
 def engine_line(engine: dict[str, Any]) -> str:
     """What runs, and why."""
-    threads = f", {engine['threads']} threads" if engine["device"] == "cpu" and engine["threads"] else ""
+    n = engine["threads"] if engine["device"] == "cpu" else None
+    threads = f", {n} thread{'s' if n > 1 else ''}" if n else ""
     return f"{engine['runtime']}, {engine['precision']}, {engine['device']}{threads} ({engine['reason']})"
 
 

@@ -34,7 +34,9 @@ def test_the_module_exits_as_the_command_does() -> None:
 
 
 def test_help_lists_the_commands_in_whole_lines() -> None:
-    listed = _python("-m", "mp2", "--help").stdout.split("Commands:\n")[1].splitlines()
+    text, end = _python("-m", "mp2", "--help").stdout.split("Commands:\n")[1].split("\n\n", 1)
+    assert end.strip().startswith("Exit status: 0 done, ")
+    listed = text.splitlines()
     assert [line.split()[0] for line in listed][:3] == ["tasks", "bbt", "predict"]
     assert all(line.endswith(".") and not line.endswith("...") for line in listed)
 

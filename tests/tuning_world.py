@@ -7,6 +7,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import toy_examples
+
 from mp2.backbone import Backbone, save_backbone
 from mp2.prompts import random_prompts, save_prompts
 
@@ -20,7 +22,6 @@ track = "extra"
 version = 1
 {labels}
 """
-GOOD, BAD = "真的很好不错喜欢", "太差了失望退货"
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,15 @@ def make_world(root: Path, backbone: Backbone) -> World:
         )
         save_prompts(prompts, root / f"{kind}.safetensors")
     rng = random.Random(0)
-    make = {"mood": _mood, "find": _find, "pick": _pick}
+    make = {
+        "mood": lambda: toy_examples.mood(rng, 5, 12),
+        "find": lambda: toy_examples.find(rng, 3),
+        "pick": lambda: toy_examples.pick(rng, 5),
+    }
     for task, example in make.items():
         (root / "data" / task).mkdir(parents=True)
         for split, n in (("train", 80), ("test", 12)):
-            lines = [json.dumps(example(rng), ensure_ascii=False) for _ in range(n)]
+            lines = [json.dumps(example(), ensure_ascii=False) for _ in range(n)]
             (root / "data" / task / f"{split}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     cards = {
         "mood": {
@@ -99,29 +104,3 @@ def make_world(root: Path, backbone: Backbone) -> World:
         choice_card=root / "pick.toml",
         data=root / "data",
     )
-
-
-def _text(rng: random.Random, characters: str, n: int) -> str:
-    return "".join(rng.choice(characters) for _ in range(n))
-
-
-def _mood(rng: random.Random) -> dict[str, object]:
-    good = rng.random() < 0.5
-    return {"text": _text(rng, GOOD if good else BAD, rng.randint(5, 12)), "label": "pos" if good else "neg"}
-
-
-def _find(rng: random.Random) -> dict[str, object]:
-    before, answer = _text(rng, GOOD, rng.randint(2, 8)), _text(rng, "天气今日晴", 3)
-    context = before + answer + _text(rng, BAD, 3)
-    return {"context": context, "question": "在哪里", "answers": [{"text": answer, "start": len(before)}]}
-
-
-def _pick(rng: random.Random) -> dict[str, object]:
-    right = rng.randrange(3)
-    options = ["天气", "旅游", "美食"]
-    return {
-        "context": _text(rng, GOOD, 5) + options[right],
-        "question": "是什么",
-        "options": options,
-        "label": right,
-    }

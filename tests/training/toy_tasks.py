@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import toy_examples
 from tiny_words import tiny_vocab
 
 from mp2.backbone import Backbone, BackboneConfig, random_backbone
 from mp2.tasks import TaskCard, load_card
 
-GOOD, BAD = "真的很好不错喜欢", "太差了失望退货"
 TEMPLATES = {
     "mood": ("classification", "“{text}”的情感是？选项：{options}", "accuracy"),
     "find": ("extraction", "{question}“{context}”", "f1"),
@@ -23,12 +21,16 @@ TEMPLATES = {
 
 def write_tasks(root: Path, *, n_train: int = 60, n_dev: int = 12) -> tuple[list[TaskCard], Path]:
     """Write cards and data under ``root``; return the cards and the data folder."""
-    make: dict[str, Callable[[random.Random], dict[str, Any]]] = {"mood": _mood, "find": _find, "pick": _pick}
     rng = random.Random(0)
+    make = {
+        "mood": lambda: toy_examples.mood(rng, 4, 9),
+        "find": lambda: toy_examples.find(rng, 2),
+        "pick": lambda: toy_examples.pick(rng, 4),
+    }
     for task, example in make.items():
         (root / "data" / task).mkdir(parents=True)
         for split, n in (("train", n_train), ("dev", n_dev)):
-            lines = [json.dumps(example(rng), ensure_ascii=False) for _ in range(n)]
+            lines = [json.dumps(example(), ensure_ascii=False) for _ in range(n)]
             (root / "data" / task / f"{split}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
         kind, template, metric = TEMPLATES[task]
         (root / f"{task}.toml").write_text(
@@ -59,24 +61,3 @@ def lively_backbone(scale: float = 5.0) -> Backbone:
     from mp2.backbone import freeze
 
     return freeze(config, backbone.encoder, backbone.tokenizer)
-
-
-def _text(rng: random.Random, characters: str, n: int) -> str:
-    return "".join(rng.choice(characters) for _ in range(n))
-
-
-def _mood(rng: random.Random) -> dict[str, Any]:
-    good = rng.random() < 0.5
-    return {"text": _text(rng, GOOD if good else BAD, rng.randint(4, 9)), "label": "pos" if good else "neg"}
-
-
-def _find(rng: random.Random) -> dict[str, Any]:
-    before, answer = _text(rng, GOOD, rng.randint(2, 8)), _text(rng, "天气今日晴", 2)
-    context = before + answer + _text(rng, BAD, 3)
-    return {"context": context, "question": "在哪里", "answers": [{"text": answer, "start": len(before)}]}
-
-
-def _pick(rng: random.Random) -> dict[str, Any]:
-    right, options = rng.randrange(3), ["天气", "旅游", "美食"]
-    context = _text(rng, GOOD, 4) + options[right]
-    return {"context": context, "question": "是什么", "options": options, "label": right}

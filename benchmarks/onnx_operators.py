@@ -2,10 +2,9 @@
 
 Deep prompts, populations of 20, ms an evaluation (one candidate on the whole few-shot set) in CPU seconds of
 the thread, all engines taking turns (medians of ``--rounds``): stage I (a full forward) and deep stage II
-(mean of the visits of all layers). ``standard``: the folder's graphs in micro-batches as torch has them;
-``standard, small``: in those that ONNX Runtime gets now; ``fused``: `mp2.export.onnx_cpu_graphs` in these;
-``fused x K``: in K times as large ones. Then, from ONNX Runtime's profiler, what a layer's time goes to:
-several texts under one prefix, and one text under several.
+(mean of the visits of all layers). ``standard``: the folder's graphs; ``standard, small``: in micro-batches a
+quarter as large; ``fused``: `mp2.export.onnx_cpu_graphs`, a layer in blocks of rows. Then, from ONNX Runtime's
+profiler, what a block's time goes to: several texts under one prefix, one text under several.
 
     python -m benchmarks.onnx_operators --data DIR [--shape mini 1024] [--task lcqmc]
 
@@ -73,18 +72,16 @@ def compare(shape: str, task: str, data: Path | None, rounds: int, folder: Path)
     fused = OnnxRuntime(backbone, engine, threads=1)
     if "standard operators only" in fused.reason:
         raise SystemExit(fused.reason)
-    large, small = (usual_micro_batch_tokens(runtime, backbone.config) for runtime in (torch_runtime, fused))
+    tokens = usual_micro_batch_tokens(torch_runtime, backbone.config)
     made: dict[str, tuple[Runtime, int]] = {
-        "torch": (torch_runtime, large),
-        "standard": (standard, large),
-        "standard, small": (standard, small),
-        "fused": (fused, small),
-        "fused x 2": (fused, 2 * small),
-        "fused x 1/2": (fused, small // 2),
+        "torch": (torch_runtime, tokens),
+        "standard": (standard, tokens),
+        "standard, small": (standard, tokens // 4),
+        "fused": (fused, tokens),
     }
     objectives = {
-        name: Objective(runtime, backbone, prompts, inputs, micro_batch_tokens=tokens)
-        for name, (runtime, tokens) in made.items()
+        name: Objective(runtime, backbone, prompts, inputs, micro_batch_tokens=size)
+        for name, (runtime, size) in made.items()
     }
     rng = np.random.default_rng(0)
     z = rng.standard_normal((n_layers, INTRINSIC_DIM)).astype(np.float32)
@@ -128,7 +125,7 @@ def compare(shape: str, task: str, data: Path | None, rounds: int, folder: Path)
         "rounds": rounds,
         "onnxruntime": ort.__version__,
         "engines": rows,
-        "operators": operators(backbone, engine, small),
+        "operators": operators(backbone, engine, tokens // 4),
     }
 
 

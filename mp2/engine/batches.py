@@ -114,13 +114,14 @@ def pieces(
     size.
     """
     sequences = max(1, limit_tokens // max(1, n_tokens))
-    for examples in _even(n_examples, min(n_examples, sequences)):
+    for examples in even_parts(n_examples, min(n_examples, sequences)):
         per_candidate = examples.stop - examples.start
-        for candidates in _even(n_candidates, max(1, sequences // per_candidate)):
+        for candidates in even_parts(n_candidates, max(1, sequences // per_candidate)):
             yield candidates, examples
 
 
-def _even(total: int, at_most: int) -> list[slice]:
+def even_parts(total: int, at_most: int) -> list[slice]:
+    """Cut ``total`` things into the fewest parts of even size of at most ``at_most``."""
     n_parts = -(-total // at_most)
     edges = [total * k // n_parts for k in range(n_parts + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(edges)]

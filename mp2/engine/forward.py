@@ -21,7 +21,6 @@ Run = Callable[[slice, slice, "torch.Tensor | None", Bucket], torch.Tensor]
 
 _GPU_TOKENS = 65536  # enough to hide launches
 _CPU_TOKENS = 2048  # enough to fill the cores, few enough that a feed-forward stays in the last-level cache
-_ONNX_SHARE = 4  # of a torch micro-batch: onnxruntime's products want their rows in a core's own cache
 _NARROW_FFN = 1024  # up to here twice as many do, and calls are short enough for their overhead to show
 
 
@@ -30,8 +29,6 @@ def usual_micro_batch_tokens(runtime: Runtime, config: BackboneConfig) -> int:
     if torch.device(runtime.device).type != "cpu":
         return _GPU_TOKENS
     tokens = _CPU_TOKENS * (2 if config.ffn <= _NARROW_FFN else 1)
-    if runtime.name == "onnxruntime":
-        return tokens // _ONNX_SHARE
     # more of int8's calls are short, and its reference, which is not int8, should be a small share
     return tokens * (2 if isinstance(runtime, Int8Runtime) else 1)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from mp2.backbone import Backbone, resolve_device
+from mp2.engine.batches import even_parts
 from mp2.engine.runtime import Prefix, check_positions
 from mp2.errors import MismatchError
 from mp2.export.folder import EngineFolder, layer_file
@@ -18,6 +19,8 @@ from mp2.export.tensorrt.graphs import plain_layer_file
 from mp2.export.tensorrt.plans import SHAPES, read_shapes
 
 _CACHE = "onnxruntime"  # of the TensorRT provider, inside the engine folder
+_BLOCK_ROWS = 512  # of a layer at once: its products want them in a core's own cache
+_NARROW_FFN = 1024  # up to here twice as many
 _CHOSEN_BY_TENSORRT = ("fp16", "bf16")  # precisions that its provider can run a float32 graph in
 
 
@@ -102,10 +105,17 @@ class OnnxRuntime:
         if prefix is None:
             empty = hidden.new_empty(1, 1, self._config.n_heads, 0, self._config.head_size)
             prefix = (empty, empty)
-        feeds = {"hidden": hidden, "mask": mask, "prefix_keys": prefix[0], "prefix_values": prefix[1]}
-        return self._run(
-            layer_file(index, "onnx"), feeds, (max(p, prefix[0].shape[0]), n, t, width), "hidden_out"
-        )
+        session = self._session(layer_file(index, "onnx"))
+        out = session.empty("hidden_out", (max(p, prefix[0].shape[0]), n, t, width))
+        for candidates, examples in self._blocks(*out.shape[:3]):
+            feeds = {
+                "hidden": _part(hidden, candidates, examples),
+                "mask": mask[examples],
+                "prefix_keys": _part(prefix[0], candidates, examples),
+                "prefix_values": _part(prefix[1], candidates, examples),
+            }
+            session.run(feeds, {"hidden_out": out[candidates, examples]})
+        return out
 
     def head(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """See `Runtime.head`."""
@@ -115,9 +125,21 @@ class OnnxRuntime:
     def _run(
         self, graph: str, feeds: dict[str, torch.Tensor], shape: tuple[int, ...], output: str = "hidden_out"
     ) -> torch.Tensor:
+        return self._session(graph).run(feeds, {output: shape})[0]
+
+    def _blocks(self, p: int, n: int, t: int) -> list[tuple[slice, slice]]:
+        """(candidates, examples) whose rows lie together, in the order of the rows."""
+        if not self._fused:
+            return [(slice(p), slice(n))]
+        rows = _BLOCK_ROWS * (2 if self._config.ffn <= _NARROW_FFN else 1)
+        if p == 1:
+            return [(slice(1), part) for part in even_parts(n, max(1, rows // t))]
+        return [(part, slice(n)) for part in even_parts(p, max(1, rows // (n * t)))]
+
+    def _session(self, graph: str) -> OnnxSession:
         if graph not in self._sessions:
             self._sessions[graph] = self._open(graph)
-        return self._sessions[graph].run(feeds, {output: shape})[0]
+        return self._sessions[graph]
 
     def _open(self, graph: str) -> OnnxSession:
         model: Path | bytes = self._folder.file(graph)
@@ -126,3 +148,9 @@ class OnnxRuntime:
             fused = cpu_layer_model(self._folder.file(graph), self._config, layers.index(graph))
             model = fused.SerializeToString()
         return OnnxSession(model, threads=self._threads, provider=self._provider, weights=self._folder.path)
+
+
+def _part(x: torch.Tensor, candidates: slice, examples: slice) -> torch.Tensor:
+    """Return some candidates and examples of ``x`` [P or 1, N or 1, ...]."""
+    x = x if x.shape[0] == 1 else x[candidates]
+    return x if x.shape[1] == 1 else x[:, examples]

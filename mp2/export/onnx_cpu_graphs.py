@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from mp2.backbone import BackboneConfig
 from mp2.export.graphs import MASKED, OPSET, GraphBuilder
@@ -33,7 +33,7 @@ _ROOM = 16  # floats: a cache line
 def cpu_layer_model(standard: Path, config: BackboneConfig, index: int) -> onnx.ModelProto:
     """Return layer ``index``'s graph for the CPU provider, from the folder's at ``standard``.
 
-    Its weights stay in the folder's files, but for those that are widened (see `roomy`).
+    Its weights stay in the folder's files.
     """
     loaded = onnx.load(standard, load_external_data=False)
     initializers = {tensor.name: tensor for tensor in loaded.graph.initializer}
@@ -73,17 +73,16 @@ class CpuGraphBuilder(GraphBuilder):
         self._folder = folder
         self._given = initializers
 
-    def weight(self, name: str, shape: Sequence[int] | None = None) -> str:
-        """Point at a stored array, or hold it with zeros around it up to ``shape``."""
-        if name not in self._initializers:
-            given = self._given[name]
-            if shape is not None and tuple(shape) != tuple(given.dims):
-                array = numpy_helper.to_array(given, str(self._folder))
-                widened = np.zeros(shape, array.dtype)
-                widened[tuple(slice(size) for size in array.shape)] = array
-                given = numpy_helper.from_array(widened, name)
-            self._initializers[name] = given
+    def weight(self, name: str) -> str:
+        """Point at a stored array, as the other graph does."""
+        self._initializers.setdefault(name, self._given[name])
         return name
+
+    def widened(self, name: str, shape: Sequence[int]) -> str:
+        """Return a stored array with zeros behind it up to ``shape``; made once, as the session is opened."""
+        stored = self.weight(name)
+        more = [new - old for new, old in zip(shape, self._given[name].dims, strict=True)]
+        return self.one("Pad", stored, self.ints(*[0] * len(more), *more)) if any(more) else stored
 
     def linear(self, x: str, name: str, *, is_roomy: bool = False, wants_room: bool = False) -> str:
         """``x W + b`` for rows ``x`` [rows, in] and the stored W [in, out].
@@ -95,8 +94,8 @@ class CpuGraphBuilder(GraphBuilder):
         rows, columns = roomy(n_in), roomy(n_out) if wants_room else n_out
         if rows > n_in and not is_roomy:
             x = self.one("Pad", x, self.ints(0, rows - n_in), "", self.ints(1))
-        weight = self.weight(f"{name}.weight", (rows, columns))
-        return self.one("Gemm", x, weight, self.weight(f"{name}.bias", (columns,)))
+        weight = self.widened(f"{name}.weight", (rows, columns))
+        return self.one("Gemm", x, weight, self.widened(f"{name}.bias", (columns,)))
 
     def contrib(self, kind: str, *inputs: str, **attributes: object) -> str:
         """Add a node of ONNX Runtime's own with one output."""

@@ -85,9 +85,12 @@ class OnnxSession:
         self.input_names = list(self._inputs)
 
     def run(
-        self, feeds: Mapping[str, torch.Tensor], outputs: Mapping[str, Sequence[int]]
+        self, feeds: Mapping[str, torch.Tensor], outputs: Mapping[str, Sequence[int] | torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """Return the outputs named in ``outputs`` (name -> shape) for ``feeds`` (name -> tensor)."""
+        """Return the outputs named in ``outputs`` for ``feeds`` (name -> tensor).
+
+        ``outputs`` gives the shape of each, or the contiguous tensor to fill, of the graph's type and device.
+        """
         binding = self._session.io_binding()
         device, index = self._device.type, self._device.index or 0
         kept = []  # tensors must outlive the run
@@ -97,11 +100,11 @@ class OnnxSession:
             address = tensor.data_ptr() or _SOMEWHERE.data_ptr()
             binding.bind_input(name, device, index, _ELEMENTS[tensor.dtype], list(tensor.shape), address)
         results = []
-        for name, shape in outputs.items():
-            result = torch.empty(tuple(shape), dtype=self._outputs[name], device=self._device)
+        for name, wanted in outputs.items():
+            result = wanted if isinstance(wanted, torch.Tensor) else self.empty(name, wanted)
             results.append(result)
-            element = _ELEMENTS[result.dtype]
-            binding.bind_output(name, device, index, element, list(shape), result.data_ptr())
+            element, shape = _ELEMENTS[result.dtype], list(result.shape)
+            binding.bind_output(name, device, index, element, shape, result.data_ptr())
         if self._stream is None:
             self._session.run_with_iobinding(binding, self._run_options)
         else:
@@ -110,6 +113,10 @@ class OnnxSession:
             self._session.run_with_iobinding(binding, self._run_options)
             current.wait_stream(self._stream)
         return tuple(results)
+
+    def empty(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        """Return an unfilled tensor for output ``name``."""
+        return torch.empty(tuple(shape), dtype=self._outputs[name], device=self._device)
 
 
 def _declared(model: Path | bytes) -> dict[str, list[int | str]]:

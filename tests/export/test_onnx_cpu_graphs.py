@@ -122,13 +122,45 @@ def test_widened_rows_give_the_same(
     engine = export_engine(backbone, tmp_path / "e").path
     assert_equals_the_encoder(OnnxRuntime(backbone, engine, threads=1), backbone)
     monkeypatch.setattr(onnx_cpu_graphs, "_ALIASED", config.hidden)
-    widened = cpu_layer_model(engine / layer_file(1, "onnx"), config, 1)
-    sizes = {t.name: tuple(t.dims) for t in widened.graph.initializer}
-    room = 16
-    assert sizes["layers.1.qkv.weight"] == (config.hidden + room, 3 * config.hidden)
-    assert sizes["layers.1.output.weight"] == (roomy(config.ffn), config.hidden)
-    assert sizes["layers.1.intermediate.weight"] == (config.hidden + room, roomy(config.ffn))
+    fused = cpu_layer_model(engine / layer_file(1, "onnx"), config, 1)
+    out = tmp_path / "optimised.onnx"
+    OnnxSession(fused.SerializeToString(), threads=1, weights=engine, optimised=out)
+    graph = onnx.load(out, load_external_data=False).graph
+    width, ffn = config.hidden, config.ffn
+    assert roomy(width) == width + 16
+    made = {tuple(t.dims) for t in graph.initializer}
+    assert {
+        (width + 16, 3 * width),
+        (width + 16, width),
+        (width + 16, roomy(ffn)),
+        (roomy(ffn), width),
+    } <= made
+    # before three linear layers and around a prefix; not one around a weight is left to be done at every call
+    assert Counter(node.op_type for node in nodes_of(graph))["Pad"] == 5
     assert_equals_the_encoder(OnnxRuntime(backbone, engine, threads=1), backbone)
+
+
+@pytest.mark.parametrize("rows", [1, T, 2 * N * T])
+def test_blocks_of_rows_give_the_same(
+    tiny_backbone: Backbone, engine_dir: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    whole = OnnxRuntime(tiny_backbone, engine_dir, threads=1)
+    monkeypatch.setattr("mp2.engine.onnx_runtime._BLOCK_ROWS", rows // 2)
+    sizes: list[int] = []
+    real = OnnxSession.run
+
+    def run(self: Any, feeds: Any, outputs: dict[str, torch.Tensor]) -> Any:
+        sizes.append(outputs["hidden_out"].shape[:3].numel())
+        return real(self, feeds, outputs)
+
+    monkeypatch.setattr(OnnxSession, "run", run)
+    blocks = OnnxRuntime(tiny_backbone, engine_dir, threads=1)
+    assert_equals_the_encoder(blocks, tiny_backbone)
+    assert max(sizes) <= max(rows, N * T)  # one candidate at least
+    sizes.clear()
+    text = torch.randn(1, N, T, tiny_backbone.config.hidden, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(blocks.layer(0, text, None, None), whole.layer(0, text, None, None))
+    assert max(sizes[:-1]) <= max(rows, T)  # of one candidate, one example
 
 
 def test_only_rows_of_whole_pages_are_widened() -> None:

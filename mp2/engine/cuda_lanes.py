@@ -8,8 +8,9 @@ pools, and a graph is captured on the lane's own stream, because cuBLAS has a wo
 graph keeps the one it was captured with. Weights, folded projections and spans are shared and only read;
 they are complete before a second lane can see them (`CudaRuntime.settle`).
 
-Kernels have the shapes they have on one lane: losses do not depend on how many lanes there are. Only memory
-does; where it runs out, `Lanes.merge` goes back to one.
+Kernels have the shapes they have on one lane, so losses do not depend on how many lanes there are (cuBLAS
+promises that only where each stream has a workspace of its own, which torch gives it). Only memory does;
+where it runs out, `Lanes.merge` goes back to one.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ class LayerConfig:
 
     def __post_init__(self) -> None:
         """Refuse what CMA-ES cannot do."""
-        if self.popsize < 2:
-            raise UsageError(f"popsize is {self.popsize}, expected at least 2 (the paper uses 20)")
+        if self.popsize < 3:  # with 2, the library stops at the second generation
+            raise UsageError(f"popsize is {self.popsize}, expected at least 3 (the paper uses 20)")
         for name in ("sigma_shallow", "sigma_input", "sigma_deep"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a positive step size")

@@ -31,11 +31,11 @@ def test_two_seeds_are_the_same_together_and_alone(launches: bool, monkeypatch: 
             prompts="random",
             iters=8,
             router=RouterConfig(iterations=4),
-            layers=LayerConfig(popsize=2),
+            layers=LayerConfig(popsize=4),
             seed=seed,
             shots=2,
             max_tokens=48,
-            test_limit=2,
+            test=False,
         )
         for seed in (8, 13)
     ]

@@ -422,12 +422,13 @@ def test_pinned_memory_is_the_lanes_and_used_again(monkeypatch: pytest.MonkeyPat
     first, second = torch.arange(6.0).view(2, 3), torch.full((1000,), 7.0, dtype=torch.float64)
     arrivals = [lane.send(first), lane.send(second)]
     assert cuda.calls == ["mark stream1", "mark stream1"]
-    np.testing.assert_array_equal(arrivals[1](), second.numpy())
-    found = arrivals[0]()
+    found = [arrive() for arrive in arrivals]
     assert n_made == 2
-    lane.send(torch.zeros(6))()
+    later = [lane.send(torch.zeros(6)), lane.send(torch.zeros(2000))]  # both blocks again
     assert n_made == 2
-    np.testing.assert_array_equal(found, first.numpy())  # not overwritten by what came later
+    assert not any(arrive().any() for arrive in later)
+    for got, sent in zip(found, (first, second), strict=True):  # not overwritten by what came later
+        np.testing.assert_array_equal(got, sent.numpy())
 
 
 @pytest.mark.cuda

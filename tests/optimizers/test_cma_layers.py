@@ -6,6 +6,7 @@ import cma
 import numpy as np
 import pytest
 
+from mp2.errors import UsageError
 from mp2.optimizers.cma_layers import LayerCma, LayerSearches
 from mp2.optimizers.config import LayerConfig
 
@@ -39,6 +40,15 @@ def test_it_minimises_and_starts_around_zero_with_the_asked_for_step(variant: st
         population = search.ask()
         search.tell(population, sphere(population))
     assert sphere(population).mean() < 0.5 * sphere(first).mean()
+
+
+def test_the_smallest_population_goes_on_and_a_smaller_one_is_refused() -> None:
+    search = LayerCma(7, 0.2, LayerConfig(popsize=3), np.random.default_rng(5))
+    for _ in range(20):
+        population = search.ask()
+        search.tell(population, sphere(population))
+    with pytest.raises(UsageError, match="popsize is 2, expected at least 3"):
+        LayerConfig(popsize=2)
 
 
 def test_visiting_layers_in_any_order_gives_each_the_same_populations() -> None:

@@ -26,6 +26,7 @@ from benchmarks.provenance import save
 from mp2.backbone import Backbone, load_backbone
 from mp2.engine import Runtime, create_runtime
 from mp2.engine.select import create_objective
+from mp2.errors import MissingDependencyError
 from mp2.export import EngineFolder
 from mp2.export.tensorrt import TaskShapes
 from mp2.export.tensorrt.calibration import task_inputs
@@ -127,6 +128,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--emulate", action="store_true", help="on the CPU, ranks only")
     args = parser.parse_args()
+    if not args.emulate and not torch.cuda.is_available():
+        raise MissingDependencyError(
+            f"torch {torch.__version__} sees no CUDA device; run this where there is a GPU and a CUDA build "
+            "of torch, or with --emulate for the ranks alone"
+        )
     args.work.mkdir(parents=True, exist_ok=True)
     rows = []
     for precision in args.precision:

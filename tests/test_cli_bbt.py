@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -348,6 +349,21 @@ def test_every_router_search_runs_on_shallow_prompts(world: World, method: str) 
     assert result["iterations"] == 24
     stage_one = {"exhaustive": 16, "none": 1}.get(method, 10)
     assert result["stages"]["stage1"]["iteration"] == stage_one
+
+
+def test_the_resume_command_can_be_typed_as_it_stands(tmp_path: Path) -> None:
+    from mp2.optimizers.run_folder import resume_command
+
+    words = shlex.split(resume_command(tmp_path / "my runs", Path("plain")))
+    assert words == ["mp2", "bbt", "--resume", str(tmp_path / "my runs"), "--resume", "plain"]
+
+
+def test_a_data_folder_of_the_environment_that_is_none_is_called_that(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MP2_DATA", "/nowhere")
+    done = mp2("bbt", "--task", world.card, "--iters", 4)
+    assert (done.exit_code, done.stderr) == (2, "mp2: MP2_DATA: there is no folder /nowhere\n")
 
 
 def test_runs_that_have_no_iterations_for_stage_two_say_so(world: World) -> None:

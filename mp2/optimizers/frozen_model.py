@@ -76,6 +76,8 @@ def resolve_paths(config: BbtConfig) -> BbtConfig:
     import torch
 
     data = config.data or os.environ.get("MP2_DATA") or None
+    if data and not config.data and not Path(data).is_dir():
+        raise UsageError(f"MP2_DATA: there is no folder {data}")
     prompts = default_prompts(config)
     return replace(
         config,

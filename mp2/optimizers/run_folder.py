@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,8 +35,8 @@ def read_config(run_dir: Path) -> BbtConfig:
 
 
 def resume_command(*run_dirs: Path) -> str:
-    """What to type to go on."""
-    return " ".join(["mp2 bbt", *(f"--resume {run_dir}" for run_dir in run_dirs)])
+    """What to type to go on, in a shell."""
+    return " ".join(["mp2 bbt", *(f"--resume {shlex.quote(str(run_dir))}" for run_dir in run_dirs)])
 
 
 def new_folder(out: Path, name: str) -> Path:

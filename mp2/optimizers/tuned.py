@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mp2.errors import FormatError, MismatchError
+from mp2.optimizers.run_folder import resume_command
 
 SCHEMA_VERSION = 1
 
@@ -51,9 +52,8 @@ def load_tuned(path: Path) -> tuple[NDArray[np.float32], TunedMeta]:
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
-        raise FormatError(
-            f"no such file; the run has not ended: go on with mp2 bbt --resume {path.parent}", path=path
-        )
+        command = resume_command(path.parent)
+        raise FormatError(f"no such file; the run has not ended: go on with {command}", path=path)
     try:
         with safe_open(path, framework="numpy") as file:
             text = (file.metadata() or {}).get("mp2")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import benchmarks
 from benchmarks.command import one_line_errors
@@ -56,3 +58,15 @@ def test_errors_that_are_not_ours_keep_their_traceback() -> None:
 def test_every_benchmark_ends_so(name: str) -> None:
     main = importlib.import_module(f"benchmarks.{name}").main
     assert main.__wrapped__.__name__ == "main"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_tensorrt_benchmark_without_a_gpu_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks.tensorrt_engine", "--work", str(tmp_path / "work")])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module("benchmarks.tensorrt_engine").main()
+    assert ended.value.code == 2
+    assert "sees no CUDA device" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()

@@ -2,9 +2,9 @@
 
 Deep prompts, populations of 20, ms an evaluation (one candidate on the whole few-shot set) in CPU seconds of
 the thread, all engines taking turns (medians of ``--rounds``): stage I (a full forward) and deep stage II
-(mean of the visits of all layers). ``standard``: the folder's graphs; ``standard, small``: in micro-batches a
-quarter as large; ``fused``: `mp2.export.onnx_cpu_graphs`, a layer in blocks of rows. Then, from ONNX Runtime's
-profiler, what a block's time goes to: several texts under one prefix, one text under several.
+(mean of the visits). ``standard``: the graphs of the folder; ``fused``: `mp2.export.onnx_cpu_graphs`;
+``small``: in micro-batches a quarter as large. Then, from ONNX Runtime's profiler, what the time of some rows
+goes to: several texts under one prefix, one text under several.
 
     python -m benchmarks.onnx_operators --data DIR [--shape mini 1024] [--task lcqmc]
 
@@ -28,6 +28,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
+from benchmarks.command import one_line_errors
 from benchmarks.engine_work import (
     INTRINSIC_DIM,
     PROMPT_TOKENS,
@@ -78,6 +79,7 @@ def compare(shape: str, task: str, data: Path | None, rounds: int, folder: Path)
         "standard": (standard, tokens),
         "standard, small": (standard, tokens // 4),
         "fused": (fused, tokens),
+        "fused, small": (fused, tokens // 4),
     }
     objectives = {
         name: Objective(runtime, backbone, prompts, inputs, micro_batch_tokens=size)
@@ -174,6 +176,7 @@ def profile(model: bytes, engine: Path, feeds: dict[str, np.ndarray]) -> dict[st
     return {name: round(s / total, 3) for name, s in spent.most_common() if s >= 0.005 * total}
 
 
+@one_line_errors()
 def main() -> None:
     """Measure, print tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

@@ -43,6 +43,7 @@ from mp2.engine.forward import usual_micro_batch_tokens
 from mp2.export import export_engine
 from mp2.export.folder import layer_file
 from mp2.export.onnx_cpu_graphs import cpu_layer_model
+from mp2.export.onnx_session import WEIGHTS_FOLDER
 from mp2.prompts import random_prompts
 
 POPULATION = 20
@@ -162,7 +163,7 @@ def profile(model: bytes, engine: Path, feeds: dict[str, np.ndarray]) -> dict[st
         options.log_severity_level = 3
         options.enable_profiling = True
         options.profile_file_prefix = f"{folder}/profile"
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(engine))
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(engine))
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         for _ in range(PROFILED):
             session.run(None, feeds)

@@ -162,7 +162,8 @@ def _fastest(backbone: Backbone, makers: dict[str, Callable[[str], Runtime]]) ->
     reason = f"auto: {best}, the fastest for one layer of 8 x 64 tokens ({measured})"
     for name, why in unusable.items():
         reason += f"; not {name}: {why}"
-    runtimes[best].reason = reason
+    limits = runtimes[best].reason.removeprefix("asked for")  # what a runtime could not do here
+    runtimes[best].reason = reason + limits
     return runtimes[best]
 
 

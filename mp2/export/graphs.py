@@ -12,26 +12,17 @@ it lies, never copied for each example.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from mp2.backbone import BackboneConfig
-from mp2.export.weights import StoredArray
+from mp2.export.weights import StoredArray, WeightStore
 
 OPSET = 20
 IR_VERSION = 10
 MASKED = -1e30  # added to the scores of padding: exp() of it is 0, and no runtime turns it into NaN
-
-
-class Stored(Protocol):
-    """Arrays by name, as a `WeightStore` has them."""
-
-    def __getitem__(self, name: str) -> StoredArray:
-        """Return where array ``name`` lies."""
-        ...
 
 
 class GraphBuilder:
@@ -40,8 +31,8 @@ class GraphBuilder:
     hidden_type: int = TensorProto.FLOAT  # of the activations between the chain's graphs
     domains: Mapping[str, int] = {"": OPSET}  # of the operators, with versions
 
-    def __init__(self, config: BackboneConfig, weights: Stored) -> None:
-        """Build for ``config`` with ``weights``."""
+    def __init__(self, config: BackboneConfig, weights: WeightStore | Mapping[str, StoredArray]) -> None:
+        """Build for ``config`` with stored ``weights``."""
         self.config = config
         self._weights = weights
         self._nodes: list[onnx.NodeProto] = []

@@ -13,7 +13,7 @@ from mp2.export.onnx_providers import Provider
 
 # an empty tensor (no prompt rows) has no address, but a binding needs one
 _SOMEWHERE = torch.empty(1)
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _ELEMENTS = {
     torch.float32: onnx.TensorProto.FLOAT,
     torch.float16: onnx.TensorProto.FLOAT16,
@@ -45,13 +45,11 @@ class OnnxSession:
         threads: int | None = None,
         provider: Provider | None = None,
         weights: Path | None = None,
-        optimised: Path | None = None,
     ) -> None:
         """Load ``model`` on ``provider`` (None: the CPU) with ``threads`` CPU threads (None: torch's number).
 
-        ``weights`` is the folder of the files that a model given as bytes points at. The graph as onnxruntime
-        will run it is written to ``optimised``. Raises MissingDependencyError if onnxruntime has no such
-        provider.
+        ``weights`` is the folder of the files that a model given as bytes points at. Raises
+        MissingDependencyError if onnxruntime has no such provider.
         """
         provider = provider or Provider()
         provider.check()
@@ -62,9 +60,7 @@ class OnnxSession:
         # one session a layer: threads that go on spinning after a call would slow down the next session's
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if weights is not None:
-            options.add_session_config_entry(_WEIGHTS_FOLDER, str(weights))
-        if optimised is not None:
-            options.optimized_model_filepath = str(optimised)
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(weights))
         self._device = torch.device(provider.device)
         self._stream: torch.cuda.Stream | None = None
         if self._device.type == "cuda":

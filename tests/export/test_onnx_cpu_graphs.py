@@ -16,12 +16,12 @@ import torch
 
 from mp2.backbone import Backbone, random_backbone
 from mp2.doctor import as_text, examine
-from mp2.engine import OnnxRuntime
+from mp2.engine import OnnxRuntime, create_runtime
 from mp2.export import export_engine, onnx_cpu_graphs, onnx_cpu_probe, onnx_session
 from mp2.export.folder import layer_file
 from mp2.export.onnx_cpu_graphs import cpu_layer_model, roomy
 from mp2.export.onnx_cpu_probe import cpu_graphs_problem
-from mp2.export.onnx_session import OnnxSession
+from mp2.export.onnx_session import WEIGHTS_FOLDER, OnnxSession
 
 P, N, T, M = 3, 2, 11, 5
 GPU = ["CUDAExecutionProvider", "TensorrtExecutionProvider"]
@@ -45,6 +45,17 @@ def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
                 yield from nodes_of(attribute.g)
+
+
+def optimised(model: onnx.ModelProto, weights: Path, out: Path) -> onnx.GraphProto:
+    """The graph as onnxruntime runs it on the CPU."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(out)
+    options.add_session_config_entry(WEIGHTS_FOLDER, str(weights))
+    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnx.load(out, load_external_data=False).graph
 
 
 def inputs(backbone: Backbone) -> Iterable[tuple[str, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]:
@@ -79,9 +90,7 @@ def test_what_is_meant_to_be_fused_is_fused_and_nothing_else(
     engine_dir: Path, tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
     fused = cpu_layer_model(engine_dir / layer_file(1, "onnx"), tiny_backbone.config, 1)
-    out = tmp_path / "optimised.onnx"
-    OnnxSession(fused.SerializeToString(), threads=1, weights=engine_dir, optimised=out)
-    graph = onnx.load(out, load_external_data=False).graph
+    graph = optimised(fused, engine_dir, tmp_path / "optimised.onnx")
     found = Counter(node.op_type for node in nodes_of(graph))
     expected = {
         "MultiHeadAttention": 2,  # padded and not
@@ -123,9 +132,7 @@ def test_widened_rows_give_the_same(
     assert_equals_the_encoder(OnnxRuntime(backbone, engine, threads=1), backbone)
     monkeypatch.setattr(onnx_cpu_graphs, "_ALIASED", config.hidden)
     fused = cpu_layer_model(engine / layer_file(1, "onnx"), config, 1)
-    out = tmp_path / "optimised.onnx"
-    OnnxSession(fused.SerializeToString(), threads=1, weights=engine, optimised=out)
-    graph = onnx.load(out, load_external_data=False).graph
+    graph = optimised(fused, engine, tmp_path / "optimised.onnx")
     width, ffn = config.hidden, config.ffn
     assert roomy(width) == width + 16
     made = {tuple(t.dims) for t in graph.initializer}
@@ -176,6 +183,12 @@ def test_without_the_operators_the_standard_graphs_run_and_it_says_so(
     assert "standard operators only: no fused attention here (" in runtime.reason
     assert "\n" not in runtime.reason
     assert_equals_the_encoder(runtime, tiny_backbone)
+    monkeypatch.setattr(
+        "mp2.engine.select.layer_seconds", lambda runtime, backbone: float(runtime.name == "torch")
+    )
+    chosen = create_runtime("auto", tiny_backbone, engine_dir=engine_dir)
+    assert chosen.name == "onnxruntime"
+    assert "standard operators only" in chosen.reason
 
 
 def test_an_onnxruntime_that_gets_it_wrong_is_found_out(

@@ -11,6 +11,7 @@ import torch
 
 from mp2.export.onnx_providers import Provider
 
+ort.disable_telemetry_events()  # what works offline sends nothing
 # an empty tensor (no prompt rows) has no address, but a binding needs one
 _SOMEWHERE = torch.empty(1)
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"

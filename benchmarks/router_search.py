@@ -12,8 +12,9 @@ DIR has the task folders, or ``upstream`` and ``downstream`` with them. All that
 ``--work`` and found again by the hash of weights, prompts and data (a method's results also by that of its
 code), so that the command can be stopped, at any moment or by ``--minutes``, and started again until it
 prints the tables and writes ``benchmarks/results/router_search.json``; ``--table`` makes both of what is
-there. Tasks with short text, 30 to 32 examples: tnews, with 15 labels, has 2 a label here. ``bo`` gets 100
-evaluations on the first seed of each task: it takes longer than everything else together.
+there. Asked for a part of the problems, it writes JSON only under a name of its own (``--name``). Tasks with
+short text, 30 to 32 examples: tnews, with 15 labels, has 2 a label here. ``bo`` gets 100 evaluations on the
+first seed of each task: it takes longer than everything else together.
 """
 
 from __future__ import annotations
@@ -228,7 +229,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after these; start again to go on")
     parser.add_argument("--table", action="store_true", help="run nothing; tables and JSON of what is there")
     parser.add_argument("--work", type=Path, default=Path("runs/router_search"))
+    parser.add_argument("--name", help="of the JSON; router_search, and none where a part is asked for")
     args = parser.parse_args()
+    asked = ("task", "seed", "method", "kind", "backbone", "prompts", "max_tokens")
+    in_part = any(getattr(args, name) != parser.get_default(name) for name in asked)
+    name = args.name or ("" if in_part else "router_search")
     args.work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
 
@@ -272,7 +277,10 @@ def main() -> None:
     print(quality_table(rows))
     print(task_table(rows))
     print(cost_table(costs))
-    print("written:", save("router_search", [{"cells": rows, "suggestion_cost_192": costs}]))
+    if name:
+        print("written:", save(name, [{"cells": rows, "suggestion_cost_192": costs}]))
+    else:
+        print("not written: a part of all problems (--name writes it)")
 
 
 if __name__ == "__main__":

@@ -35,11 +35,11 @@ from benchmarks.transfer import cell_file, claim_folder, work_through, write_res
 from benchmarks.transfer_methods import METHODS, Lab, Settings
 from mp2.backbone import Backbone, load_backbone
 from mp2.errors import UnknownNameError
-from mp2.optimizers.run_folder import write_json
 from mp2.optimizers.session import one_blas_thread, sigterm_exits
 from mp2.prompts import load_prompts
 from mp2.tasks import load_card
 from mp2.training import PretrainConfig, pretrain
+from mp2.whole_files import write_json
 
 UPSTREAM = ("waimai", "online_shopping", "thucnews", "toutiao_tc", "bq", "cote_dp")
 TASKS = ("lcqmc", "chnsent", "cote_mfw", "amazon", "tnews")

@@ -32,9 +32,9 @@ from scipy.cluster.hierarchy import dendrogram, fcluster, linkage
 from benchmarks.command import one_line_errors
 from benchmarks.provenance import RESULTS, provenance
 from mp2.errors import UsageError
-from mp2.optimizers.run_folder import write_json
 from mp2.prompts import PromptSet, load_prompts
 from mp2.tasks import card_names, load_card
+from mp2.whole_files import write_json
 
 TWINS = ("_rotated", "_flipped")
 DISTANCES = {"hard": ("average", "hamming"), "soft": ("ward", "euclidean")}

@@ -22,9 +22,9 @@ from torch import Tensor
 from benchmarks.command import one_line_errors
 from benchmarks.provenance import RESULTS, provenance
 from mp2.backbone import Backbone, load_backbone
-from mp2.optimizers.run_folder import write_json
 from mp2.prompts import PromptSet, load_prompts
 from mp2.tasks import MrcFormatter, decode, load_card, load_examples, score
+from mp2.whole_files import write_json
 
 WAYS = ("no prompt", "moved", "placeholders", "[MASK]", "[PAD]")
 

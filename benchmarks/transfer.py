@@ -35,9 +35,9 @@ from benchmarks.provenance import RESULTS, provenance
 from benchmarks.transfer_methods import DEFAULT_METHODS, METHODS, Lab, Settings
 from benchmarks.transfer_table import answers, markdown, summarise
 from mp2.errors import MismatchError, UnknownNameError, UsageError
-from mp2.optimizers.run_folder import write_json
 from mp2.optimizers.session import one_blas_thread, sigterm_exits
 from mp2.tasks import load_card
+from mp2.whole_files import write_json
 
 SEEDS = (8, 13, 21, 42, 100)
 TASKS = (

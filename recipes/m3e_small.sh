@@ -20,13 +20,17 @@ fi
 backbone=$work/package/embedding/m3e-small
 
 # 2. deep prompts and routers, the encoder frozen. A rate of 1e-2 moves a prompt by about d x rate x |z| a step: it brings the projection
-#    to its size quickly and then only makes noise; the second pass learns.
+#    to its size quickly and then only makes noise; the second pass learns. (The run in docs/log.md was cut off in its first pass,
+#    2,156 of 8,000 steps, before the rate had fallen; the rest is as here.)
 mp2 pretrain --backbone "$backbone" --data "$upstream" --tasks "${tasks[@]}" --out "$work/first" "${shape[@]}" \
   --steps 2200 --prompt-lr 1e-2 --dev-limit 100
 mp2 pretrain --backbone "$backbone" --data "$upstream" --tasks "${tasks[@]}" --out "$work/deep" "${shape[@]}" \
   --init "$work/first/prompts.safetensors" --steps 6600 --prompt-lr 2e-3 --temperature 0.7 --temperature-end 0.1 \
   --dev-limit 100
 
-# 3. few-shot: MP2 against the same tuner from scratch, same budget
+# 3. do routers group by task family?
+python -m benchmarks.figure5 --prompts "$work/deep/prompts.safetensors" --router soft --out "$work/figure5"
+
+# 4. few-shot: MP2 against the same tuner from scratch, same budget
 python -m benchmarks.transfer --data "$downstream" --backbone "$backbone" --prompts "$work/deep/prompts.safetensors" \
   --methods majority deep bbtv2 --work "$work/transfer" --out "$work/transfer.json"

@@ -13,6 +13,7 @@ from statistics import mean, stdev
 from typing import Any, TextIO
 
 from mp2.optimizers.two_stage import Outcome, Progress
+from mp2.whole_files import whole_file
 
 
 class ProgressLine:
@@ -218,9 +219,8 @@ def draw_curve(path: Path, outcome: Outcome, title: str, metric: str) -> None:
     dev_axis.set_ylabel(f"dev {metric}", color="tab:orange")
     loss_axis.axvline(outcome.stage1.iteration, color="0.7", linestyle=":")
     loss_axis.set_title(title)
-    partial = path.with_suffix(".partial")
-    figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})
-    partial.replace(path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})
 
 
 def _percent(score: float) -> str:

@@ -20,10 +20,11 @@ from mp2.optimizers.provenance import check_identity, config_file, identity, ver
 from mp2.optimizers.recorder import Evaluate, Recorder
 from mp2.optimizers.report import draw_curve
 from mp2.optimizers.result import run_result, score_tests, tuned_meta
-from mp2.optimizers.run_folder import says_how_to_go_on, write_json, write_text
+from mp2.optimizers.run_folder import says_how_to_go_on
 from mp2.optimizers.task_data import TaskData
 from mp2.optimizers.tuned import save_tuned
 from mp2.optimizers.two_stage import Outcome, Progress, TwoStage
+from mp2.whole_files import write_json, write_text
 
 if TYPE_CHECKING:
     from mp2.engine.select import AnyObjective

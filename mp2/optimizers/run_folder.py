@@ -1,15 +1,13 @@
-"""The run folder: made, locked, its files written whole or not at all, its config read back."""
+"""The run folder: made, locked, its config read back."""
 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from mp2.errors import FormatError, Mp2Error, RunLockedError, UsageError
 from mp2.optimizers.config import SCHEMA_VERSION, BbtConfig
@@ -86,18 +84,3 @@ def says_how_to_go_on(run_dir: Path) -> Iterator[None]:
             f"cannot write {error.filename or run_dir}: {error.strerror or error}. All iterations are "
             f"journaled: make room, then write the results with: {resume_command(run_dir)}"
         ) from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    write_text(path, json.dumps(values, ensure_ascii=False, indent=2, allow_nan=False) + "\n")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mp2.errors import FormatError, MismatchError
 from mp2.optimizers.run_folder import resume_command
+from mp2.whole_files import write_bytes
 
 SCHEMA_VERSION = 1
 
@@ -42,9 +43,7 @@ def save_tuned(path: Path, z: NDArray[np.float32], meta: TunedMeta) -> None:
     data = save(
         {"z": np.ascontiguousarray(z)}, {"mp2": json.dumps(asdict(meta), ensure_ascii=False, sort_keys=True)}
     )
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    write_bytes(path, data)
 
 
 def load_tuned(path: Path) -> tuple[NDArray[np.float32], TunedMeta]:

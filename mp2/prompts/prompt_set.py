@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mp2.backbone.load import Backbone
 from mp2.errors import FormatError, MismatchError, UnknownNameError, UsageError
+from mp2.whole_files import write_tensors
 
 SCHEMA_VERSION = 1
 EMBEDDED = {
@@ -185,12 +186,10 @@ def save_prompts(prompts: PromptSet, path: str | Path, *, dtype: torch.dtype = t
 
     ``dtype`` is that of the stored tensors; they are read back as float32.
     """
-    from mp2.training.checkpoint import save_atomically
-
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: getattr(prompts, name).to(dtype) for name in prompts.meta.shapes()}
-    save_atomically(tensors, path, {"mp2_prompts": json.dumps(asdict(prompts.meta), ensure_ascii=False)})
+    write_tensors(path, tensors, {"mp2_prompts": json.dumps(asdict(prompts.meta), ensure_ascii=False)})
 
 
 def load_prompts(source: str | Path, backbone: Backbone | None = None) -> PromptSet:

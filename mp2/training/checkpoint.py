@@ -8,7 +8,6 @@ Sampling needs no state: every random draw of step s comes from a generator seed
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from mp2.errors import FormatError, RunLockedError
+from mp2.whole_files import write_tensors
 
 
 @contextmanager
@@ -43,15 +42,6 @@ def alone_in(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def save_atomically(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file beside ``path``, flush it to the disk, then rename it over ``path``."""
-    temporary = path.with_name(path.name + ".part")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, dict(metadata))
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def save_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 ) -> None:
@@ -61,7 +51,7 @@ def save_checkpoint(
     for parameter, moments in optimizer.state.items():
         for key, value in moments.items():
             tensors[f"optimizer.{names[id(parameter)]}.{key}"] = value
-    save_atomically(tensors, path, {"state": json.dumps(dict(state))})
+    write_tensors(path, tensors, {"state": json.dumps(dict(state))})
 
 
 def checkpoint_state(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mp2.backbone.tokenizer import SPECIAL_TOKENS, Tokenizer
 from mp2.errors import FormatError, UsageError
+from mp2.whole_files import whole_file
 
 _ALWAYS = (
     "abcdefghijklmnopqrstuvwxyz0123456789，。！？：；、“”‘’（）《》【】…—·,.!?:;'\"()<>[]{}-_/\\@#$%&*+=~^|` "
@@ -102,9 +103,8 @@ def pack(files: Sequence[Path], tokenizer: Tokenizer, length: int, cache: Path) 
         packed[:, 1:-1] = stream[: n * body].reshape(n, body)
         packed[:, -1] = tokenizer.sep_id
         cache.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".part.npy")
-        np.save(temporary, packed)
-        temporary.replace(path)
+        with whole_file(path) as partial, partial.open("wb") as packed_file:
+            np.save(packed_file, packed)
     loaded: NDArray[np.uint16] = np.load(path, mmap_mode="r", allow_pickle=False)
     return loaded
 

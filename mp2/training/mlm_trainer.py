@@ -24,9 +24,10 @@ from mp2.training.corpus import build_vocab, corpus_files, file_digests, pack, p
 from mp2.training.masking import mask_tokens
 from mp2.training.mlm import MaskedLanguageModel, MlmConfig, schedule
 from mp2.training.model_card import backbone_card
-from mp2.training.outputs import draw_curves, write_whole
+from mp2.training.outputs import draw_curves
 from mp2.training.ranks import Ranks, joined
 from mp2.training.trainer import Trainer
+from mp2.whole_files import write_json, write_text
 
 Tensors = tuple[Tensor, ...]
 
@@ -179,7 +180,7 @@ def train_mlm(
                 run.model.encoder.word_embeddings.weight.data.copy_(torch.from_numpy(vectors))
                 say("token embeddings start from PPMI + SVD")
             if ranks.main:
-                write_whole(out / "mlm_config.json", json.dumps(asdict(config), indent=1) + "\n")
+                write_json(out / "mlm_config.json", asdict(config), indent=1)
             run.train()
         backbone = freeze(run.model.encoder.config, run.model.encoder.cpu(), tokenizer)
         if ranks.main:
@@ -199,14 +200,14 @@ def _write(run: MlmTrainer, backbone: Backbone, files: Sequence[Path], command: 
         "sequences": len(run.packed),
         "seconds": run.seconds,
         "skipped_steps": run.skipped,
-        "first_loss": float(np.mean(first)) if first else float("nan"),
-        "last_loss": float(np.mean(last)) if last else float("nan"),
+        "first_loss": float(np.mean(first)) if first else None,
+        "last_loss": float(np.mean(last)) if last else None,
         "tokens_per_s": round(config.steps * config.batch_size * config.length / run.seconds, 1),
         "data_wait_share": round(run.wait_share, 5),
     }
-    write_whole(out / "mlm_result.json", json.dumps(facts, indent=1) + "\n")
+    write_json(out / "mlm_result.json", facts, indent=1)
     facts["files"] = file_digests(files)
-    write_whole(out / "model_card.md", backbone_card(backbone, config, run.ranks, command, facts))
+    write_text(out / "model_card.md", backbone_card(backbone, config, run.ranks, command, facts))
 
 
 def _tokenizer(files: Sequence[Path], out: Path, config: MlmConfig) -> Tokenizer:
@@ -214,7 +215,7 @@ def _tokenizer(files: Sequence[Path], out: Path, config: MlmConfig) -> Tokenizer
     if vocab_file.is_file():
         return Tokenizer.from_folder(out)
     tokenizer = Tokenizer.from_vocab(build_vocab(files, config.vocab_size))
-    write_whole(vocab_file, "\n".join(tokenizer.tokens()) + "\n")
+    write_text(vocab_file, "\n".join(tokenizer.tokens()) + "\n")
     return tokenizer
 
 

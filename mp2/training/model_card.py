@@ -93,7 +93,8 @@ def backbone_card(
     """The card of a backbone trained by masked language modelling, as Markdown.
 
     ``facts``: ``files`` (name, bytes, sha256 of each), ``sequences``, ``seconds``, ``skipped_steps``,
-    ``first_loss``, ``last_loss`` (means over the first and the last twentieth of the steps).
+    ``first_loss``, ``last_loss`` (means over the first and the last twentieth of the steps; None where all
+    were skipped).
     """
     shape = backbone.config
     parameters = sum(p.numel() for p in backbone.encoder.parameters())
@@ -107,8 +108,8 @@ def backbone_card(
             f"parameters. Weights hash `{backbone.sha256}`. Trained by masked language modelling "
             f"({config.masking} masking) on plain text alone: purely self-supervised.",
             "",
-            f"Loss (nats a masked token): {facts['first_loss']:.3f} over the first twentieth of the steps, "
-            f"{facts['last_loss']:.3f} over the last. Curve: `curves.png`.",
+            f"Loss (nats a masked token): {_nats(facts['first_loss'])} over the first twentieth of the "
+            f"steps, {_nats(facts['last_loss'])} over the last. Curve: `curves.png`.",
             "",
             "## Data",
             "",
@@ -143,3 +144,7 @@ def _how(config: PretrainConfig | Any, ranks: Ranks, command: str | None, second
         "```",
         "",
     ]
+
+
+def _nats(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.3f}"

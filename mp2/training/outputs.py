@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from mp2.training.mixture import MixtureTask
 from mp2.training.model_card import prompts_card
 from mp2.training.pretrain_result import PretrainResult
 from mp2.training.ranks import Ranks
+from mp2.whole_files import whole_file, write_json, write_text
 
 
 def write_outputs(
@@ -33,7 +33,7 @@ def write_outputs(
 
     ``start`` is the backbone that the run began with; ``inputs`` may have the ``command`` that was typed.
     """
-    write_whole(out / "scores.json", json.dumps(result.scores, indent=1, ensure_ascii=False) + "\n")
+    write_json(out / "scores.json", result.scores, indent=1)
     write_routers(out / "routers.csv", result.prompts, [task.card.family for task in tasks])
     title = f"{config.kind} prompts on {result.backbone.name}, {len(tasks)} tasks"
     draw_curves(out / "curves.png", out / "losses.jsonl", title, dev=out / "dev_scores.jsonl")
@@ -51,23 +51,15 @@ def write_outputs(
         "processes": ranks.size,
         "device": ranks.device.type,
     }
-    write_whole(out / "result.json", json.dumps(numbers, indent=1) + "\n")
-    write_whole(
+    write_json(out / "result.json", numbers, indent=1)
+    write_text(
         out / "model_card.md", prompts_card(result, start, tasks, config, ranks, inputs.get("command"))
     )
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)
-
-
 def write_routers(path: Path, prompts: PromptSet, families: Sequence[str]) -> None:
     """A line a task, layer and module: its logit, and whether (soft: how much) it is on at inference."""
-    partial = path.with_name(path.name + ".part")
-    with partial.open("w", encoding="utf-8", newline="") as file:
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["task", "family", "layer", "module", "logit", "active"])
         for number, (task, family) in enumerate(zip(prompts.meta.tasks, families, strict=True)):
@@ -76,7 +68,6 @@ def write_routers(path: Path, prompts: PromptSet, families: Sequence[str]) -> No
                 for module, logit in enumerate(logits):
                     active = f"{weights[layer][module]:g}"
                     writer.writerow([task, family, layer, module, f"{logit:.6g}", active])
-    os.replace(partial, path)
 
 
 def draw_curves(path: Path, losses: Path, title: str, *, dev: Path | None = None) -> None:
@@ -107,6 +98,5 @@ def draw_curves(path: Path, losses: Path, title: str, *, dev: Path | None = None
         axes[1].set_ylabel("dev score (grey: a task)")
         axes[1].legend()
     figure.suptitle(title)
-    partial = path.with_name(path.name + ".part")
-    figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})

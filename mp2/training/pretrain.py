@@ -31,10 +31,11 @@ from mp2.training.init import differences, start_from
 from mp2.training.journal import drop_lines_after
 from mp2.training.mixture import Batch, MixtureTask, sample_batch
 from mp2.training.model import PromptedEncoder
-from mp2.training.outputs import write_outputs, write_whole
+from mp2.training.outputs import write_outputs
 from mp2.training.pretrain_result import PretrainResult
 from mp2.training.ranks import Ranks
 from mp2.training.trainer import Trainer
+from mp2.whole_files import write_json
 
 
 class Pretrainer(Trainer[Batch]):
@@ -207,8 +208,7 @@ class Pretrainer(Trainer[Batch]):
                 if not resumed:
                     self._note_scores(0, self.before)
                 said = asdict(self.config) | ({"inputs": self.inputs} if self.inputs else {})
-                text = json.dumps(said, indent=1, ensure_ascii=False) + "\n"
-                write_whole(self.out / "config.json", text)
+                write_json(self.out / "config.json", said, indent=1)
             self.train()
             return self._finish()
 

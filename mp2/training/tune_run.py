@@ -24,12 +24,13 @@ from mp2.optimizers.journal import finite_or_none
 from mp2.optimizers.provenance import config_file, identity, versions
 from mp2.optimizers.report import ProgressLine, draw_curve
 from mp2.optimizers.result import engine_facts, router_text, stage_scores
-from mp2.optimizers.run_folder import locked, new_folder, write_json, write_text
+from mp2.optimizers.run_folder import locked, new_folder
 from mp2.optimizers.tuned import TunedMeta, save_tuned
 from mp2.optimizers.two_stage import Checkpoint
 from mp2.prompts import save_prompts
 from mp2.tasks import load_card
 from mp2.training.tune import GradientTuner, TuneConfig, TuneOutcome
+from mp2.whole_files import write_json, write_text
 
 Observe = Callable[[Progress], None]
 

@@ -103,7 +103,7 @@ def _run(rank: int, port: int, words: list[str], log: Path, moment: Moment | Non
 
 def _arm(moment: Moment) -> None:
     """Make this process signal itself at ``moment``."""
-    from mp2.training import checkpoint
+    from mp2 import whole_files
     from mp2.training.mlm_trainer import MlmTrainer
     from mp2.training.pretrain import Pretrainer
 
@@ -130,11 +130,14 @@ def _arm(moment: Moment) -> None:
         kind.loss, kind.after_step = loss, after_step
 
     def put_in_place(source: Path, target: Path) -> None:
-        fire("saving")
+        tensors = target.suffix == ".safetensors"
+        if tensors:
+            fire("saving")
         os.replace(source, target)
-        fire("saved")
+        if tensors:
+            fire("saved")
 
     arm(MlmTrainer)
     arm(Pretrainer)
-    checkpoint.os = SimpleNamespace(fsync=os.fsync, replace=put_in_place)  # type: ignore[assignment]
+    whole_files.os = SimpleNamespace(fsync=os.fsync, replace=put_in_place)  # type: ignore[assignment]
     fire("start")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from mp2.errors import FormatError, Mp2Error, UsageError
 from mp2.export.folder import EngineFolder
 from mp2.export.tensorrt.builder import BuildSettings, build_plan
 from mp2.export.tensorrt.profiles import Profile, Sizes, TaskShapes, best_profile, grown
+from mp2.whole_files import write_bytes
 
 PLANS = "plans"
 SHAPES = "shapes.json"
@@ -191,6 +191,4 @@ def _short(value: object) -> str:
 
 def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    write_bytes(path, data)

@@ -143,6 +143,8 @@ def write_results(work: Path, out: Path) -> str:
     if not cells:
         raise UsageError(f"there are no cells in {work} yet")
     settings = json.loads((work / "settings.json").read_text())
+    settings["backbone"] = Path(settings["backbone"]).name  # where it lies is nobody else's business
+    settings["prompts"] = [Path(prompts).name for prompts in settings["prompts"]]
     rows = summarise(cells)
     found = answers(rows)
     summary = {"rows": rows, "answers": found, "core_minutes": round(sum(c["cpu_s"] for c in cells) / 60, 1)}

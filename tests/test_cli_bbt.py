@@ -141,9 +141,12 @@ def _start(world: World, out: Path, *arguments: str) -> subprocess.Popen[str]:
         str(out),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipe = subprocess.PIPE
+    ignored = signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background
+    try:
+        return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
 
 
 def _wait_for_lines(out: Path, n: int, process: subprocess.Popen[str]) -> Path:

@@ -107,7 +107,8 @@ class Recorder:
             compute: evaluates them; not called in a replay.
             suggest_s: what was waited for the suggestion, journaled beside the time of the forward.
             hidden_s: what suggesting took while forwards ran.
-            worst_so_far: what a lone non-finite candidate gets, where a method asks for one at a time.
+            worst_so_far: what candidates get if none is finite; for generations that are no population
+                (a method that asks for one at a time, what the budget left of the last one).
 
         Raises:
             LossError: not one loss is finite; the generation is not journaled.
@@ -224,7 +225,7 @@ def _finite(losses: Floats, worst_so_far: float | None, what: str) -> tuple[Floa
         return losses, 0
     if finite.any():
         worst = float(losses[finite].max())
-    elif worst_so_far is not None and len(losses) == 1:
+    elif worst_so_far is not None:
         worst = worst_so_far
     else:
         raise LossError(

@@ -60,7 +60,7 @@ def run_result(
         "engine": engine_facts(model),
         "run_dir": str(run_dir),
         "router_search": config.router.method,
-        "router": router_text(outcome.router),
+        "router": router_text(final.router),
         "best_train_loss": outcome.incumbent_loss,
         "selected": {"at": final.at, "iteration": final.iteration},
         "stages": stage_scores(stages, tests),
@@ -93,10 +93,8 @@ def engine_facts(model: FrozenModel) -> dict[str, str]:
     return {"runtime": runtime.name, "precision": runtime.precision, "device": str(runtime.device)}
 
 
-def stage_scores(
-    stages: Mapping[str, Checkpoint], tests: Mapping[str, float]
-) -> dict[str, dict[str, float | None]]:
-    """Losses and scores of each stage's prompt; ``tests`` has the test scores that are known."""
+def stage_scores(stages: Mapping[str, Checkpoint], tests: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    """Losses, scores and router of each stage's prompt; ``tests`` has the test scores that are known."""
     return {
         name: {
             "iteration": c.iteration,
@@ -104,6 +102,7 @@ def stage_scores(
             "dev_score": c.dev.score,
             "dev_loss": finite_or_none(c.dev.loss),
             "test_score": tests.get(name),
+            "router": router_text(c.router),
         }
         for name, c in stages.items()
     }
@@ -124,7 +123,7 @@ def tuned_meta(problem: FewShotProblem, outcome: Outcome) -> TunedMeta:
         backbone_sha256=model.backbone.sha256,
         prompts=str(problem.config.prompts),
         prompts_sha256=model.prompts.sha256,
-        router=router_text(outcome.router),
+        router=router_text(outcome.final.router),
         card=Path(problem.card.path).read_text(encoding="utf-8"),
         max_tokens=problem.max_tokens,
         at=outcome.final.at,

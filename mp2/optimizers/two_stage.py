@@ -81,6 +81,7 @@ class Checkpoint:
     at: str  # untuned | stage1 | stage2
     iteration: int
     z: Prompt
+    router: Routers  # what z was fused by, or moved away from after it was
     train_loss: float
     dev: Scores
 
@@ -108,7 +109,6 @@ class Outcome:
     untuned: Checkpoint
     stage1: Checkpoint
     final: Checkpoint
-    router: Routers
     incumbent_loss: float  # the best training loss; ``final`` may be an earlier prompt that dev prefers
     loss_curve: list[tuple[int, float]] = field(default_factory=list)
     dev_curve: list[tuple[int, float]] = field(default_factory=list)
@@ -133,7 +133,7 @@ class TwoStage:
             config.router.method, config.router.iterations, space.kind, self._shape, config.iters
         )
         self._loss = math.inf
-        self._worst_router_loss = -math.inf
+        self._worst_loss = -math.inf
         self._checkpoints: list[Checkpoint] = []
         self._loss_curve: list[tuple[int, float]] = []
 
@@ -143,18 +143,16 @@ class TwoStage:
         search = self._prepare(np.random.default_rng(router_seed))
         every_module = np.ones(self._shape, dtype=bool)
         self._evaluate_routers(every_module[None], 0.0)
-        untuned = self._checkpoint("untuned", self._space.fuse(every_module))
+        untuned = self._checkpoint("untuned", self._space.fuse(every_module), every_module)
         router = self._search_router(every_module, search)
-        z = self._space.fuse(router)
-        stage1 = self._checkpoint("stage1", z)
+        stage1 = self._checkpoint("stage1", self._space.fuse(router), router)
         if not self._config.router_only and self._recorder.iteration < self._config.iters:
-            self._search_layers(z, layer_seed)
+            self._search_layers(stage1, layer_seed)
         final = min(self._checkpoints, key=Checkpoint.rank)  # the earliest of equals
         return Outcome(
             untuned=untuned,
             stage1=stage1,
             final=final,
-            router=router,
             incumbent_loss=self._loss,
             loss_curve=self._loss_curve,
             dev_curve=[(c.iteration, c.dev.score) for c in self._checkpoints],
@@ -181,9 +179,9 @@ class TwoStage:
             routers,
             lambda: self._objective.router_losses(routers),
             suggest_s=suggest_s,
-            worst_so_far=self._worst_router_loss if self._loss_curve else None,
+            worst_so_far=self._worst_loss if self._loss_curve and len(routers) == 1 else None,
         )
-        self._worst_router_loss = max(float(losses.max()), self._worst_router_loss)
+        self._worst_loss = max(float(losses.max()), self._worst_loss)
         self._loss = min(self._loss, float(losses.min()))
         self._loss_curve.append((self._recorder.iteration, self._loss))
         return losses
@@ -205,9 +203,9 @@ class TwoStage:
             self._report(1)
         return best
 
-    def _search_layers(self, fused: Prompt, seed: np.random.SeedSequence) -> None:
-        """Stage II from the fused prompt [L', d]."""
-        config, recorder, space = self._config, self._recorder, self._space
+    def _search_layers(self, stage1: Checkpoint, seed: np.random.SeedSequence) -> None:
+        """Stage II from stage I's fused prompt [L', d]."""
+        config, recorder, space, fused = self._config, self._recorder, self._space, stage1.z
         sigmas = [config.layers.sigma(layer, space.kind) for layer in range(space.n_layers)]
         searches = LayerSearches(sigmas, space.n_dims, config.layers, seed)
         round_iters = space.n_layers * config.layers.popsize
@@ -227,7 +225,9 @@ class TwoStage:
                     lambda layer=layer, z=candidates: incumbent.synced().layer_losses(layer, z),  # type: ignore[misc]
                     suggest_s=searches.waited_s,
                     hidden_s=searches.hidden_s,
+                    worst_so_far=self._worst_loss if len(offsets) < len(population) else None,
                 )
+                self._worst_loss = max(float(losses.max()), self._worst_loss)
                 best = int(np.argmin(losses))
                 if losses[best] < self._loss:
                     self._loss = float(losses[best])
@@ -236,21 +236,21 @@ class TwoStage:
                     searches.tell(layer, offsets, losses)
                 self._loss_curve.append((recorder.iteration, self._loss))
                 if recorder.iteration - last_dev >= dev_every or recorder.iteration == config.iters:
-                    self._checkpoint("stage2", incumbent.z.copy())
+                    self._checkpoint("stage2", incumbent.z.copy(), stage1.router)
                     last_dev = recorder.iteration
                 self._report(2)
                 layer = (layer + 1) % space.n_layers
         finally:
             searches.close()
 
-    def _checkpoint(self, at: str, z: Prompt) -> Checkpoint:
+    def _checkpoint(self, at: str, z: Prompt, router: Routers) -> Checkpoint:
         """Score z on dev, unless the last checkpoint was the same prompt."""
         last = self._checkpoints[-1] if self._checkpoints else None
         if last is not None and np.array_equal(last.z, z):
             dev = last.dev
         else:
             dev = self._recorder.scores("dev", at, z, lambda: self._dev(z))
-        checkpoint = Checkpoint(at, self._recorder.iteration, z, self._loss, dev)
+        checkpoint = Checkpoint(at, self._recorder.iteration, z, router, self._loss, dev)
         self._checkpoints.append(checkpoint)
         self._report(2 if at == "stage2" else 1)
         return checkpoint

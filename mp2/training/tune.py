@@ -164,7 +164,6 @@ class GradientTuner:
                 untuned=untuned,
                 stage1=stage1,
                 final=final,
-                router=(weights > 0.5).numpy(),
                 incumbent_loss=min(c.train_loss for c in self._checkpoints),
                 loss_curve=self._loss_curve,
                 dev_curve=[(c.iteration, c.dev.score) for c in self._checkpoints],
@@ -265,7 +264,8 @@ class GradientTuner:
         train_loss = float(scorer.objective.full_losses(z[None])[0])
         dev: Scores = scorer.dev_scores(z)
         self._seconds["dev"] += time.perf_counter() - begun
-        checkpoint = Checkpoint(at, self._epoch, z, train_loss, dev)
+        router = (weights > 0.5).cpu().numpy()
+        checkpoint = Checkpoint(at, self._epoch, z, router, train_loss, dev)
         self._checkpoints.append(checkpoint)
         self._loss_curve.append((self._epoch, train_loss))
         if self._best is None or checkpoint.rank() < self._best[0].rank():

@@ -143,7 +143,7 @@ def _result(run_dir: Path, config: TuneConfig, tuner: GradientTuner, outcome: Tu
         "engine": engine_facts(model),
         "run_dir": str(run_dir),
         "router_search": "adam",
-        "router": router_text(found.router),
+        "router": router_text(found.final.router),
         "best_train_loss": finite_or_none(found.incumbent_loss),
         "selected": {"at": found.final.at, "iteration": found.final.iteration},
         "stages": stage_scores(stages, tests),

@@ -12,7 +12,7 @@ import pytest
 from mp2.errors import LossError, MismatchError, Mp2Error
 from mp2.optimizers.config import BbtConfig, LayerConfig, RouterConfig
 from mp2.optimizers.journal import Journal, open_journal, read_journal
-from mp2.optimizers.recorder import NonFiniteLossWarning, Recorder
+from mp2.optimizers.recorder import NonFiniteLossWarning, Recorder, Scores
 from mp2.optimizers.two_stage import Outcome, TwoStage
 
 from .hidden_prompt import HiddenPrompt
@@ -53,7 +53,7 @@ def bits(outcome: Outcome) -> tuple[object, ...]:
         final.iteration,
         final.train_loss,
         final.dev,
-        outcome.router.tobytes(),
+        [c.router.tobytes() for c in (outcome.untuned, outcome.stage1, final)],
         outcome.loss_curve,
         outcome.dev_curve,
         outcome.incumbent_loss,
@@ -216,6 +216,43 @@ def test_a_whole_generation_of_nan_stops_with_the_journal_whole(tmp_path: Path) 
     with pytest.warns(NonFiniteLossWarning):  # the replay says so again
         tune(path, config())  # an objective that recovered goes on from there
     assert sum(line["event"] == "losses" for line in without_times(path)) == 143
+
+
+class SpoiltEnd(HiddenPrompt):
+    """Generations of one candidate have no finite loss."""
+
+    def layer_losses(self, layer: int, z: np.ndarray) -> np.ndarray:
+        losses = super().layer_losses(layer, z)
+        return losses if len(z) > 1 else np.full(1, np.nan)
+
+
+def test_a_lone_nan_that_the_budget_left_at_the_end_ends_the_run_all_the_same(tmp_path: Path) -> None:
+    budget = 31 + 6 * 18 + 1
+    with pytest.warns(NonFiniteLossWarning, match=f"1 of 1 losses of iterations {budget} to {budget}"):
+        outcome = tune(tmp_path / "journal.jsonl", config(iters=budget), SpoiltEnd())
+    assert outcome.loss_curve[-1] == (budget, outcome.incumbent_loss)
+    assert math.isfinite(outcome.incumbent_loss)
+
+
+class UntunedIsBest(HiddenPrompt):
+    """Dev likes the first prompt that it sees."""
+
+    def dev(self, z: np.ndarray) -> Scores:
+        scores = super().dev(z)
+        return Scores(1.0 if self.calls.count("dev") == 1 else 0.5, scores.loss)
+
+
+def test_every_stages_prompt_comes_with_the_router_that_fused_it(tmp_path: Path) -> None:
+    objective = HiddenPrompt()
+    outcome = tune(tmp_path / "one.jsonl", config(), objective)
+    assert outcome.untuned.router.all()
+    assert not outcome.stage1.router.all()
+    assert np.array_equal(objective.fuse(outcome.stage1.router), outcome.stage1.z)
+    assert outcome.final.at == "stage2"
+    assert np.array_equal(outcome.final.router, outcome.stage1.router)
+    outcome = tune(tmp_path / "two.jsonl", config(), UntunedIsBest())
+    assert outcome.final is outcome.untuned
+    assert outcome.final.router.all()
 
 
 def test_a_replay_that_leaves_the_record_is_refused(tmp_path: Path) -> None:

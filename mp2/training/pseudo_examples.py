@@ -40,11 +40,13 @@ def piece(sentences: Sequence[str], rng: np.random.Generator, limit: int = MAX_T
 
 
 class Maker:
-    """Makes examples of every pseudo-task from documents; the same seed makes the same examples."""
+    """Makes examples of every pseudo-task from documents: foreign sentences are drawn from ``texts`` alone.
 
-    def __init__(self, texts: Sequence[Sequence[str]], words: Words, seed: int) -> None:
-        self.texts, self.words = texts, words
-        self.rng = np.random.default_rng([seed, 11])
+    An equal generator makes the same examples.
+    """
+
+    def __init__(self, texts: Sequence[Sequence[str]], words: Words, rng: np.random.Generator) -> None:
+        self.texts, self.words, self.rng = texts, words, rng
         weights = np.asarray([math.sqrt(n) for n in words.documents.values()])
         self._names = list(words.documents)
         self._cumulative = np.cumsum(weights / weights.sum())

@@ -27,17 +27,20 @@ nor everywhere; evaluative words come from the list ``POLAR_WORDS``.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import shutil
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from mp2.errors import UsageError
 from mp2.limits import check_new_folder, check_seed
 from mp2.training.corpus import corpus_files
-from mp2.training.corpus_words import documents, find_words
+from mp2.training.corpus_words import Words, documents, find_words
 from mp2.training.pseudo_examples import Maker
 
 _TEMPLATES = {
@@ -62,6 +65,8 @@ _FAMILIES = {  # task -> (template, type)
     "recurring": "recurring",
 }
 PSEUDO_TASKS = tuple(_FAMILIES)
+_PASSES = 20  # over the documents: each draws other pieces of them
+_DEV_SHARE = 0.05  # of the documents, at least: some tasks find an example in few of them
 
 
 def card_text(task: str) -> str:
@@ -88,7 +93,8 @@ def make_pseudo_tasks(
     """Write every pseudo-task's card and ``{train,dev}.jsonl`` to ``out``; returns training examples by task.
 
     At most ``examples`` training and ``dev`` dev examples a task, from the first ``files`` files of the
-    corpus (all if None). The folder appears whole or not at all.
+    corpus (all if None); what a task lacks is said. A document is used for one of the splits alone, and no
+    input comes twice. The folder appears whole or not at all.
 
     Raises:
         UsageError: ``out`` exists, no corpus file, or too little text.
@@ -103,26 +109,56 @@ def make_pseudo_tasks(
     texts = [d for d in documents(corpus_files(corpus)[:files]) if d]
     words = find_words(texts)
     log(f"{len(texts):,} documents, {len(words.documents):,} words")
-    maker = Maker(texts, words, seed)
-    kept: dict[str, list[str]] = defaultdict(list)
-    wanted = examples + dev
-    order = maker.rng.permutation(len(texts))
-    for _ in range(20):  # passes: each draws other pieces of the same documents
-        for index in order:
-            for task, record in maker.examples(texts[index]):
-                if len(kept[task]) < wanted:
-                    kept[task].append(json.dumps(record, ensure_ascii=False))
-        if all(len(kept[task]) == wanted for task in PSEUDO_TASKS):
-            break
-    short = [task for task in PSEUDO_TASKS if len(kept[task]) <= dev]
+    rng = np.random.default_rng([seed, 11])
+    order = rng.permutation(len(texts))
+    n_dev = math.ceil(len(texts) * max(_DEV_SHARE, dev / (dev + examples)))
+    seen: set[tuple[str, bytes]] = set()
+    kept = {
+        split: _cut([texts[i] for i in part], words, rng, wanted, seen)
+        for split, part, wanted in (("dev", order[:n_dev], dev), ("train", order[n_dev:], examples))
+    }
+    short = [task for task in PSEUDO_TASKS if not (kept["dev"][task] and kept["train"][task])]
     if short:
         raise UsageError(f"the corpus gives too few examples of {', '.join(short)}; give more text")
+    for task in PSEUDO_TASKS:
+        n = {split: len(lines[task]) for split, lines in kept.items()}
+        if n != {"dev": dev, "train": examples}:
+            log(f"{task}: {n['train']:,} of {examples:,} training, {n['dev']:,} of {dev:,} dev examples")
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     for task in PSEUDO_TASKS:
         (part / task).mkdir(parents=True)
         (part / f"{task}.toml").write_text(card_text(task), encoding="utf-8")
-        for split, lines in (("dev", kept[task][:dev]), ("train", kept[task][dev:])):
-            (part / task / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for split, lines in kept.items():
+            (part / task / f"{split}.jsonl").write_text("\n".join(lines[task]) + "\n", encoding="utf-8")
     os.replace(part, out)
-    return {task: len(kept[task]) - dev for task in PSEUDO_TASKS}
+    return {task: len(lines) for task, lines in kept["train"].items()}
+
+
+def _cut(
+    texts: Sequence[Sequence[str]],
+    words: Words,
+    rng: np.random.Generator,
+    wanted: int,
+    seen: set[tuple[str, bytes]],
+) -> dict[str, list[str]]:
+    """At most ``wanted`` records (JSON lines) of each task whose inputs were not ``seen`` yet.
+
+    Compared by input, not by record: tasks that share their inputs then leave out the same ones and stay
+    twins, and no input comes with two answers.
+    """
+    maker = Maker(texts, words, rng)
+    kept: dict[str, list[str]] = {task: [] for task in PSEUDO_TASKS}
+    for _ in range(_PASSES):
+        for sentences in texts:
+            for task, record in maker.examples(sentences):
+                if len(kept[task]) == wanted:
+                    continue
+                asked = repr([record["context"], record["question"], record.get("options")])
+                key = task, hashlib.sha256(asked.encode()).digest()
+                if key not in seen:
+                    seen.add(key)
+                    kept[task].append(json.dumps(record, ensure_ascii=False))
+        if all(len(lines) == wanted for lines in kept.values()):
+            break
+    return kept

@@ -18,18 +18,23 @@ from mp2.training.pseudo_examples import POLAR_WORDS, Maker
 from mp2.training.pseudo_tasks import PSEUDO_TASKS, make_pseudo_tasks
 
 NAMES = [chr(0x5000 + 2 * i) + chr(0x5001 + 2 * i) for i in range(700)]  # a character is in one word only
+MARKS = 0xAC00
 
 
 def corpus(folder: Path, n_documents: int = 6000) -> Path:
-    """Documents of four sentences about three things, with an opinion; each thing in some 30 documents."""
+    """Documents of four sentences about three things, with an opinion; each thing in some 30 documents.
+
+    Every sentence begins with a character that stands in no other document.
+    """
     rng = np.random.default_rng(0)
     folder.mkdir()
     lines = []
-    for _ in range(n_documents):
+    for i in range(n_documents):
+        mark = chr(MARKS + i)
         a, b, c = (NAMES[i] for i in rng.integers(len(NAMES), size=3))
         sense = POLAR_WORDS[rng.integers(len(POLAR_WORDS) - 1)][rng.integers(2)]
-        lines.append(f"我在河边看到了{a}和一种{b}。今天的{b}离这里不远，{a}也在。")
-        lines.append(f"听说{b}让人觉得{sense}，这里的{c}也这样。后来又有了{a}和{c}。")
+        lines.append(f"{mark}我在河边看到了{a}和一种{b}。{mark}今天的{b}离这里不远，{a}也在。")
+        lines.append(f"{mark}听说{b}让人觉得{sense}，这里的{c}也这样。{mark}后来又有了{a}和{c}。")
         lines.append("")
     (folder / "text.txt").write_text("\n".join(lines), encoding="utf-8")
     return folder
@@ -80,6 +85,59 @@ def test_cards_and_examples_load(made: Path) -> None:
         assert not {json.dumps(r) for r in records(made, task)} & {
             json.dumps(r) for r in records(made, task, "dev")
         }
+
+
+def test_no_document_is_in_both_splits_and_no_input_comes_twice(made: Path) -> None:
+    both = {
+        split: [(t, r) for t in PSEUDO_TASKS for r in records(made, t, split)] for split in ("train", "dev")
+    }
+    marks = {
+        split: {
+            c
+            for _, record in found
+            for c in json.dumps(record, ensure_ascii=False)
+            if 0 <= ord(c) - MARKS < 6000
+        }
+        for split, found in both.items()
+    }
+    assert min(map(len, marks.values())) > 30
+    assert not marks["train"] & marks["dev"]
+    inputs = [
+        (task, record["context"], record["question"], *record.get("options", ()))
+        for found in both.values()
+        for task, record in found
+    ]
+    assert len(set(inputs)) == len(inputs)
+
+
+def test_equal_documents_do_not_bring_a_dev_input_into_training(tmp_path: Path) -> None:
+    source = corpus(tmp_path / "corpus")
+    text = (source / "text.txt").read_text("utf-8")
+    (source / "again.txt").write_text(text + "\n", "utf-8")
+    make_pseudo_tasks(source, tmp_path / "out", examples=600, dev=300, seed=1, files=None, log=lambda _: None)
+    for task in PSEUDO_TASKS:
+        found = [
+            (r["context"], r["question"], str(r.get("options"))) for r in records(tmp_path / "out", task)
+        ]
+        dev = [
+            (r["context"], r["question"], str(r.get("options")))
+            for r in records(tmp_path / "out", task, "dev")
+        ]
+        assert len({*found, *dev}) == 900
+
+
+def test_what_a_task_lacks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mp2.training.pseudo_tasks._PASSES", 1)
+    lines: list[str] = []
+    source = corpus(tmp_path / "corpus")
+    made = make_pseudo_tasks(
+        source, tmp_path / "out", examples=2000, dev=20, seed=0, files=None, log=lines.append
+    )
+    assert made["edited"] == 2000
+    assert made["follows_not"] < 2000
+    assert f"follows_not: {made['follows_not']:,} of 2,000 training, 20 of 20 dev examples" in lines
+    assert not any(line.startswith("edited") for line in lines)
+    assert len(records(tmp_path / "out", "follows_not")) == made["follows_not"]
 
 
 def test_word_tasks_share_inputs_and_differ_in_the_answer(made: Path) -> None:
@@ -147,7 +205,7 @@ def test_a_folder_is_never_overwritten_nor_left_half_written(made: Path, tmp_pat
 
 def test_a_new_pass_cuts_other_pieces() -> None:
     text = [f"第{i}句话说的是{name}很多很多。" for i, name in enumerate(NAMES[:40])]
-    maker = Maker([text], Words(dict.fromkeys(NAMES, 30), 10_000), seed=0)
+    maker = Maker([text], Words(dict.fromkeys(NAMES, 30), 10_000), np.random.default_rng(0))
     found = [json.dumps(record) for _ in range(8) for task, record in maker.pair(text) if task == "same"]
     assert len(found) == 8
     assert len(set(found)) > 4

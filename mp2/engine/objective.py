@@ -58,7 +58,7 @@ class Objective:
         if not train:
             raise UsageError("no training examples, expected at least 1; check the task's data and --shots")
         prompts.check_fits(backbone)
-        if prompts.kind == "deep" and prompts.meta.injection != "prefix" and "tensorrt" in runtime.name:
+        if prompts.kind == "deep" and prompts.meta.injection != "prefix" and runtime.name == "tensorrt":
             raise UsageError(
                 "these deep prompts were trained with inline injection, TensorRT plans have prefixes only: "
                 "run them with --runtime torch, or give prompts trained with --injection prefix"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import onnxruntime as ort
 import torch
 
 from mp2.backbone import Backbone, resolve_device
 from mp2.engine.batches import even_parts
-from mp2.engine.runtime import Prefix, check_positions
-from mp2.errors import MismatchError
+from mp2.engine.runtime import Prefix, check_positions, is_out_of_memory, say
+from mp2.errors import MismatchError, Mp2Error
 from mp2.export.folder import EngineFolder, layer_file
 from mp2.export.onnx_cpu_graphs import cpu_layer_model
 from mp2.export.onnx_cpu_probe import cpu_graphs_problem
@@ -17,6 +19,7 @@ from mp2.export.onnx_providers import Provider
 from mp2.export.onnx_session import OnnxSession
 from mp2.export.tensorrt.graphs import plain_layer_file
 from mp2.export.tensorrt.plans import SHAPES, read_shapes
+from mp2.export.tensorrt.profiles import Profile, stretched
 
 _CACHE = "onnxruntime"  # of the TensorRT provider, inside the engine folder
 _BLOCK_ROWS = 512  # of a layer at once: its products want them in a core's own cache
@@ -30,7 +33,7 @@ class OnnxRuntime:
     Activations stay on the provider's device from one graph of the chain to the next.
     """
 
-    name = "onnxruntime"
+    name: str = "onnxruntime"
 
     def __init__(
         self,
@@ -43,11 +46,13 @@ class OnnxRuntime:
         precision: str = "fp32",
         reason: str = "",
         fused: bool = True,
+        note: Callable[[str], None] = say,
     ) -> None:
         """Verify ``engine_dir`` against ``backbone``; FormatError or MismatchError if it does not fit.
 
         ``provider`` is ``cpu``, ``cuda`` or ``tensorrt`` (None: what ``device`` says), and
-        MissingDependencyError says what to install for it. The TensorRT provider keeps engines in the folder.
+        MissingDependencyError says what to install for it. The TensorRT provider keeps engines in the folder;
+        where a folder brings profiles that are too small, ``note`` hears of the build of a larger one.
         On the CPU in fp32, layers run in `mp2.export.onnx_cpu_graphs`' form where the installed onnxruntime
         can (``.reason`` says if not), without ``fused`` as the folder has them.
         """
@@ -78,7 +83,12 @@ class OnnxRuntime:
             self.reason += f"; standard operators only: {problem}"
         self._threads = threads
         self._config = backbone.config
+        self._note = note
         self._sessions: dict[str, OnnxSession] = {}
+        if kind == "tensorrt":
+            self.name = "onnxruntime-tensorrt"  # by which the same one is made again
+        if kind != "cpu":
+            self._session("embed.onnx", {})  # what is missing for the provider is said now
 
     def embed(self, input_ids: torch.Tensor, n_inline: int = 0) -> torch.Tensor:
         """See `Runtime.embed`."""
@@ -105,7 +115,8 @@ class OnnxRuntime:
         if prefix is None:
             empty = hidden.new_empty(1, 1, self._config.n_heads, 0, self._config.head_size)
             prefix = (empty, empty)
-        session = self._session(layer_file(index, "onnx"))
+        whole = {"hidden": hidden, "mask": mask, "prefix_keys": prefix[0], "prefix_values": prefix[1]}
+        session = self._session(layer_file(index, "onnx"), whole)
         out = session.empty("hidden_out", (max(p, prefix[0].shape[0]), n, t, width))
         for candidates, examples in self._blocks(*out.shape[:3]):
             feeds = {
@@ -125,7 +136,7 @@ class OnnxRuntime:
     def _run(
         self, graph: str, feeds: dict[str, torch.Tensor], shape: tuple[int, ...], output: str = "hidden_out"
     ) -> torch.Tensor:
-        return self._session(graph).run(feeds, {output: shape})[0]
+        return self._session(graph, feeds).run(feeds, {output: shape})[0]
 
     def _blocks(self, p: int, n: int, t: int) -> list[tuple[slice, slice]]:
         """(candidates, examples) whose rows lie together, in the order of the rows."""
@@ -136,18 +147,44 @@ class OnnxRuntime:
             return [(slice(1), part) for part in even_parts(n, max(1, rows // t))]
         return [(part, slice(n)) for part in even_parts(p, max(1, rows // (n * t)))]
 
-    def _session(self, graph: str) -> OnnxSession:
-        if graph not in self._sessions:
-            self._sessions[graph] = self._open(graph)
+    def _session(self, graph: str, feeds: Mapping[str, torch.Tensor]) -> OnnxSession:
+        """Return the session of ``graph``, opened again where its profile is too small for ``feeds``."""
+        session = self._sessions.get(graph)
+        if session is None:
+            session = self._sessions[graph] = self._open(graph, None)
+        if session.profile is None or not feeds or (sizes := session.sizes_beyond(feeds)) is None:
+            return session
+        profile = stretched(session.profile, sizes)
+        most = ", ".join(f"{name} {profile.ranges[name][2]}" for name in sizes)
+        self._note(
+            f"building a larger TensorRT engine of {graph} (up to {most}): its profile does not cover {sizes}"
+        )
+        del session, self._sessions[graph]  # its memory is given back before more is asked for
+        self._sessions[graph] = self._open(graph, profile)
         return self._sessions[graph]
 
-    def _open(self, graph: str) -> OnnxSession:
+    def _open(self, graph: str, profile: Profile | None) -> OnnxSession:
         model: Path | bytes = self._folder.file(graph)
         layers = [layer_file(i, "onnx") for i in range(self._config.n_layers)]
         if self._fused and graph in layers:
             fused = cpu_layer_model(self._folder.file(graph), self._config, layers.index(graph))
             model = fused.SerializeToString()
-        return OnnxSession(model, threads=self._threads, provider=self._provider, weights=self._folder.path)
+        try:
+            return OnnxSession(
+                model,
+                threads=self._threads,
+                provider=self._provider,
+                weights=self._folder.path,
+                profile=profile,
+            )
+        except Exception as error:  # onnxruntime's have no common base
+            if isinstance(error, Mp2Error) or is_out_of_memory(error):
+                raise
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise Mp2Error(
+                f"onnxruntime {ort.__version__} cannot load {graph} for runtime '{self.name}' on device "
+                f"{self.device}: {why}; use --runtime torch, or install another onnxruntime"
+            ) from error
 
 
 def _part(x: torch.Tensor, candidates: slice, examples: slice) -> torch.Tensor:

@@ -8,6 +8,7 @@ d_h]``. A runtime computes what is shared once.
 
 from __future__ import annotations
 
+import sys
 from typing import Protocol
 
 import torch
@@ -67,6 +68,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         phrase in text
         for phrase in (
             "out of memory",
+            "status_alloc_failed",  # cuBLAS, cuDNN
+            "allocation_failed",  # cuDNN 9
             "not enough memory",
             "can't allocate memory",
             "failed to allocate memory",
@@ -83,3 +86,8 @@ def check_positions(n_tokens: int, n_inline: int, most: int) -> None:
             f"sequence of {n_tokens} tokens and {n_inline} inline prompt rows, expected at most "
             f"{most} positions; shorten the examples"
         )
+
+
+def say(line: str) -> None:
+    """Print a line of a runtime's log."""
+    print(f"mp2: {line}", file=sys.stderr, flush=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from mp2.backbone import Backbone, resolve_device
-from mp2.engine.runtime import Prefix, check_positions
+from mp2.engine.runtime import Prefix, check_positions, say
 from mp2.engine.tensorrt_calls import CudaDevice, Device, EngineCalls, Scratch
 from mp2.errors import MismatchError
 from mp2.export.folder import EngineFolder, layer_file
@@ -19,11 +18,6 @@ from mp2.export.tensorrt.library import load_tensorrt
 from mp2.export.tensorrt.plans import Gpu, PlanStore
 from mp2.export.tensorrt.profiles import sizes_of
 from mp2.export.tensorrt.weights import TORCH_TYPES
-
-
-def say(line: str) -> None:
-    """Print a line of the log."""
-    print(f"mp2: {line}", file=sys.stderr)
 
 
 class TensorRTRuntime:

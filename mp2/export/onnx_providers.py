@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import onnxruntime as ort
 import torch
 
 from mp2.errors import MissingDependencyError
-from mp2.export.tensorrt.profiles import Shape, TaskShapes
+from mp2.export.tensorrt.profiles import Profile, Shape, TaskShapes, joined
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -26,8 +27,8 @@ class Provider:
     """Where a session runs and how: ``cpu``, ``cuda`` or ``tensorrt`` on a torch ``device``.
 
     ``tensorrt`` keeps engines and timings in ``cache``, tuned for ``shapes`` (None: it grows its own profile,
-    and rebuilds, as shapes come); ``precision`` fp16 or bf16 lets it choose that type for a float32 graph
-    (TensorRT 10 only; typed graphs need no flag).
+    and rebuilds, as shapes come; a profile that it was given never grows); ``precision`` fp16 or bf16 lets it
+    choose that type for a float32 graph (TensorRT 10 only; typed graphs need no flag).
     """
 
     kind: str = "cpu"
@@ -46,10 +47,37 @@ class Provider:
                 + (" tensorrt" if self.kind == "tensorrt" else "")
             )
 
+    def check_session(self, providers: Sequence[str]) -> None:
+        """Raise MissingDependencyError if a session has ``providers`` and the one asked for is not the first.
+
+        onnxruntime-gpu offers providers whose libraries are not there, and goes on without them.
+        """
+        wanted = PROVIDERS[self.kind]
+        if not providers or providers[0] != wanted:
+            libraries = "CUDA, cuDNN and TensorRT" if self.kind == "tensorrt" else "CUDA and cuDNN"
+            raise MissingDependencyError(
+                f"onnxruntime {ort.__version__} left {wanted} out (the session has "
+                f"{', '.join(providers) or 'none'}): install the releases of {libraries} that it was built "
+                "for where the loader finds them, or use --runtime torch"
+            )
+
+    def profile(self, graph: str) -> Profile | None:
+        """Return the explicit profile of ``graph``'s session: all of the task's as one. None: it has none."""
+        if self.kind != "tensorrt" or self.shapes is None:
+            return None
+        return joined(self.shapes.profiles(graph))
+
     def arguments(
-        self, graph: str, inputs: Mapping[str, Shape], stream: int | None
+        self,
+        graph: str,
+        inputs: Mapping[str, Shape],
+        stream: int | None,
+        profile: Profile | None = None,
     ) -> list[tuple[str, Options]]:
-        """Return ``providers=`` of a session for ``graph``; work is queued on CUDA ``stream``."""
+        """Return ``providers=`` of a session for ``graph``; work is queued on CUDA ``stream``.
+
+        ``profile`` is another one than `profile` gives, with engines of its own.
+        """
         if self.kind == "cpu":
             return [(PROVIDERS["cpu"], {})]
         common = {"device_id": str(torch.device(self.device).index or 0)}
@@ -62,38 +90,45 @@ class Provider:
         rest = [cuda, (PROVIDERS["cpu"], {})]
         if self.kind == "cuda":
             return rest
-        return [(PROVIDERS["tensorrt"], {**common, **self._tensorrt(graph, inputs)}), *rest]
+        return [(PROVIDERS["tensorrt"], {**common, **self._tensorrt(graph, inputs, profile)}), *rest]
 
-    def _tensorrt(self, graph: str, inputs: Mapping[str, Shape]) -> Options:
+    def _tensorrt(self, graph: str, inputs: Mapping[str, Shape], other: Profile | None) -> Options:
         options = {
             "trt_max_workspace_size": str(_WORKSPACE_BYTES),
             "trt_layer_norm_fp32_fallback": "True",
             "trt_fp16_enable": str(self.precision == "fp16"),
             "trt_bf16_enable": str(self.precision == "bf16"),
         }
-        if self.shapes is not None:
-            options |= _profile(self.shapes, graph, inputs)
+        profile = other or self.profile(graph)
+        if profile is not None:
+            options |= _profile(profile, inputs)
         if self.cache is not None:
             self.cache.mkdir(parents=True, exist_ok=True)
             options |= {
                 "trt_engine_cache_enable": "True",
                 "trt_engine_cache_path": str(self.cache),
-                "trt_engine_cache_prefix": f"{Path(graph).stem}-{self.precision}",
+                "trt_engine_cache_prefix": f"{Path(graph).stem}-{self.precision}{_mark(other)}",
                 "trt_timing_cache_enable": "True",
                 "trt_timing_cache_path": str(self.cache),
             }
         return options
 
 
-def _profile(shapes: TaskShapes, graph: str, inputs: Mapping[str, Shape]) -> Options:
-    """Return one explicit profile that holds all of the task's."""
-    profiles = shapes.profiles(graph)
+def _profile(profile: Profile, inputs: Mapping[str, Shape]) -> Options:
+    """Return the options that say ``profile``."""
     options = {}
-    for key, which, pick in (("min", 0, min), ("opt", 1, max), ("max", 2, max)):
-        given = []
-        for name, declared in inputs.items():
-            sizes = [profile.shapes(declared)[which] for profile in profiles]
-            if any(isinstance(size, str) for size in declared):
-                given.append(f"{name}:{'x'.join(str(pick(column)) for column in zip(*sizes, strict=True))}")
-        options[f"trt_profile_{key}_shapes"] = ",".join(given)
+    for which, key in enumerate(("min", "opt", "max")):
+        options[f"trt_profile_{key}_shapes"] = ",".join(
+            f"{name}:{'x'.join(map(str, profile.shapes(declared)[which]))}"
+            for name, declared in inputs.items()
+            if any(isinstance(size, str) for size in declared)
+        )
     return options
+
+
+def _mark(profile: Profile | None) -> str:
+    """Return what tells the engines of a grown ``profile`` from those of the folder's own (None)."""
+    if profile is None:
+        return ""
+    ranges = sorted((name, *sizes) for name, sizes in profile.ranges.items())
+    return "-" + hashlib.sha256(repr(ranges).encode()).hexdigest()[:8]

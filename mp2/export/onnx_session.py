@@ -10,6 +10,7 @@ import onnxruntime as ort
 import torch
 
 from mp2.export.onnx_providers import Provider
+from mp2.export.tensorrt.profiles import Profile, sizes_of
 
 ort.disable_telemetry_events()  # what works offline sends nothing
 # an empty tensor (no prompt rows) has no address, but a binding needs one
@@ -46,11 +47,13 @@ class OnnxSession:
         threads: int | None = None,
         provider: Provider | None = None,
         weights: Path | None = None,
+        profile: Profile | None = None,
     ) -> None:
         """Load ``model`` on ``provider`` (None: the CPU) with ``threads`` CPU threads (None: torch's number).
 
-        ``weights`` is the folder of the files that a model given as bytes points at. Raises
-        MissingDependencyError if onnxruntime has no such provider.
+        ``weights`` is the folder of the files that a model given as bytes points at, ``profile`` what the
+        TensorRT provider is to accept (None: as the provider says). Raises MissingDependencyError if
+        onnxruntime has no such provider, or cannot load its libraries.
         """
         provider = provider or Provider()
         provider.check()
@@ -67,11 +70,17 @@ class OnnxSession:
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         graph = model.name if isinstance(model, Path) else ""
-        inputs = _declared(model) if provider.kind == "tensorrt" else {}
+        self._declared = _declared(model) if provider.kind == "tensorrt" else {}
+        self.profile = profile or provider.profile(graph)
         handle = None if self._stream is None else self._stream.cuda_stream
+        # without its own fallback, which tries again with other providers, without these options
         self._session = ort.InferenceSession(
-            model, options, providers=provider.arguments(graph, inputs, handle)
+            model,
+            options,
+            providers=provider.arguments(graph, self._declared, handle, profile),
+            enable_fallback=0,
         )
+        provider.check_session(self._session.get_providers())
         # none on a CPU: looking into them at every call costs onnxruntime 0.1 ms
         self._run_options: ort.RunOptions | None = None
         if self._stream is not None:  # ordered by streams, not by waiting for the device
@@ -110,6 +119,13 @@ class OnnxSession:
             self._session.run_with_iobinding(binding, self._run_options)
             current.wait_stream(self._stream)
         return tuple(results)
+
+    def sizes_beyond(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, int] | None:
+        """Return the named sizes of ``feeds`` if the session's profile does not cover them."""
+        if self.profile is None:
+            return None
+        sizes = sizes_of(self._declared, {name: tuple(x.shape) for name, x in feeds.items()})
+        return None if self.profile.covers(sizes) else sizes
 
     def empty(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """Return an unfilled tensor for output ``name``."""

@@ -8,6 +8,7 @@ import torch
 
 from mp2.backbone import Backbone
 from mp2.engine import Objective, Prefix, TorchRuntime
+from mp2.engine.runtime import is_out_of_memory
 from mp2.errors import MismatchError, OutOfMemoryError, UsageError
 from mp2.prompts import PromptSet, random_prompts
 from mp2.tasks import MrcInput
@@ -204,6 +205,21 @@ def test_a_single_example_that_does_not_fit_is_an_error(
     objective = Objective(runtime, tiny_backbone, deep, train)
     with pytest.raises(OutOfMemoryError, match="one example of 30 tokens"):
         objective.full_losses(candidates(2, deep))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "Failed to allocate memory for requested buffer of size 1024",
+    ],
+)
+def test_every_librarys_words_for_lack_of_memory_are_known(text: str) -> None:
+    assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(UsageError(text))
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory(

@@ -11,12 +11,13 @@ import torch
 
 from mp2.backbone import Backbone
 from mp2.engine import OnnxRuntime, create_runtime
-from mp2.errors import MismatchError, MissingDependencyError
+from mp2.errors import MismatchError, MissingDependencyError, Mp2Error
 from mp2.export import onnx_session
 from mp2.export.onnx_providers import PROVIDERS, Provider
 from mp2.export.tensorrt import TaskShapes
 from mp2.export.tensorrt.export import export_typed
 from mp2.export.tensorrt.parity import compare_runtime
+from mp2.export.tensorrt.profiles import Profile, stretched
 
 # onnxruntime's documentation and sources (cuda_ and tensorrt_execution_provider_info.cc)
 DOCUMENTED = {
@@ -68,10 +69,13 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, dict[str, st
     real = ort.InferenceSession
 
     def session(
-        model: Any, options: Any, providers: list[tuple[str, dict[str, str]]]
+        model: Any, options: Any, providers: list[tuple[str, dict[str, str]]], enable_fallback: int
     ) -> ort.InferenceSession:
+        assert not enable_fallback, "onnxruntime would try again without these options, and print on stdout"
         seen.append(providers)
-        return real(model, options, providers=["CPUExecutionProvider"])
+        made = real(model, options, providers=["CPUExecutionProvider"])
+        made.get_providers = lambda: [name for name, _ in providers]
+        return made
 
     monkeypatch.setattr(onnx_session.ort, "InferenceSession", session)
     monkeypatch.setattr(ort, "get_available_providers", lambda: list(PROVIDERS.values()))
@@ -175,3 +179,87 @@ def test_a_missing_provider_says_what_to_install(tiny_backbone: Backbone, engine
     for kind, extra in (("cuda", ""), ("tensorrt", " tensorrt")):
         with pytest.raises(MissingDependencyError, match=f"pip install onnxruntime-gpu{extra}"):
             OnnxRuntime(tiny_backbone, engine_dir, provider=kind)
+
+
+def test_a_provider_that_onnxruntime_leaves_out_is_an_error_when_the_runtime_is_made(
+    tiny_backbone: Backbone,
+    half_dir: Path,
+    opened: list[list[tuple[str, dict[str, str]]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = onnx_session.ort.InferenceSession
+
+    def without_libraries(*args: Any, **options: Any) -> ort.InferenceSession:
+        made = session(*args, **options)
+        made.get_providers = lambda: ["CPUExecutionProvider"]
+        return made
+
+    monkeypatch.setattr(onnx_session.ort, "InferenceSession", without_libraries)
+    with pytest.raises(MissingDependencyError, match=r"left TensorrtExecutionProvider out .*CPUExec.* cuDNN"):
+        OnnxRuntime(tiny_backbone, half_dir, provider="tensorrt", precision="fp16")
+
+
+def test_what_onnxruntime_refuses_says_so_and_what_to_do(
+    tiny_backbone: Backbone,
+    engine_dir: Path,
+    opened: list[list[tuple[str, dict[str, str]]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise RuntimeError("CUDA failure 35: driver version is insufficient\n(more)")
+
+    monkeypatch.setattr(onnx_session.ort, "InferenceSession", refuse)
+    with pytest.raises(
+        Mp2Error, match=r"cannot load embed\.onnx .*failure 35: driver version is insufficient; use --runtime"
+    ):
+        OnnxRuntime(tiny_backbone, engine_dir, provider="tensorrt")
+    assert capsys.readouterr().out == ""
+
+
+def test_the_tensorrt_provider_has_the_name_by_which_it_is_made_again(
+    tiny_backbone: Backbone, half_dir: Path, opened: list[list[tuple[str, dict[str, str]]]]
+) -> None:
+    runtime = OnnxRuntime(tiny_backbone, half_dir, provider="tensorrt", precision="fp16")
+    assert runtime.name == "onnxruntime-tensorrt"
+    assert OnnxRuntime(tiny_backbone, half_dir, precision="fp16").name == "onnxruntime"
+
+
+def test_batches_beyond_the_profile_open_the_graph_again_with_a_larger_one(
+    tiny_backbone: Backbone, half_dir: Path, opened: list[list[tuple[str, dict[str, str]]]]
+) -> None:
+    lines: list[str] = []
+    runtime = OnnxRuntime(tiny_backbone, half_dir, provider="tensorrt", precision="fp16", note=lines.append)
+    small = runtime.embed(torch.arange(10, 32).view(2, 11))
+    (own,) = opened
+    assert lines == []
+    ids = torch.arange(10, 10 + 11 * 33).view(11, 33) % tiny_backbone.config.vocab_size
+    hidden = runtime.embed(ids)  # the profile ends at 3 examples of 20 tokens
+    assert len(opened) == 2
+    grown = opened[1][0][1]
+    assert grown["trt_profile_min_shapes"] == "input_ids:1x1"
+    assert grown["trt_profile_opt_shapes"] == own[0][1]["trt_profile_opt_shapes"] == "input_ids:3x20"
+    assert grown["trt_profile_max_shapes"] == "input_ids:16x64"
+    assert grown["trt_engine_cache_prefix"].startswith(own[0][1]["trt_engine_cache_prefix"] + "-")
+    assert lines == [
+        "building a larger TensorRT engine of embed.onnx (up to N 16, T 64): "
+        "its profile does not cover {'N': 11, 'T': 33}"
+    ]
+    assert torch.equal(runtime.embed(torch.arange(10, 32).view(2, 11)), small)
+    runtime.embed(ids[:, :40].repeat(1, 2)[:, :60])
+    assert len(opened) == 2
+    rng = torch.Generator().manual_seed(0)
+    prefix = torch.randn(2, 1, 1, 4, 5, 6, generator=rng)
+    runtime.layer(1, hidden, None, (prefix[0], prefix[1]))
+    assert opened[-1][0][1]["trt_profile_max_shapes"] == (
+        "hidden:4x16x64x24,mask:16x64,prefix_keys:4x1x4x5x6,prefix_values:4x1x4x5x6"
+    )
+
+
+def test_a_stretched_profile_covers_both_and_is_tuned_for_the_same() -> None:
+    profile = Profile({"P": (1, 20, 20), "N": (1, 32, 32), "T": (1, 64, 64)})
+    assert stretched(profile, {"P": 1, "N": 166, "T": 99}).ranges == {
+        "P": (1, 20, 20),
+        "N": (1, 32, 256),
+        "T": (1, 64, 128),
+    }

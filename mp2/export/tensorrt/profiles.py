@@ -147,6 +147,21 @@ def grown(profiles: Sequence[Profile], sizes: Sizes) -> tuple[Profile, ...]:
     return (*profiles, Profile(ranges))
 
 
+def joined(profiles: Sequence[Profile]) -> Profile:
+    """Return one profile that holds all of ``profiles``, tuned for the largest of their best sizes."""
+    ranges = {}
+    for name in profiles[0].ranges:
+        low, best, high = zip(*(profile.ranges[name] for profile in profiles), strict=True)
+        ranges[name] = (min(low), max(best), max(high))
+    return Profile(ranges)
+
+
+def stretched(profile: Profile, sizes: Sizes) -> Profile:
+    """Return ``profile`` with room for ``sizes``, too, as far as `grown` goes; still tuned for the same."""
+    room = joined(grown([profile], sizes)).ranges
+    return Profile({name: (room[name][0], r[1], room[name][2]) for name, r in profile.ranges.items()})
+
+
 def best_profile(profiles: Sequence[Profile], sizes: Sizes) -> int | None:
     """Return the index of the covering profile that is tuned nearest to ``sizes``, None if none covers."""
     fits = [index for index, profile in enumerate(profiles) if profile.covers(sizes)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,21 @@ class MixtureTask:
     train: Sequence[MrcInput]
     dev_examples: Sequence[Example]
     dev: Sequence[MrcInput]
+
+    def train_sha256(self) -> str:
+        """Hash of what is trained on: tokens and gold spans, in their order."""
+        return _digest(self.train).hexdigest()
+
+    def dev_sha256(self) -> str:
+        """Hash of what dev scores depend on: inputs with all their spans, examples, the metric."""
+        digest = _digest(self.dev)
+        for item in self.dev:
+            digest.update(repr([item.example, item.context_span, item.context_offsets]).encode())
+            digest.update(item.option_spans.tobytes())
+        for example in self.dev_examples:
+            digest.update(repr([example.fields, example.label, example.options, example.answers]).encode())
+        digest.update(self.card.metric.encode())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,14 @@ class Batch:
         """The batch on a device."""
         tensors = (self.input_ids, self.mask, self.start, self.end, self.weight)
         return Batch(self.task, *(tensor.to(device) for tensor in tensors))
+
+
+def _digest(inputs: Sequence[MrcInput]) -> hashlib._Hash:
+    digest = hashlib.sha256()
+    for item in inputs:
+        digest.update(np.array([item.n_tokens, item.start, item.end], np.int64).tobytes())
+        digest.update(item.input_ids.tobytes())
+    return digest
 
 
 def load_mixture(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,16 @@ class MlmTrainer(Trainer[Tensors]):
         """What a checkpoint must agree on to be resumed; how often one is written does not matter."""
         settings = asdict(self.config)
         del settings["checkpoint_minutes"]
-        return settings | {"n_sequences": len(self.packed)}
+        return settings | self._data_sha256
+
+    @cached_property
+    def _data_sha256(self) -> dict[str, str]:
+        """Hashes of packed corpus and vocabulary; every checkpoint has them, so they are computed once."""
+        vocabulary = "\n".join(self.tokenizer.tokens()).encode()
+        return {
+            "corpus": hashlib.sha256(np.ascontiguousarray(self.packed).data).hexdigest(),
+            "vocabulary": hashlib.sha256(vocabulary).hexdigest(),
+        }
 
     def make_batch(self, step: int) -> Tensors:
         """This process's rows of a step: masked ids [N, T], chosen positions [n], targets [n], starts [N]."""

@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ class Pretrainer(Trainer[Batch]):
         self.inputs = dict(inputs or {})  # what the run was asked for: kept in config.json and the model card
         self.pad_id = backbone.tokenizer.pad_id
         prompts = ModularPrompts(self._meta(init), torch.Generator().manual_seed(config.seed))
+        self._init = None if init is None else [init.sha256, *init.meta.tasks]
         if init is not None:
             start_from(prompts, init)
         encoder = backbone.encoder
@@ -118,8 +120,22 @@ class Pretrainer(Trainer[Batch]):
                 PretrainConfig, name
             ):  # as checkpoints were before there was a choice
                 del settings[name]
-        tasks = [[task.card.task, len(task.train)] for task in self.tasks]
-        return {**settings, "tasks": tasks, "backbone": self.backbone.sha256}
+        tasks = [task.card.task for task in self.tasks]
+        return {
+            **settings,
+            "tasks": tasks,
+            **self._data_sha256,
+            "backbone": self.backbone.sha256,
+            "init": self._init,
+        }
+
+    @cached_property
+    def _data_sha256(self) -> dict[str, list[str]]:
+        """Hashes of each task's data; every checkpoint has them, so they are computed once."""
+        return {
+            "train_data": [task.train_sha256() for task in self.tasks],
+            "dev_data": [task.dev_sha256() for task in self.tasks],
+        }
 
     def state(self) -> dict[str, Any]:
         """Dev scores before the first step."""

@@ -291,6 +291,24 @@ def test_a_checkpoint_of_other_settings_is_refused(corpus: Path, tmp_path: Path)
         train(corpus, tmp_path / "tiny", tiny(steps=3, ffn=32))
 
 
+def test_a_checkpoint_of_another_corpus_is_refused_before_anything_is_written(
+    corpus: Path, tmp_path: Path
+) -> None:
+    with cut_at(MlmTrainer, 3), pytest.raises(KeyboardInterrupt):
+        train(corpus, tmp_path / "tiny", tiny())
+    text = (corpus / "a.txt").read_text("utf-8")
+    before = {path: path.read_bytes() for path in (tmp_path / "tiny").glob("*") if path.is_file()}
+    swapped = text.translate(str.maketrans("天气", "气天"))  # as many sequences, of the same characters
+    (corpus / "a.txt").write_text(swapped, "utf-8")
+    with pytest.raises(MismatchError, match="other settings, data or backbone: corpus; give"):
+        train(corpus, tmp_path / "tiny", tiny())
+    assert {path: path.read_bytes() for path in (tmp_path / "tiny").glob("*") if path.is_file()} == before
+    (corpus / "a.txt").write_text(text, "utf-8")
+    lines: list[str] = []
+    train(corpus, tmp_path / "tiny", tiny(), lines)
+    assert "resumed at step 3" in lines
+
+
 def test_a_checkpoint_without_a_parameter_is_refused(corpus: Path, tmp_path: Path) -> None:
     train(corpus, tmp_path / "tiny", tiny(steps=2))
     path = tmp_path / "tiny" / "mlm_checkpoint.safetensors"

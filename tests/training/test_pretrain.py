@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -366,10 +367,57 @@ def test_a_checkpoint_over_another_backbone_task_list_or_size_is_refused(
     other = random_backbone(backbone.config, backbone.tokenizer.tokens(), seed=99)
     with pytest.raises(MismatchError, match="other settings, data or backbone"):
         run(world, other, tiny(steps=2), tmp_path)
-    with pytest.raises(MismatchError, match="other settings, data or backbone: tasks; give"):
+    with pytest.raises(
+        MismatchError, match="other settings, data or backbone: tasks, train_data, dev_data; give"
+    ):
         run((world[0][:2], world[1]), backbone, tiny(steps=2), tmp_path)
     with pytest.raises(MismatchError, match="other settings, data or backbone: n_modules; give"):
         run(world, backbone, tiny(steps=2, n_modules=5), tmp_path)
+
+
+def exchange_labels(world: tuple[list[TaskCard], Path], folder: Path, split: str) -> Path:
+    """A copy of the world's data in which every label of mood's ``split`` is the other one."""
+    shutil.copytree(world[1], folder)
+    path = folder / "mood" / f"{split}.jsonl"
+    other = {"pos": "neg", "neg": "pos"}
+    records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    lines = [json.dumps({**r, "label": other[r["label"]]}, ensure_ascii=False) for r in records]
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_a_checkpoint_of_other_data_is_refused_before_anything_is_written(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path, split: str
+) -> None:
+    out = tmp_path / "out"
+    with cut_at(Pretrainer, 3), pytest.raises(KeyboardInterrupt):
+        run(world, backbone, tiny(), out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    other = exchange_labels(world, tmp_path / "data", split)
+    with pytest.raises(MismatchError, match=f"other settings, data or backbone: {split}_data; give"):
+        run((world[0], other), backbone, tiny(), out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    shutil.copytree(world[1], tmp_path / "moved")
+    lines: list[str] = []
+    run((world[0], tmp_path / "moved"), backbone, tiny(), out, log=lines.append)
+    assert "resumed at step 3" in lines  # the same data, in another place
+
+
+def test_a_checkpoint_begun_with_other_prompts_is_refused_before_anything_is_written(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path
+) -> None:
+    first, second = (init_prompts(backbone), init_prompts(backbone, seed=6))
+    with cut_at(Pretrainer, 3), pytest.raises(KeyboardInterrupt):
+        run(world, backbone, tiny(), tmp_path, init=first)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for init in (second, None):
+        with pytest.raises(MismatchError, match="other settings, data or backbone: init; give"):
+            run(world, backbone, tiny(), tmp_path, init=init)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    lines: list[str] = []
+    run(world, backbone, tiny(), tmp_path, init=first, log=lines.append)
+    assert "resumed at step 3" in lines
 
 
 def test_a_second_run_in_the_same_folder_is_refused(
@@ -455,8 +503,8 @@ def test_ten_non_finite_losses_in_a_row_stop_the_run_and_nine_do_not(
 
 
 def init_prompts(backbone: Backbone, **changes: Any) -> PromptSet:
-    sizes = {**SIZES, **changes}
-    return random_prompts(backbone, "deep", tasks=("other", "find"), seed=5, **sizes)
+    sizes = {**SIZES, "seed": 5, **changes}
+    return random_prompts(backbone, "deep", tasks=("other", "find"), **sizes)
 
 
 def test_init_copies_prompts_head_and_the_routers_of_known_tasks(

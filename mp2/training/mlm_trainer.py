@@ -31,6 +31,7 @@ from mp2.training.ranks import Ranks, joined
 from mp2.training.trainer import Trainer
 from mp2.whole_files import write_json, write_text
 
+CHECKPOINT = "mlm_checkpoint.safetensors"
 Tensors = tuple[Tensor, ...]
 
 
@@ -53,7 +54,7 @@ class MlmTrainer(Trainer[Tensors]):
         super().__init__(
             out,
             n_steps=config.steps,
-            checkpoint="mlm_checkpoint.safetensors",
+            checkpoint=CHECKPOINT,
             journal="mlm_losses.jsonl",
             checkpoint_minutes=config.checkpoint_minutes,
             amount=config.batch_size * config.length,
@@ -162,7 +163,7 @@ def train_mlm(
 
     Raises:
         RunLockedError: another process trains in the same folder.
-        UsageError: no text, or less than a batch of it.
+        UsageError: no text, less than a batch of it, or a vocabulary of something else in ``out``.
         MismatchError: a checkpoint of another configuration.
         UnknownNameError, MissingDependencyError: no such device here.
     """
@@ -174,8 +175,9 @@ def train_mlm(
         torch.set_num_threads(threads)
     with joined(device) as ranks, alone_in(out) if ranks.main else nullcontext():
         say = log if ranks.main else lambda _: None
+        digests = file_digests(files)  # now: a file may change while the run goes on
         with ranks.main_first():  # the others find vocabulary and packed sequences
-            tokenizer = _tokenizer(files, out, config)
+            tokenizer = _tokenizer(files, digests, out, config, say)
             packed = pack(files, tokenizer, config.length, out / "cache")
         say(
             f"corpus: {len(packed):,} sequences of {config.length} tokens, "
@@ -195,11 +197,13 @@ def train_mlm(
             run.train()
         backbone = freeze(run.model.encoder.config, run.model.encoder.cpu(), tokenizer)
         if ranks.main:
-            _write(run, backbone, files, command)
+            _write(run, backbone, digests, command)
         return backbone
 
 
-def _write(run: MlmTrainer, backbone: Backbone, files: Sequence[Path], command: str | None) -> None:
+def _write(
+    run: MlmTrainer, backbone: Backbone, digests: Sequence[tuple[str, int, str]], command: str | None
+) -> None:
     """Write the backbone's folder, curve, numbers and card."""
     out, config = run.out, run.config
     save_backbone(backbone, out)
@@ -217,14 +221,38 @@ def _write(run: MlmTrainer, backbone: Backbone, files: Sequence[Path], command: 
         "data_wait_share": round(run.wait_share, 5),
     }
     write_json(out / "mlm_result.json", facts, indent=1)
-    facts["files"] = file_digests(files)
+    facts["files"] = digests
     write_text(out / "model_card.md", backbone_card(backbone, config, run.ranks, command, facts))
 
 
-def _tokenizer(files: Sequence[Path], out: Path, config: MlmConfig) -> Tokenizer:
-    vocab_file = out / "vocab.txt"
+def _tokenizer(
+    files: Sequence[Path],
+    digests: Sequence[tuple[str, int, str]],
+    out: Path,
+    config: MlmConfig,
+    say: Callable[[str], None],
+) -> Tokenizer:
+    """The folder's vocabulary; made where there is none, or one that a run without a checkpoint left.
+
+    ``vocab_source.json`` says of which text and size it was made. It is written first, so that a run stopped
+    between the two leaves nothing that looks like another's.
+    """
+    vocab_file, source_file = out / "vocab.txt", out / "vocab_source.json"
+    source = {"vocab_size": config.vocab_size, "files": [list(digest) for digest in digests]}
     if vocab_file.is_file():
-        return Tokenizer.from_folder(out)
+        made_here = source_file.is_file()
+        if (out / CHECKPOINT).is_file() or (
+            made_here and json.loads(source_file.read_text("utf-8")) == source
+        ):
+            return Tokenizer.from_folder(out)  # a checkpoint of another vocabulary is refused when it is read
+        if not made_here or (out / "model.safetensors").is_file():
+            raise UsageError(
+                f"{vocab_file} is there already and was not made from this --corpus with --vocab-size "
+                f"{config.vocab_size}; give another --out, or take that file away"
+            )
+        say("vocabulary: made anew, a run stopped before its first checkpoint left one of other text or size")
+        vocab_file.unlink()
+    write_json(source_file, source, indent=1)
     tokenizer = Tokenizer.from_vocab(build_vocab(files, config.vocab_size))
     write_text(vocab_file, "\n".join(tokenizer.tokens()) + "\n")
     return tokenizer

@@ -309,6 +309,57 @@ def test_a_checkpoint_of_another_corpus_is_refused_before_anything_is_written(
     assert "resumed at step 3" in lines
 
 
+def stopped_before_its_first_checkpoint(corpus: Path, out: Path, config: MlmConfig) -> None:
+    def fails(self: MlmTrainer) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(MlmTrainer, "train", fails)
+        with pytest.raises(KeyboardInterrupt):
+            train(corpus, out, config)
+    assert (out / "vocab.txt").is_file()
+    assert not (out / "mlm_checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize("change", ["vocab_size", "corpus", "nothing"])
+def test_a_vocabulary_without_a_checkpoint_is_made_anew_for_other_text_or_size(
+    corpus: Path, tmp_path: Path, change: str
+) -> None:
+    stopped_before_its_first_checkpoint(corpus, tmp_path / "tiny", tiny())
+    config = tiny(vocab_size=190) if change == "vocab_size" else tiny()
+    if change == "corpus":
+        text = (corpus / "a.txt").read_text("utf-8")
+        (corpus / "a.txt").write_text(text.replace("天", "地"), "utf-8")
+    lines: list[str] = []
+    backbone = train(corpus, tmp_path / "tiny", config, lines)
+    assert any("made anew" in line for line in lines) == (change != "nothing")
+    fresh = train(corpus, tmp_path / "fresh" / "tiny", config)
+    assert backbone.tokenizer.tokens() == fresh.tokenizer.tokens()
+    assert backbone.sha256 == fresh.sha256
+    assert load_backbone(tmp_path / "tiny").tokenizer.tokens() == fresh.tokenizer.tokens()
+
+
+def test_a_vocabulary_of_something_else_is_neither_taken_nor_overwritten(
+    corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "tiny"
+    out.mkdir()
+    (out / "vocab.txt").write_text("[PAD]\n[UNK]\n", "utf-8")
+    with pytest.raises(
+        UsageError, match=r"tiny/vocab\.txt is there already .*--vocab-size 200; give another"
+    ):
+        train(corpus, out, tiny())
+    assert (out / "vocab.txt").read_text("utf-8") == "[PAD]\n[UNK]\n"
+    train(corpus, tmp_path / "done", tiny(steps=2))
+    (
+        tmp_path / "done" / "mlm_checkpoint.safetensors"
+    ).unlink()  # the run has ended: it is not needed any more
+    with pytest.raises(
+        UsageError, match=r"done/vocab\.txt is there already .*--vocab-size 190; give another"
+    ):
+        train(corpus, tmp_path / "done", tiny(steps=2, vocab_size=190))
+
+
 def test_a_checkpoint_without_a_parameter_is_refused(corpus: Path, tmp_path: Path) -> None:
     train(corpus, tmp_path / "tiny", tiny(steps=2))
     path = tmp_path / "tiny" / "mlm_checkpoint.safetensors"

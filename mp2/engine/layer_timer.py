@@ -26,7 +26,7 @@ from mp2.backbone import Backbone
 from mp2.engine.batches import group_by_length
 from mp2.engine.forward import usual_micro_batch_tokens
 from mp2.engine.objective import Objective
-from mp2.engine.runtime import Runtime
+from mp2.engine.runtime import Prefix, Runtime
 from mp2.prompts import PromptSet
 
 if TYPE_CHECKING:
@@ -54,6 +54,27 @@ def first_layers(backbone: Backbone, prompts: PromptSet, n_layers: int) -> tuple
         routers=prompts.routers[:, cut],
     )
     return replace(backbone, config=config, encoder=encoder), fewer
+
+
+class LastLayerAt:
+    """A runtime whose layer ``index`` is the last of ``n_layers``.
+
+    With inline prompts the last layer alone gets a prefix. TensorRT has a plan for each graph: a short model
+    that ended in another layer would have plans built that no run uses.
+    """
+
+    def __init__(self, runtime: Runtime, index: int, n_layers: int) -> None:
+        """Run everything on ``runtime``."""
+        self.name, self.device = runtime.name, runtime.device
+        self.precision, self.reason = runtime.precision, runtime.reason
+        self.embed, self.embed_inline, self.head = runtime.embed, runtime.embed_inline, runtime.head
+        self._runtime, self._index, self._last = runtime, index, n_layers - 1
+
+    def layer(
+        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefix | None
+    ) -> torch.Tensor:
+        """See `Runtime.layer`."""
+        return self._runtime.layer(self._last if index == self._index else index, hidden, mask, prefix)
 
 
 def sample_batches(
@@ -135,7 +156,9 @@ class LayerTimer:
         self._z: dict[int, np.ndarray] = {}
         for k in self.depths:
             body, fewer = first_layers(backbone, prompts, k)
-            self._objectives[k] = make_objective(runtime, body, fewer, part)
+            moved = "tensorrt" in runtime.name and not self._prefixed
+            on = LastLayerAt(runtime, k - 1, self.n_layers) if moved else runtime
+            self._objectives[k] = make_objective(on, body, fewer, part)
             shape = (fewer.z.shape[0], fewer.z.shape[-1])
             self._z[k] = rng.standard_normal(shape).astype(np.float32)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,19 +15,25 @@ from mp2.engine.cuda_runtime import CUDA_PRECISIONS, CudaRuntime
 from mp2.engine.int8_runtime import Int8Runtime
 from mp2.engine.objective import Objective
 from mp2.engine.onnx_runtime import OnnxRuntime
+from mp2.engine.probe import Probe, layer_seconds, middle_layer
 from mp2.engine.runtime import PRECISIONS, Runtime
 from mp2.engine.torch_runtime import TorchRuntime
-from mp2.errors import Mp2Error, UnknownNameError, UsageError
-from mp2.export.folder import MANIFEST, read_manifest
+from mp2.errors import FormatError, Mp2Error, UnknownNameError, UsageError
+from mp2.export.folder import MANIFEST, EngineFolder, layer_file, read_manifest
+from mp2.export.tensorrt.graphs import plain_layer_file
+from mp2.export.tensorrt.plans import SHAPES, read_shapes
+from mp2.limits import check_threads
 from mp2.prompts import PromptSet
 
 if TYPE_CHECKING:
+    from mp2.engine.tensorrt_runtime import TensorRTRuntime
     from mp2.tasks import MrcInput
 
 AnyObjective = Objective | CudaObjective
 
 RUNTIMES = ("auto", "torch", "onnxruntime", "onnxruntime-tensorrt", "tensorrt")
 _FOLDER_PRECISIONS = ("fp32", "fp16", "bf16", "fp8")  # onnxruntime's: what the engine folder was exported in
+_CANDIDATES = 20  # that runtimes are compared on where there is a GPU, which one alone would not fill
 
 
 def create_runtime(
@@ -44,76 +50,114 @@ def create_runtime(
     ``device`` ``auto`` is the GPU if torch sees one, for ``onnxruntime`` the CPU. ``precision`` ``auto`` is
     fp32 on a CPU, where losses then are exact, and bf16 on a GPU (fp16 on one without bf16); for the
     runtimes that need an engine folder, what the folder was exported in.
-    ``engine_dir`` is an engine folder (`mp2 export`), which ``onnxruntime`` needs. ``threads`` sets torch's
-    threads for the whole process, too. ``.reason`` of the result says why it was chosen.
+    ``engine_dir`` is an engine folder (`mp2 export`), which ``onnxruntime`` and ``tensorrt`` need; without
+    one, ``auto`` is torch. ``auto`` builds no TensorRT plan only to compare. ``threads`` sets torch's threads
+    for the whole process, too. ``.reason`` of the result says why it was chosen.
 
     Raises UnknownNameError (runtime or precision), MissingDependencyError (tensorrt, CUDA), UsageError (no
     engine folder), FormatError or MismatchError (an engine folder that is damaged or another backbone's).
     """
     if name not in RUNTIMES:
         raise UnknownNameError("runtime", name, RUNTIMES)
+    folder = None if engine_dir is None else Path(engine_dir)
+    if folder is not None and not folder.is_dir():
+        raise UsageError(
+            f"there is no engine folder {folder}; make one with "
+            f"'mp2 export --backbone {backbone.config.name} --out {folder}'"
+        )
+    check_threads(threads)
     why = []
     if device == "auto":
         device = "cuda" if name != "onnxruntime" and torch.cuda.is_available() else "cpu"
         why = ["there is a GPU"] if device == "cuda" else []
-    on_onnxruntime = name.startswith("onnxruntime")
-    if precision == "auto" and engine_dir is not None and (on_onnxruntime or name == "tensorrt"):
-        precision = read_manifest(Path(engine_dir) / MANIFEST).precision
-    elif precision == "auto":
-        precision = _usual_precision(name, device)
-        why += [f"{precision} is usual there"] if device != "cpu" else []
-    if name == "tensorrt":
-        return _tensorrt(backbone, engine_dir, device, precision)
-    on_gpu = not on_onnxruntime and device != "cpu" and resolve_device(device).type == "cuda"
-    known = _FOLDER_PRECISIONS if on_onnxruntime else CUDA_PRECISIONS if on_gpu else PRECISIONS
-    if precision not in known:
-        raise UnknownNameError("precision", precision, known, f"These are for device {device}.")
+    asked = _Asked(backbone, folder, device, threads, precision)
+    if name in ("auto", "torch"):  # before anything is timed
+        own = asked.torch_precision()
+        why += [f"{own} is usual there"] if precision == "auto" and device != "cpu" else []
     if threads is not None:
-        if threads < 1:
-            raise UsageError(f"threads is {threads}, expected at least 1")
         torch.set_num_threads(threads)
+    if name == "torch":
+        return asked.on_torch(f"asked for; {', '.join(why)}" if why else "")
+    if name == "tensorrt":
+        return asked.on_tensorrt("cuda" if device == "cpu" else device)
+    if name != "auto":
+        return asked.on_onnxruntime(name)
+    if folder is not None:
+        return _fastest(asked, folder)
+    if _is_gpu(device):
+        return asked.on_torch(f"auto: torch on CUDA, {', '.join(why) or 'the device asked for'}")
+    return asked.on_torch("auto: torch, the only runtime without an engine folder")
 
-    def on_torch(reason: str = "") -> Runtime:
-        if on_gpu:
-            return CudaRuntime(backbone, device=device, precision=precision, reason=reason)
+
+@dataclass(frozen=True)
+class _Asked:
+    """What `create_runtime` was asked for, and the runtimes made from it."""
+
+    backbone: Backbone
+    folder: Path | None
+    device: str
+    threads: int | None
+    precision: str
+
+    def torch_precision(self) -> str:
+        """The precision on torch; UnknownNameError if it has no such."""
+        gpu = _is_gpu(self.device)
+        if self.precision == "auto":
+            bf16 = not gpu or torch.cuda.get_device_capability(self.device) >= (8, 0)
+            return "fp32" if not gpu else "bf16" if bf16 else "fp16"
+        known = CUDA_PRECISIONS if gpu else PRECISIONS
+        if self.precision not in known:
+            raise UnknownNameError("precision", self.precision, known, f"These are for device {self.device}.")
+        return self.precision
+
+    def on_torch(self, reason: str = "") -> Runtime:
+        precision = self.torch_precision()
+        if _is_gpu(self.device):
+            return CudaRuntime(self.backbone, device=self.device, precision=precision, reason=reason)
         if precision == "int8":
-            return Int8Runtime(backbone, reason=reason)
-        return TorchRuntime(backbone, device=device, precision=precision, reason=reason)
+            return Int8Runtime(self.backbone, reason=reason)
+        return TorchRuntime(self.backbone, device=self.device, precision=precision, reason=reason)
 
-    def on_onnx(reason: str = "") -> Runtime:
-        if engine_dir is None:
+    def on_onnxruntime(self, name: str = "onnxruntime") -> Runtime:
+        if self.precision not in (*_FOLDER_PRECISIONS, "auto"):
+            raise UnknownNameError(
+                "precision", self.precision, _FOLDER_PRECISIONS, f"These are for device {self.device}."
+            )
+        if self.folder is None:
             raise UsageError(
-                f"runtime '{'onnxruntime' if name == 'auto' else name}' needs an engine folder; "
-                f"run 'mp2 export --backbone {backbone.config.name} --out DIR' and pass --engine DIR"
+                f"runtime '{name}' needs an engine folder; "
+                f"run 'mp2 export --backbone {self.backbone.config.name} --out DIR' and pass --engine DIR"
             )
         provider = "tensorrt" if name == "onnxruntime-tensorrt" else None
         return OnnxRuntime(
-            backbone,
-            Path(engine_dir),
-            device="cuda" if provider and device == "cpu" else device,
+            self.backbone,
+            self.folder,
+            device="cuda" if provider and self.device == "cpu" else self.device,
             provider=provider,
-            threads=threads,
-            precision=precision,
-            reason=reason,
+            threads=self.threads,
+            precision=self._folder_precision(self.folder),
         )
 
-    if name == "torch":
-        return on_torch(f"asked for; {', '.join(why)}" if why else "")
-    if on_onnxruntime:
-        return on_onnx()
-    if on_gpu:
-        return on_torch(f"auto: torch on CUDA, {', '.join(why) or 'the device asked for'}")
-    if engine_dir is None:
-        return on_torch("auto: torch, the only runtime without an engine folder")
-    return _fastest(backbone, {"torch": on_torch, "onnxruntime": on_onnx})
+    def on_tensorrt(self, device: str) -> TensorRTRuntime:
+        from mp2.engine.tensorrt_runtime import TensorRTRuntime
+        from mp2.export.tensorrt.graphs import PRECISIONS as TYPED
+        from mp2.export.tensorrt.library import load_tensorrt
 
+        load_tensorrt()
+        precision = "fp16" if self.folder is None else self._folder_precision(self.folder)
+        precision = self.precision if self.precision != "auto" else precision
+        if precision not in TYPED:
+            raise UnknownNameError("precision", precision, TYPED, "runtime 'tensorrt' has fp16, bf16 and fp8")
+        if self.folder is None:
+            raise UsageError(
+                f"runtime 'tensorrt' needs an engine folder of its own; run 'mp2 export --runtime tensorrt "
+                f"--backbone {self.backbone.config.name} --precision {precision} --out DIR' and pass "
+                "--engine DIR"
+            )
+        return TensorRTRuntime(self.backbone, self.folder, device=device, precision=precision)
 
-def _usual_precision(name: str, device: str) -> str:
-    if name == "tensorrt":
-        return "fp16"
-    if device == "cpu" or resolve_device(device).type != "cuda":
-        return "fp32"
-    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    def _folder_precision(self, folder: Path) -> str:
+        return self.precision if self.precision != "auto" else read_manifest(folder / MANIFEST).precision
 
 
 def create_objective(
@@ -125,61 +169,77 @@ def create_objective(
     return Objective(runtime, backbone, prompts, train)
 
 
-def _tensorrt(backbone: Backbone, engine_dir: str | Path | None, device: str, precision: str) -> Runtime:
-    from mp2.engine.tensorrt_runtime import TensorRTRuntime
-    from mp2.export.tensorrt.graphs import PRECISIONS as TYPED
-    from mp2.export.tensorrt.library import load_tensorrt
-
-    load_tensorrt()
-    if precision not in TYPED:
-        raise UnknownNameError("precision", precision, TYPED, "runtime 'tensorrt' has fp16, bf16 and fp8")
-    if engine_dir is None:
-        raise UsageError(
-            f"runtime 'tensorrt' needs an engine folder of its own; run 'mp2 export --runtime tensorrt "
-            f"--backbone {backbone.config.name} --precision {precision} --out DIR' and pass --engine DIR"
-        )
-    on = "cuda" if device == "cpu" else device
-    return TensorRTRuntime(backbone, Path(engine_dir), device=on, precision=precision)
+def _is_gpu(device: str) -> bool:
+    return device != "cpu" and resolve_device(device).type == "cuda"
 
 
-def _fastest(backbone: Backbone, makers: dict[str, Callable[[str], Runtime]]) -> Runtime:
+def _fastest(asked: _Asked, folder: Path) -> Runtime:
+    """Return the fastest of torch and what runs ``folder``; torch where the folder cannot be used."""
+    gpu = _is_gpu(asked.device)
+    probe = _probe(asked.backbone, folder, gpu)
+    makers: dict[str, Callable[[], Runtime]] = {"torch": asked.on_torch, "onnxruntime": asked.on_onnxruntime}
+    if gpu and _is_for_tensorrt(folder):
+        makers["tensorrt"] = lambda: _with_plans(asked, probe)
     seconds: dict[str, float] = {}
     runtimes: dict[str, Runtime] = {}
     unusable: dict[str, str] = {}
-    first: Mp2Error | None = None
     for name, make in makers.items():
         try:
-            runtimes[name] = make("")
-            seconds[name] = layer_seconds(runtimes[name], backbone)
+            runtime = make()
+            seconds[name] = layer_seconds(runtime, asked.backbone, probe)
+            runtimes[name] = runtime
         except Mp2Error as error:
-            first = first or error
+            if name == "torch":
+                raise
             unusable[name] = str(error).split(";")[0]
-    if not seconds:
-        assert first is not None
-        raise first
     best = min(seconds, key=lambda name: seconds[name])
     measured = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in seconds.items())
-    reason = f"auto: {best}, the fastest for one layer of 8 x 64 tokens ({measured})"
+    reason = f"auto: {best}, the fastest for one layer of {probe} ({measured})"
     for name, why in unusable.items():
         reason += f"; not {name}: {why}"
-    limits = runtimes[best].reason.removeprefix("asked for")  # what a runtime could not do here
-    runtimes[best].reason = reason + limits
-    return runtimes[best]
+    chosen = runtimes[best]
+    chosen.reason = reason + chosen.reason.removeprefix("asked for")  # what a runtime could not do here
+    del runtimes, runtime
+    if gpu:
+        torch.cuda.empty_cache()  # what the others held
+    return chosen
 
 
-def layer_seconds(runtime: Runtime, backbone: Backbone, *, n_runs: int = 3) -> float:
-    """Return the shortest of ``n_runs`` times of one layer: 8 sequences of 64 tokens, 16 prefix rows."""
-    config = backbone.config
-    rng = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (8, min(64, config.max_positions)), generator=rng)
-    prefix = torch.randn(1, 1, config.n_heads, 16, config.head_size, generator=rng).to(runtime.device)
-    hidden = runtime.embed(ids.to(runtime.device))
-    middle = config.n_layers // 2
-    times = []
-    for _ in range(n_runs + 1):  # the first prepares
-        started = time.perf_counter()
-        runtime.layer(middle, hidden, None, (prefix, prefix))
-        if torch.device(runtime.device).type == "cuda":
-            torch.cuda.synchronize(runtime.device)
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+def _probe(backbone: Backbone, folder: Path, gpu: bool) -> Probe:
+    """Return the batch to compare on; for a folder with profiles, one that these cover."""
+    candidates = _CANDIDATES if gpu else 1
+    tokens = min(Probe.n_tokens, backbone.config.max_positions)
+    try:
+        manifest = read_manifest(folder / MANIFEST)
+        shapes = read_shapes(EngineFolder(folder, manifest)) if SHAPES in manifest.files else None
+    except FormatError:  # which the runtimes that want the folder say
+        shapes = None
+    if shapes is None:
+        return Probe(n_candidates=candidates, n_tokens=tokens)
+    return Probe.within(
+        candidates=min(candidates, shapes.candidates),
+        examples=shapes.examples,
+        tokens=min(tokens, shapes.lengths[-1]),
+        prompt_tokens=min(Probe.prompt_tokens, shapes.prompt_tokens),
+        inline=shapes.shallow,
+    )
+
+
+def _is_for_tensorrt(folder: Path) -> bool:
+    try:
+        return read_manifest(folder / MANIFEST).runtime == "tensorrt"
+    except FormatError:
+        return False
+
+
+def _with_plans(asked: _Asked, probe: Probe) -> Runtime:
+    runtime = asked.on_tensorrt(asked.device)
+    index = middle_layer(asked.backbone)
+    graphs = ("embed.onnx", plain_layer_file(index) if probe.inline else layer_file(index, "onnx"))
+    for graph in graphs:
+        if not runtime.has_plan(graph):
+            raise UsageError(
+                f"there is no plan of {graph} for this GPU yet, and none is built to compare; "
+                "'mp2 export --runtime tensorrt' builds them, --runtime tensorrt as well"
+            )
+    return runtime

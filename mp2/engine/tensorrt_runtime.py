@@ -80,6 +80,10 @@ class TensorRTRuntime:
             if graph not in self._calls:
                 self._calls[graph] = self._load(graph, None)
 
+    def has_plan(self, graph: str) -> bool:
+        """Tell whether ``graph`` has a plan that can be loaded, so that running it builds none."""
+        return graph in self._calls or self._plans.has(graph)
+
     def embed(self, input_ids: torch.Tensor, n_inline: int = 0) -> torch.Tensor:
         """See `Runtime.embed`."""
         n, t = input_ids.shape

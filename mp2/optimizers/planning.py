@@ -16,7 +16,8 @@ from mp2.engine.cuda_objective import CudaObjective
 from mp2.engine.launches import lanes_for
 from mp2.engine.layer_timer import LayerTimer
 from mp2.engine.plan import Costs, Prediction, Workload, measure, predict, target_tokens
-from mp2.engine.select import create_objective, layer_seconds
+from mp2.engine.probe import Probe, layer_seconds
+from mp2.engine.select import create_objective
 from mp2.optimizers.cma_layers import LayerSearches
 from mp2.optimizers.router_search import create_router_search, stage_one_iterations
 from mp2.optimizers.session import one_blas_thread
@@ -29,7 +30,6 @@ _SHARE = 0.02  # of a run's time that the prediction at its start may take
 _BUDGETS_S = {"start": (0.2, 20.0), "explain": (4.0, 60.0)}  # at least, at most
 _SUGGEST_LIMIT_S = 3.0
 _GENERATIONS = 10
-_PROBE_TOKENS = 512  # of layer_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +89,28 @@ def _budget(rough_s: float, purpose: str) -> float:
 def _rough(problem: FewShotProblem) -> tuple[float, float]:
     """Seconds a token and layer, and of the whole run: within a factor of two or so, at once."""
     model, (stage1, stage2) = problem.model, iterations_of(problem)
-    token_s = layer_seconds(model.runtime, model.backbone) / _PROBE_TOKENS
+    probe = _probe(problem)
+    token_s = layer_seconds(model.runtime, model.backbone, probe) / probe.n_layer_tokens
     inline = _n_inline(problem)
     tokens = sum(x.n_tokens + inline for x in problem.train_inputs)
     evaluations = stage1 + (1 if inline else 0.5) * stage2  # prefixes: half of the layers, on average
     return token_s, token_s * model.backbone.config.n_layers * tokens * evaluations
+
+
+def _probe(problem: FewShotProblem) -> Probe:
+    """A batch of the run's own kind: for another one, TensorRT would build plans that no run uses."""
+    lengths, meta = sorted(x.n_tokens for x in problem.train_inputs), problem.model.prompts.meta
+    return Probe.within(
+        candidates=problem.config.layers.popsize if _on_gpu(problem) else 1,
+        examples=len(lengths),
+        tokens=lengths[len(lengths) // 2],
+        prompt_tokens=meta.prompt_tokens,
+        inline=meta.injection != "prefix",
+    )
+
+
+def _on_gpu(problem: FewShotProblem) -> bool:
+    return str(problem.model.runtime.device).startswith("cuda")
 
 
 def iterations_of(problem: FewShotProblem) -> tuple[int, int]:
@@ -119,7 +136,7 @@ def _plan(problem: FewShotProblem, token_s: float, budget_s: float) -> Plan:
     popsize = config.layers.popsize
     train = problem.train_inputs
     lengths = [x.n_tokens for x in train]
-    on_gpu = str(runtime.device).startswith("cuda")  # there, part of a batch would say nothing of the whole
+    on_gpu = _on_gpu(problem)  # there, part of a batch would say nothing of the whole
     populations, suggest1 = _stage_one(problem, iterations_of(problem)[0])
     stage1 = sum(populations)  # fewer than asked for where there are not as many routers
     stage2 = 0 if config.router_only else config.iters - stage1
@@ -254,7 +271,7 @@ def _stage_two_waits(problem: FewShotProblem, costs: Costs, iterations: int) -> 
     visits = iterations / config.layers.popsize
     if space.n_layers == 1:
         return visits * generation
-    if str(problem.model.runtime.device).startswith("cuda"):
+    if _on_gpu(problem):
         return visits * max(0.0, generation - float(np.mean(costs.visit_s)))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return visits * generation / cores

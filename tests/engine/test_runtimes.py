@@ -8,7 +8,9 @@ from torch.nn import functional as F
 
 from mp2.backbone import Backbone
 from mp2.engine import OnnxRuntime, Runtime, TorchRuntime, create_runtime
+from mp2.engine.cuda_runtime import CudaRuntime
 from mp2.engine.linear import FastLinear, activate, onednn_works
+from mp2.engine.probe import Probe, layer_seconds
 from mp2.errors import MismatchError, MissingDependencyError, UnknownNameError, UsageError
 from mp2.export import export_engine
 
@@ -125,6 +127,39 @@ def test_auto_says_what_it_chose_and_why(tiny_backbone: Backbone, engine_dir: Pa
     assert fallen.name == "torch"
     assert "not onnxruntime" in fallen.reason
     assert "manifest.json" in fallen.reason
+
+
+def test_a_folder_that_is_not_there_is_never_ignored(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    for name in ("auto", "torch"):
+        with pytest.raises(
+            UsageError, match=r"there is no engine folder .*nowhere; make one with 'mp2 export"
+        ):
+            create_runtime(name, tiny_backbone, engine_dir=tmp_path / "nowhere")
+
+
+def test_threads_are_checked_whatever_the_runtime(tiny_backbone: Backbone) -> None:
+    for name in ("torch", "tensorrt", "auto"):
+        with pytest.raises(UsageError, match="threads is 0"):
+            create_runtime(name, tiny_backbone, threads=0)
+
+
+def test_the_probe_takes_each_runtimes_own_way_through_a_layer(
+    tiny_backbone: Backbone, engine_dir: Path
+) -> None:
+    packed = CudaRuntime(tiny_backbone, device="cpu", precision="fp32")
+    plain = OnnxRuntime(tiny_backbone, engine_dir, threads=1)
+    for inline in (False, True):
+        probe = Probe.within(candidates=3, examples=5, tokens=20, prompt_tokens=4, inline=inline)
+        assert (str(probe), probe.n_layer_tokens) == ("3 candidates x 5 x 20 tokens", 300)
+        for runtime in (packed, plain):
+            assert 0 < layer_seconds(runtime, tiny_backbone, probe) < 10
+    assert packed._layers == {}  # the layers of `Objective`, which it would not run
+
+
+def test_a_probe_stays_within_what_it_is_given() -> None:
+    long = Probe.within(candidates=1, examples=32, tokens=500, prompt_tokens=50, inline=False)
+    assert (long.n_examples, long.n_tokens) == (1, 500)
+    assert Probe.within(candidates=1, examples=2, tokens=9, prompt_tokens=5, inline=False).n_examples == 2
 
 
 def test_runtimes_that_cannot_be_had_say_what_to_do(tiny_backbone: Backbone, engine_dir: Path) -> None:

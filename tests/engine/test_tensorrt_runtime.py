@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import torch
 from export.tensorrt_double import FakeDevice, FakeLibrary
 
 from mp2.backbone import Backbone
-from mp2.engine import Objective, TorchRuntime, create_runtime
+from mp2.engine import Objective, Runtime, TorchRuntime, create_runtime, select
 from mp2.engine import tensorrt_runtime as runtime_module
+from mp2.engine.cuda_runtime import CudaRuntime
+from mp2.engine.layer_timer import LayerTimer
+from mp2.engine.probe import Probe, layer_seconds
 from mp2.engine.tensorrt_runtime import TensorRTRuntime
 from mp2.errors import (
     FormatError,
@@ -119,6 +123,69 @@ def test_shallow_prompts_run_without_prefix_inputs_but_in_the_last_layer(
     assert used == {"embed", "embed_inline", "layer_00_plain", "layer_01_plain", "layer_02", "head"}
 
 
+def test_timing_a_run_with_shallow_prompts_builds_only_plans_that_it_uses(
+    tiny_backbone: Backbone,
+    library: FakeLibrary,
+    folders: Callable[..., Path],
+    shallow: PromptSet,
+    train: list[MrcInput],
+) -> None:
+    runtime = open_runtime(tiny_backbone, folders("fp16", True))
+    timer = LayerTimer(runtime, tiny_backbone, shallow, train, population=4, target_tokens=1e9)
+    assert timer.depths == [1, 3]
+    timer.seconds([4], 4, dev=train[:2])
+    probe = Probe.within(candidates=4, examples=8, tokens=14, prompt_tokens=M, inline=True)
+    assert layer_seconds(runtime, tiny_backbone, probe) > 0
+    used = set(runtime._calls)
+    assert used == {
+        *("embed.onnx", "embed_inline.onnx", "layer_00_plain.onnx", "layer_01_plain.onnx"),
+        *("layer_02.onnx", "head.onnx"),
+    }
+
+
+@pytest.mark.parametrize("built", [True, False], ids=["plans built", "graphs only"])
+def test_auto_on_a_gpu_compares_what_the_folder_is_for_and_builds_nothing(
+    tiny_backbone: Backbone,
+    library: FakeLibrary,
+    folders: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    built: bool,
+) -> None:
+    monkeypatch.setattr("mp2.export.tensorrt.library.load_tensorrt", lambda: library)
+    monkeypatch.setattr(select, "_is_gpu", lambda device: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(
+        select, "CudaRuntime", lambda *args, **options: CudaRuntime(*args, **{**options, "precision": "fp32"})
+    )
+    order = ["tensorrt", "torch", "onnxruntime"]
+    timed: list[str] = []
+
+    def seconds(runtime: Runtime, backbone: Backbone, probe: Probe) -> float:
+        timed.append(runtime.name)
+        layer_seconds(runtime, backbone, probe)
+        return 1e-3 * (1 + order.index(runtime.name))
+
+    monkeypatch.setattr(select, "layer_seconds", seconds)
+    ignored = shutil.ignore_patterns("plans")
+    folder = Path(shutil.copytree(folders("fp16"), tmp_path / "e", ignore=ignored))
+    if built:
+        open_runtime(tiny_backbone, folder).prepare()
+    n_built = len(library.named("Builder.build_serialized_network"))
+    chosen = create_runtime("auto", tiny_backbone, engine_dir=folder, precision="auto")
+    assert len(library.named("Builder.build_serialized_network")) == n_built
+    if built:
+        assert timed == ["torch", "onnxruntime", "tensorrt"]
+        assert (chosen.name, chosen.precision) == ("tensorrt", "fp16")
+        assert chosen.reason == (
+            "auto: tensorrt, the fastest for one layer of 4 candidates x 8 x 32 tokens "
+            "(torch 2.0 ms, onnxruntime 3.0 ms, tensorrt 1.0 ms)"
+        )
+    else:
+        assert (chosen.name, timed) == ("torch", ["torch", "onnxruntime"])
+        assert "; not tensorrt: there is no plan of embed.onnx for this GPU yet" in chosen.reason
+
+
 def test_a_call_sets_shapes_and_addresses_and_queues_on_the_stream(
     tiny_backbone: Backbone, library: FakeLibrary, folders: Callable[..., Path]
 ) -> None:
@@ -199,8 +266,6 @@ def test_a_larger_working_memory_ends_the_graphs_that_write_to_the_old(
 def test_prepare_builds_the_plans_of_a_run_and_no_call_builds_more(
     tiny_backbone: Backbone, library: FakeLibrary, folders: Callable[..., Path], tmp_path: Path
 ) -> None:
-    import shutil
-
     folder = Path(shutil.copytree(folders("bf16"), tmp_path / "e", ignore=shutil.ignore_patterns("plans")))
     runtime = open_runtime(tiny_backbone, folder, "bf16")
     runtime.prepare()

@@ -184,7 +184,7 @@ def test_without_the_operators_the_standard_graphs_run_and_it_says_so(
     assert "\n" not in runtime.reason
     assert_equals_the_encoder(runtime, tiny_backbone)
     monkeypatch.setattr(
-        "mp2.engine.select.layer_seconds", lambda runtime, backbone: float(runtime.name == "torch")
+        "mp2.engine.select.layer_seconds", lambda runtime, backbone, probe: float(runtime.name == "torch")
     )
     chosen = create_runtime("auto", tiny_backbone, engine_dir=engine_dir)
     assert chosen.name == "onnxruntime"
@@ -211,9 +211,11 @@ def test_it_is_used_on_the_cpu_in_float32_unless_told_otherwise(
     opened: list[Path | bytes] = []
     real = ort.InferenceSession
 
-    def session(model: Path | bytes, options: Any, providers: Any) -> ort.InferenceSession:
+    def session(model: Path | bytes, options: Any, providers: Any, **other: Any) -> ort.InferenceSession:
         opened.append(model)
-        return real(model, options, providers=["CPUExecutionProvider"])
+        made = real(model, options, providers=["CPUExecutionProvider"], **other)
+        made.get_providers = lambda: [name for name, _ in providers]
+        return made
 
     cpu_graphs_problem()
     monkeypatch.setattr(onnx_session.ort, "InferenceSession", session)

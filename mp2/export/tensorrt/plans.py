@@ -97,6 +97,10 @@ class PlanStore:
         _write(self._timing_cache, built.timing_cache)
         return Plan(built.plan, profiles)
 
+    def has(self, graph: str) -> bool:
+        """Tell whether there is a whole plan of ``graph`` for this release, GPU and folder."""
+        return self._load(graph, self._origin(graph))[0] is not None
+
     @property
     def _timing_cache(self) -> Path:
         release = str(self._module.__version__)

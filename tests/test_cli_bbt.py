@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -23,6 +24,7 @@ from tuning_world import World, make_world
 from mp2.backbone import Backbone
 from mp2.optimizers import run
 from mp2.optimizers.config import BbtConfig
+from mp2.optimizers.frozen_model import resolve_paths
 from mp2.optimizers.journal import Journal
 
 FIELDS = {
@@ -369,6 +371,18 @@ def test_a_data_folder_of_the_environment_that_is_none_is_called_that(
     assert (done.exit_code, done.stderr) == (2, "mp2: MP2_DATA: there is no folder /nowhere\n")
 
 
+def test_folders_named_like_what_the_package_has_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mini", "mini-deep", "mine"):
+        Path(name).mkdir()
+    config = resolve_paths(BbtConfig(task="demo_sentiment", prompts="mini-deep"))
+    assert (config.backbone, config.prompts) == ("mini", "mini-deep")
+    config = resolve_paths(BbtConfig(task="demo_sentiment", backbone="mine", prompts="mine"))
+    assert (config.backbone, config.prompts) == (str(tmp_path / "mine"), str(tmp_path / "mine"))
+
+
 def test_runs_that_have_no_iterations_for_stage_two_say_so(world: World) -> None:
     short = ["--iters", "6", "--shots", "2", "--no-test"]
     said = "stage I takes all 6 iterations; --router-iters leaves some to stage II"
@@ -427,6 +441,45 @@ def test_extraction_and_multiple_choice_tune_and_predict(world: World, task: str
             assert prediction["answer"] in example["context"]
         else:
             assert prediction["option"] == example["options"][prediction["label"]]
+
+
+def test_a_run_of_a_gpu_labels_where_there_is_none_and_says_so(
+    unbroken: dict[str, Any], tmp_path: Path
+) -> None:
+    text = "好\n坏\n"
+    expected = predictions(unbroken["run_dir"], "-", input=text)
+    run = Path(shutil.copytree(unbroken["run_dir"], tmp_path / "run"))
+    config = json.loads((run / "config.json").read_text())
+    config["config"] |= {"device": "cuda:7", "precision": "bf16", "runtime": "torch"}
+    (run / "config.json").write_text(json.dumps(config))
+    done = mp2("predict", "--run", run, "--input", "-", input=text)
+    assert done.exit_code == 0
+    assert "the run computed with torch, bf16, cuda:7" in done.stderr
+    assert "labelling with torch, fp32, cpu instead" in done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["label"] for one in found] == [one["label"] for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one["probability"] == pytest.approx(other["probability"], abs=1e-6)
+    done = mp2("predict", "--run", run, "--input", "-", "--device", "cpu", input=text)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.stdout == "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found)
+    done = mp2("predict", "--run", run, "--input", "-", "--device", "cuda:7", input=text)
+    assert (done.exit_code, "device 'cuda:7' is not there" in done.stderr) == (2, True)
+
+
+def test_predict_takes_the_weights_from_where_they_are_now(
+    unbroken: dict[str, Any], world: World, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(unbroken["run_dir"], tmp_path / "run"))
+    config = json.loads((run / "config.json").read_text())
+    here = {name: config["config"][name] for name in ("backbone", "prompts")}
+    config["config"] |= {name: str(tmp_path / "gone" / name) for name in here}
+    (run / "config.json").write_text(json.dumps(config))
+    done = mp2("predict", "--run", run, "--input", "-", input="好")
+    assert (done.exit_code, str(tmp_path / "gone") in done.stderr) == (2, True)
+    places = [f"--{name}={place}" for name, place in here.items()]
+    done = mp2("predict", "--run", run, "--input", "-", *places, input="好")
+    assert (done.exit_code, json.loads(done.stdout)["label"] in ("pos", "neg")) == (0, True)
 
 
 def test_predict_says_what_is_wrong(unbroken: dict[str, Any], world: World, tmp_path: Path) -> None:

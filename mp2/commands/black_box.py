@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mp2.commands.options import tuned_model
-from mp2.commands.printing import as_json_text, given
+from mp2.commands.printing import as_json_text, given, note
 
 
 @click.command(short_help="Tune prompts for a task without gradients.")
@@ -94,9 +94,15 @@ def bbt(ctx: click.Context, /, **options: Any) -> None:
     "--run", "run_dir", type=click.Path(), required=True, help="Folder of a finished 'mp2 bbt' run."
 )
 @click.option("--input", "source", required=True, metavar="FILE|-", help="JSON lines, or plain text lines.")
-def predict(run_dir: str, source: str) -> None:
+@click.option("--backbone", help="Where the run's backbone is now.  [default: where it was]")
+@click.option("--prompts", help="Where the run's modular prompts are now.  [default: where they were]")
+@click.option("--engine", type=click.Path(), help="Engine folder.  [default: the run's]")
+@click.option("--runtime", help="As of 'mp2 bbt'.  [default: the run's, if it is here]")
+@click.option("--precision", help="As of 'mp2 bbt'.  [default: the run's, if it is here]")
+@click.option("--device", help="As of 'mp2 bbt'.  [default: the run's, if it is here]")
+def predict(run_dir: str, source: str, **options: str | None) -> None:
     """Label new text with a tuned prompt; a JSON line each, with its probability."""
     from mp2.optimizers.predict import predict_file
 
-    for found in predict_file(Path(run_dir), source, sys.stdin.buffer):
+    for found in predict_file(Path(run_dir), source, sys.stdin.buffer, **options, note=note):
         click.echo(json.dumps(found, ensure_ascii=False))

@@ -33,6 +33,11 @@ def announce(problems: Sequence[FewShotProblem]) -> None:
     config = problems[0].config
     if not iterations_of(problems[0])[1] and not config.router_only:
         lines.append(f"stage I takes all {config.iters} iterations; --router-iters leaves some to stage II")
+    if problems[0].model.prompts.meta.router_inference == "soft" and iterations_of(problems[0])[0] > 1:
+        lines.append(
+            "these prompts were trained with soft routers; the search tries routers of 0 and 1, the corners "
+            "of the soft ones ('mp2 tune' learns soft weights)"
+        )
     for line in lines:
         print(f"mp2: {line}", file=sys.stderr, flush=True)
 

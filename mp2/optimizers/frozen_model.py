@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,6 +76,9 @@ def resolve_paths(config: BbtConfig) -> BbtConfig:
     """The config with absolute paths, MP2_DATA and full method names: it can be run again from anywhere."""
     import torch
 
+    from mp2.backbone.load import EMBEDDED as BACKBONES
+    from mp2.prompts.prompt_set import EMBEDDED as PROMPTS
+
     data = config.data or os.environ.get("MP2_DATA") or None
     if data and not config.data and not Path(data).is_dir():
         raise UsageError(f"MP2_DATA: there is no folder {data}")
@@ -83,17 +87,17 @@ def resolve_paths(config: BbtConfig) -> BbtConfig:
         config,
         task=_absolute(config.task) if config.task.endswith(".toml") else config.task,
         data=_absolute(data) if data else None,
-        backbone=_absolute(config.backbone),
-        prompts=_absolute(prompts),
+        backbone=_absolute(config.backbone, BACKBONES),
+        prompts=_absolute(prompts, PROMPTS),
         engine=_absolute(config.engine) if config.engine else None,
         router=replace(config.router, method=check_method(config.router.method)),
         threads=config.threads or torch.get_num_threads(),  # sums depend on it in their last bits
     )
 
 
-def _absolute(name: str) -> str:
-    """A path if there is something there, else the name as it is."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
+def _absolute(name: str, embedded: Collection[str] = ()) -> str:
+    """A path if there is something there, else the name as it is; a name of the package's own stays one."""
+    return str(Path(name).resolve()) if name not in embedded and Path(name).exists() else name
 
 
 def load_model(config: BbtConfig) -> FrozenModel:

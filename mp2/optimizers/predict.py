@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mp2.errors import FormatError, UsageError
-from mp2.optimizers.frozen_model import load_model
+from mp2.errors import FormatError, MissingDependencyError, UsageError
+from mp2.optimizers.config import BbtConfig
+from mp2.optimizers.frozen_model import FrozenModel, load_model
 from mp2.optimizers.run_folder import read_config
 from mp2.optimizers.tuned import check_fits, load_tuned
 
@@ -35,12 +37,28 @@ class Predictor:
             print(line)          # {"label": "news_story", "probability": 0.93}
     """
 
-    def __init__(self, run_dir: str | Path) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        backbone: str | None = None,
+        prompts: str | None = None,
+        engine: str | None = None,
+        runtime: str | None = None,
+        precision: str | None = None,
+        device: str | None = None,
+        note: Callable[[str], None] = lambda line: None,
+    ) -> None:
         """Load what a finished run of ``mp2 bbt`` or ``mp2 tune`` left in ``run_dir``.
+
+        ``backbone``, ``prompts`` and ``engine`` say where these are now (None: where the run found them);
+        ``runtime``, ``precision`` and ``device`` what to compute with (None: as in the run; if one of them is
+        given, the others are chosen as ``mp2 bbt`` does). What the run computed with and this machine lacks
+        is replaced by what it has, and ``note`` hears of it.
 
         Raises:
             UsageError: no run there, or one that has not ended.
-            MismatchError: backbone or prompts are no longer what they were.
+            MismatchError: backbone or prompts are not those of the run.
         """
         from mp2.tasks import MrcFormatter, load_card
 
@@ -48,7 +66,17 @@ class Predictor:
         config = read_config(run_dir)
         self._z, meta = load_tuned(run_dir / "prompt.safetensors")
         self.card: TaskCard = load_card(run_dir / "card.toml")
-        model = load_model(config)
+        config = replace(
+            config,
+            backbone=backbone or config.backbone,
+            prompts=prompts or config.prompts,
+            engine=engine or config.engine,
+        )
+        if runtime or precision or device:
+            config = _computed_with(config, runtime or "auto", precision or "auto", device or "auto")
+            model = load_model(config)
+        else:
+            model = _load_here(config, note)
         check_fits(meta, backbone_sha256=model.backbone.sha256, prompts_sha256=model.prompts.sha256)
         self._formatter = MrcFormatter(self.card, model.backbone.tokenizer, meta.max_tokens)
         self._model = model
@@ -155,6 +183,23 @@ def _option_probability(item: MrcInput, start: _Floats, end: _Floats) -> float:
     return float(1.0 / np.exp(scores - scores.max()).sum())
 
 
+def _computed_with(config: BbtConfig, runtime: str, precision: str, device: str) -> BbtConfig:
+    engine = None if runtime == "torch" else config.engine  # that one needs none, wherever it is now
+    return replace(config, runtime=runtime, precision=precision, device=device, engine=engine)
+
+
+def _load_here(config: BbtConfig, note: Callable[[str], None]) -> FrozenModel:
+    """The run's model, on what it was computed with or, where that is not here, on torch."""
+    try:
+        return load_model(config)
+    except MissingDependencyError as error:
+        model = load_model(_computed_with(config, "torch", "auto", "auto"))
+        here = f"{model.runtime.name}, {model.runtime.precision}, {model.runtime.device}"
+        note(f"the run computed with {config.runtime}, {config.precision}, {config.device}: {error}")
+        note(f"labelling with {here} instead; probabilities may differ in their last digits")
+        return model
+
+
 def _wrap(line: bytes, field: str) -> bytes:
     try:
         text = line.decode("utf-8-sig").strip()
@@ -163,14 +208,16 @@ def _wrap(line: bytes, field: str) -> bytes:
     return json.dumps({field: text}).encode() if text else b"\n"
 
 
-def predict_file(run_dir: Path, source: str, stdin: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """Predictions for a file, or for ``stdin`` if the source is ``-``."""
+def predict_file(
+    run_dir: Path, source: str, stdin: Iterable[bytes], **options: Any
+) -> Iterator[dict[str, Any]]:
+    """Predictions for a file, or for ``stdin`` if the source is ``-``; ``options`` as of `Predictor`."""
     if source == "-":
-        yield from Predictor(run_dir).predict_lines(stdin, "<stdin>")
+        yield from Predictor(run_dir, **options).predict_lines(stdin, "<stdin>")
         return
     path = Path(source)
     if not path.is_file():
         raise UsageError(f"there is no file {source}; --input takes a file of lines, or - for standard input")
-    predictor = Predictor(run_dir)
+    predictor = Predictor(run_dir, **options)
     with path.open("rb") as file:
         yield from predictor.predict_lines(file, source)

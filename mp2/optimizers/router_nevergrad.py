@@ -2,47 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from mp2.errors import UnknownNameError, UsageError
+from mp2.errors import MissingDependencyError, UnknownNameError, UsageError
 from mp2.optimizers.quiet import quiet
 from mp2.optimizers.routers import Losses, Routers
 
 BOX = 5.0
+_TRIALS = 3
 
 
 def check_optimizer(name: str) -> None:
-    """Raise ``UnknownNameError``, with the nearest names, if nevergrad has no optimizer ``name``."""
+    """Let nevergrad's optimizer ``name`` suggest a few times on a space of its own: many import only then.
+
+    Raises:
+        UnknownNameError: there is none of that name; with the nearest ones.
+        MissingDependencyError: it needs a package that is not installed.
+        UsageError: it fails otherwise.
+    """
     with quiet():
         import nevergrad
 
     if name not in nevergrad.optimizers.registry:
         raise UnknownNameError("nevergrad optimizer", name, list(nevergrad.optimizers.registry))
+    search = NevergradSearch(name, (1, 2), 10, np.random.default_rng(0))
+    for loss in range(_TRIALS):
+        search.tell(search.ask(1), np.array([float(loss)]))
 
 
 class NevergradSearch:
     """One nevergrad optimizer, asked for one candidate at a time, as a sequential optimizer expects."""
 
     def __init__(self, name: str, shape: tuple[int, int], iterations: int, rng: np.random.Generator) -> None:
-        check_optimizer(name)
-        self._shape = shape
+        """``name`` is one that `check_optimizer` has let pass."""
+        self._name, self._shape = name, shape
         self._asked: dict[bytes, Any] = {}
         seed = int(rng.integers(2**31))
-        with quiet():
+        with quiet(), self._refusals():
             import nevergrad
 
             space = nevergrad.p.Array(init=np.zeros(shape[0] * shape[1])).set_bounds(-BOX, BOX)
             space.random_state = np.random.RandomState(seed)
-            try:
-                self._optimizer = nevergrad.optimizers.registry[name](space, budget=max(1, iterations))
-            except Exception as error:
-                raise UsageError(f"nevergrad's {name} cannot search this space: {error}") from error
+            self._optimizer = nevergrad.optimizers.registry[name](space, budget=max(1, iterations))
 
     def ask(self, n: int) -> Routers:
         """One router [1, L', K]."""
-        with quiet():
+        with quiet(), self._refusals():
             candidate = self._optimizer.ask()
         router = np.asarray(candidate.value > 0).reshape(1, *self._shape)
         self._asked = {router[0].tobytes(): candidate}
@@ -55,3 +64,21 @@ class NevergradSearch:
             if candidate is not None:
                 with quiet():
                     self._optimizer.tell(candidate, float(loss))
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """The library's own errors, said in one line."""
+        try:
+            yield
+        except Exception as error:
+            missing = error if isinstance(error, ImportError) else error.__cause__  # of a library in a thread
+            if isinstance(missing, ImportError):
+                package = missing.name or str(missing)
+                raise MissingDependencyError(
+                    f"nevergrad's {self._name} needs the package {package}: pip install {package}, or give "
+                    "another --router-search"
+                ) from error
+            said = " ".join(str(error).split())
+            raise UsageError(
+                f"nevergrad's {self._name} cannot search this space ({said}); give another --router-search"
+            ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tuning_world import World, make_world
 
 from mp2.backbone import Backbone
 from mp2.cli import main
+from mp2.prompts import load_prompts, save_prompts
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,20 @@ def test_the_table_says_what_why_and_how_long(world: World) -> None:
     assert "torch, fp32, cpu, 1 thread (asked for)" in lines["engine"]
     assert "3 seeds" in lines["seeds"]
     assert max(len(line) for line in done.stdout.splitlines()) <= 110
+
+
+def test_a_search_over_prompts_with_soft_routers_says_that_it_tries_hard_ones(
+    world: World, tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    path = world.deep
+    hard = load_prompts(path, tiny_backbone)
+    meta = replace(hard.meta, router_inference="soft")
+    save_prompts(replace(hard, meta=meta), tmp_path / "soft.safetensors")
+    said = "the search tries routers of 0 and 1"
+    for prompts, expected in ((path, False), (tmp_path / "soft.safetensors", True)):
+        options = [*world.options(), *SHORT, "--prompts", str(prompts), "--out", str(tmp_path / "runs")]
+        done = CliRunner().invoke(main, ["bbt", *options, "--router-only"])
+        assert (done.exit_code, said in done.stderr) == (0, expected)
 
 
 def test_seeds_that_compute_side_by_side_take_less_than_one_after_another(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mp2.errors import UnknownNameError, UsageError
+from mp2.errors import MissingDependencyError, UnknownNameError, UsageError
 from mp2.optimizers.router_model import RouterModel, coordinates, fit_relevance, scaled
 from mp2.optimizers.router_search import (
     Routers,
@@ -152,6 +154,17 @@ def test_unknown_names_come_with_the_nearest() -> None:
     ):
         check_method("nevergrad:OnePlusOn")
     assert check_method("default") == "bits"
+
+
+@pytest.mark.parametrize(("name", "package"), [("PymooNSGA2", "pymoo"), ("NLOPT_LN_SBPLX", "nlopt")])
+def test_an_optimizer_that_imports_late_is_refused_before_the_run(
+    monkeypatch: pytest.MonkeyPatch, name: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # cannot be imported, installed or not
+    with pytest.raises(
+        MissingDependencyError, match=f"nevergrad's {name} needs the package {package}: pip install {package}"
+    ):
+        check_method(f"nevergrad:{name}")
 
 
 def test_the_model_of_bits_finds_what_single_flips_do_not() -> None:

@@ -29,7 +29,7 @@ from mp2.training.checkpoint import alone_in
 from mp2.training.config import PretrainConfig
 from mp2.training.evaluation import dev_scores, table
 from mp2.training.init import differences, start_from
-from mp2.training.journal import drop_lines_after
+from mp2.training.journal import cut_back
 from mp2.training.mixture import Batch, MixtureTask, sample_batch
 from mp2.training.model import PromptedEncoder
 from mp2.training.outputs import write_outputs
@@ -218,9 +218,9 @@ class Pretrainer(Trainer[Batch]):
             if not resumed:
                 self.before = self.dev_scores()
             if self.ranks.main:
-                every = self.config.eval_every
-                scored = min(self.step, self.n_steps - 1) // every if every else 0
-                drop_lines_after(self.out / "dev_scores.jsonl", 1 + scored if resumed else 0)
+                last = min(self.step, self.n_steps - 1) if resumed else -1  # of the scores that are kept
+                scored = range(0, last + 1, self.config.eval_every or self.n_steps)
+                cut_back(self.out / "dev_scores.jsonl", last, scored, self.log)
                 if not resumed:
                     self._note_scores(0, self.before)
                 said = asdict(self.config) | ({"inputs": self.inputs} if self.inputs else {})

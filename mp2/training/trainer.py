@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mp2.errors import LossError, LostProcessError, MismatchError
 from mp2.training.checkpoint import checkpoint_state, load_checkpoint, save_checkpoint
-from mp2.training.journal import drop_lines_after
+from mp2.training.journal import cut_back
 from mp2.training.prefetch import Prefetcher
 from mp2.training.progress import SCALARS_EVERY, Progress, Scalars
 from mp2.training.ranks import Ranks
@@ -193,7 +193,7 @@ class Trainer(ABC, Generic[T]):
         """Take the steps that are left; a signal saves a checkpoint and leaves after the present one."""
         main = self.ranks.main
         if main:
-            drop_lines_after(self.journal, self.step)
+            cut_back(self.journal, self.step, range(1, self.step + 1), self.log)
         amount, unit = self._pace
         progress = Progress(self.step, self.n_steps, self.log, amount, unit)
         last_save = time.monotonic()

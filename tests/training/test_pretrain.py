@@ -30,23 +30,7 @@ from mp2.training import (
 from mp2.training.checkpoint import alone_in
 from mp2.training.mixture import Batch, load_mixture
 from mp2.training.trainer import MAX_SKIPPED_IN_A_ROW
-from training.toy_runs import cut_at, kill_after, losses, run
-
-SIZES = {"n_modules": 4, "prompt_tokens": 3, "intrinsic_dim": 8}
-
-
-def tiny(**changes: Any) -> PretrainConfig:
-    settings = {
-        **SIZES,
-        "steps": 12,
-        "batch_size": 8,
-        "router_lr": 1e-2,
-        "prompt_lr": 1e-2,
-        "max_tokens": 64,
-        "dev_limit": 8,
-        "checkpoint_minutes": 0.0,  # a checkpoint a step
-    }
-    return PretrainConfig(**{**settings, **changes})
+from training.toy_runs import SIZES, cut_at, kill_after, losses, run, tiny
 
 
 def trainer(

@@ -18,6 +18,23 @@ from mp2.tasks import TaskCard
 from mp2.training import PretrainConfig, PretrainResult, pretrain
 from mp2.training.trainer import Trainer
 
+SIZES = {"n_modules": 4, "prompt_tokens": 3, "intrinsic_dim": 8}
+
+
+def tiny(**changes: Any) -> PretrainConfig:
+    """Settings of a run of seconds."""
+    settings = {
+        **SIZES,
+        "steps": 12,
+        "batch_size": 8,
+        "router_lr": 1e-2,
+        "prompt_lr": 1e-2,
+        "max_tokens": 64,
+        "dev_limit": 8,
+        "checkpoint_minutes": 0.0,  # a checkpoint a step
+    }
+    return PretrainConfig(**{**settings, **changes})
+
 
 def run(
     world: tuple[list[TaskCard], Path], backbone: Backbone, config: PretrainConfig, out: Path, **more: Any

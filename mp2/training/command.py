@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mp2.backbone.load import EMBEDDED as BACKBONES
 from mp2.backbone.load import Backbone, load_backbone
 from mp2.errors import FormatError, UsageError
 from mp2.limits import check_new_folder, check_threads
 from mp2.prompts import PromptSet, load_prompts
+from mp2.prompts.prompt_set import EMBEDDED as PROMPTS
 from mp2.tasks import TaskCard, list_cards, load_card
 from mp2.tasks.data import has_split
 from mp2.training.config import PretrainConfig
@@ -36,16 +39,20 @@ class PretrainInputs:
     command: str | None = None
 
     def absolute(self) -> PretrainInputs:
-        """The same with full paths, so that a run can be resumed from any folder."""
+        """The same with full paths and MP2_DATA, so that a run can be resumed from any folder and shell.
 
-        def full(name: str | None) -> str | None:
-            return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
+        Names of what ships with the package stay names, whatever lies in this folder.
+        """
 
+        def full(name: str, embedded: Collection[str] = ()) -> str:
+            return str(Path(name).resolve()) if name not in embedded and Path(name).exists() else name
+
+        data = self.data or os.environ.get("MP2_DATA")
         return PretrainInputs(
-            tasks=tuple(str(full(t)) if t.endswith(".toml") else t for t in self.tasks),
-            backbone=str(full(self.backbone)) if self.backbone != "mini" else "mini",
-            data=full(self.data),
-            init=full(self.init),
+            tasks=tuple(full(t) if t.endswith(".toml") else t for t in self.tasks),
+            backbone=full(self.backbone, BACKBONES),
+            data=full(data) if data else None,
+            init=full(self.init, PROMPTS) if self.init else None,
             command=self.command,
         )
 

@@ -11,6 +11,7 @@ from command_line import mp2
 
 from mp2.backbone import load_backbone, save_backbone
 from mp2.prompts import load_prompts
+from mp2.training import PretrainInputs
 from training.toy_runs import cut_at
 from training.toy_tasks import lively_backbone, write_tasks
 
@@ -135,6 +136,39 @@ def test_resume_takes_everything_from_the_folder(
     more = mp2("pretrain", "--resume", tmp_path / "cut", "--batch-size", 9)
     assert more.exit_code == 2
     assert "drop 'batch-size'" in more.stderr
+
+
+def test_resume_finds_the_data_that_a_variable_named(
+    options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mp2.training import Pretrainer
+
+    at = options.index("--data")
+    command = [*options[:at], *options[at + 2 :], "--tasks", tmp_path / "mood.toml", "--steps", 4]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MP2_DATA", "data")
+    with cut_at(Pretrainer, 2):
+        assert mp2(*command, "--out", "cut", "--checkpoint-minutes", 0).exit_code == 130
+    config = json.loads((tmp_path / "cut" / "config.json").read_text())
+    assert config["inputs"]["data"] == str(tmp_path / "data")
+    monkeypatch.delenv("MP2_DATA")
+    monkeypatch.chdir(tmp_path / "data")
+    resumed = mp2("pretrain", "--resume", tmp_path / "cut", "--threads", 1)
+    assert resumed.exit_code == 0, resumed.stderr
+    assert "resumed at step 2" in resumed.stderr
+
+
+def test_names_of_embedded_models_stay_names_where_folders_are_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("mini", "mini-deep", "own"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MP2_DATA", raising=False)
+    known = PretrainInputs(tasks=("mood",), backbone="mini", init="mini-deep")
+    assert known.absolute() == known
+    own = PretrainInputs(tasks=("mood",), backbone="own", init="own").absolute()
+    assert (own.backbone, own.init) == (str(tmp_path / "own"), str(tmp_path / "own"))
 
 
 def test_resume_of_no_run_and_a_run_without_a_folder_are_refused(

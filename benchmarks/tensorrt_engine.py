@@ -25,6 +25,7 @@ from benchmarks.command import one_line_errors
 from benchmarks.provenance import save
 from mp2.backbone import Backbone, load_backbone
 from mp2.engine import Runtime, create_runtime
+from mp2.engine.agreement import agreement
 from mp2.engine.select import create_objective
 from mp2.errors import MissingDependencyError
 from mp2.export import EngineFolder
@@ -32,7 +33,6 @@ from mp2.export.tensorrt import TaskShapes
 from mp2.export.tensorrt.calibration import task_inputs
 from mp2.export.tensorrt.export import build_plans, emulated_runtime, export_typed
 from mp2.export.tensorrt.graphs import PRECISIONS
-from mp2.export.tensorrt.parity import agreement
 from mp2.prompts import PromptSet, load_prompts, random_prompts
 from mp2.tasks import MrcInput
 

@@ -136,7 +136,7 @@ def _cost(
         cost = precision_cost(emulated_runtime(backbone, folder.path, precision), backbone, prompts, inputs)
         show(f"{precision}, emulated on the CPU: {cost.line()}")
         show(f"graphs only: plans are built on the first use on a GPU. Note: {NOT_RUN}")
-        return {"emulated_agreement": asdict(cost)}
+        return {"emulated_agreement": cost.as_dict()}
     cost = precision_cost(build_plans(backbone, folder, report=report), backbone, prompts, inputs)
     show(f"{precision}, on this GPU: {cost.line()}")
-    return {"agreement": asdict(cost)}
+    return {"agreement": cost.as_dict()}

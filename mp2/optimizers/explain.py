@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mp2.optimizers.planning import Plan, engine_of, iterations_of, plan_run, plan_start
+from mp2.optimizers.precision import agreement_line
 from mp2.optimizers.report import clock
 
 if TYPE_CHECKING:
+    from mp2.engine.agreement import Agreement
     from mp2.optimizers.few_shot_problem import FewShotProblem
 
 __all__ = ["Plan", "announce", "engine_line", "plan_line", "plan_run", "plan_table"]
@@ -18,13 +20,19 @@ __all__ = ["Plan", "announce", "engine_line", "plan_line", "plan_run", "plan_tab
 _WORTH_S = 30.0  # a run that will surely be shorter gets no prediction
 
 
-def announce(problems: Sequence[FewShotProblem]) -> None:
-    """Say on stderr what runs and why, and about how long a run of each task will take if that is long."""
+def announce(problems: Sequence[FewShotProblem], agreements: Sequence[Agreement | None]) -> None:
+    """Say on stderr what runs and why, and about how long a run of each task will take if that is long.
+
+    ``agreements``: what the precision costs each of the ``problems``; said for each task's first.
+    """
     lines = [engine_line(engine_of(problems[0]))]
-    first: dict[str, FewShotProblem] = {}
-    for problem in problems:
-        first.setdefault(problem.card.task, problem)
-    for task, problem in first.items():
+    first: dict[str, tuple[FewShotProblem, Agreement | None]] = {}
+    for problem, found in zip(problems, agreements, strict=True):
+        first.setdefault(problem.card.task, (problem, found))
+    for task, (problem, found) in first.items():
+        if found is not None:
+            line = agreement_line(problem.model.runtime.precision, found, problem.n_train)
+            lines.append(line if len(first) == 1 else f"{task}: {line}")
         plan = plan_start(problem, _WORTH_S)
         if plan is not None and len(problems) == 1:
             lines[0] += f"; {plan_line(plan)}"
@@ -60,8 +68,11 @@ def plan_table(plan: Plan, n_seeds: int = 1) -> str:
     """The plan for people."""
     training, costs, s = plan.training, plan.costs, plan.seconds
     stage1, stage2 = plan.iterations
-    rows = [
-        ("engine", engine_line(plan.engine)),
+    rows = [("engine", engine_line(plan.engine))]
+    if plan.agreement is not None:
+        line = agreement_line(plan.engine["precision"], plan.agreement, training["examples"])
+        rows.append(("precision", line.removeprefix("precision ")))
+    rows += [
         (
             "training",
             f"{training['examples']} examples of {training['min_tokens']} to {training['max_tokens']} tokens "

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,11 +19,13 @@ from mp2.engine.plan import Costs, Prediction, Workload, measure, predict, targe
 from mp2.engine.probe import Probe, layer_seconds
 from mp2.engine.select import create_objective
 from mp2.optimizers.cma_layers import LayerSearches
+from mp2.optimizers.precision import precision_agreement
 from mp2.optimizers.router_search import create_router_search, stage_one_iterations
 from mp2.optimizers.session import one_blas_thread
 from mp2.optimizers.together import AT_ONCE
 
 if TYPE_CHECKING:
+    from mp2.engine.agreement import Agreement
     from mp2.optimizers.few_shot_problem import FewShotProblem
 
 _SHARE = 0.02  # of a run's time that the prediction at its start may take
@@ -48,19 +50,23 @@ class Plan:
     suggest_s: tuple[float, float]  # stage I and II: what the optimizers add to the forwards
     lanes: int  # runs like this one that the device computes side by side; 1: their evaluations take turns
     seconds: Prediction  # suggestions included
+    agreement: Agreement | None = None  # with float32, of a lower precision; not in the plan at a run's start
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
         values = asdict(self)
         values["costs"]["full_s"] = {str(p): s for p, s in self.costs.full_s.items()}
         values["seconds"]["total_s"] = self.seconds.total_s
+        values["precision_agreement"] = None if self.agreement is None else self.agreement.as_dict()
+        del values["agreement"]
         return values
 
 
 def plan_run(problem: FewShotProblem, budget_s: float | None = None) -> Plan:
     """Time some layers for about ``budget_s`` (None: 4 to 60 s, as the run is long) and predict the run."""
     token_s, rough_s = _rough(problem)
-    return _plan(problem, token_s, budget_s or _budget(rough_s, "explain"))
+    plan = _plan(problem, token_s, budget_s or _budget(rough_s, "explain"))
+    return replace(plan, agreement=precision_agreement(problem))
 
 
 def plan_start(problem: FewShotProblem, worth_s: float) -> Plan | None:

@@ -7,6 +7,7 @@ sections 7 and 8; :mod:`mp2.optimizers.series` makes, locks and resumes the fold
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +28,11 @@ from mp2.optimizers.two_stage import Outcome, Progress, TwoStage
 from mp2.whole_files import write_json, write_text
 
 if TYPE_CHECKING:
+    from mp2.engine.agreement import Agreement
     from mp2.engine.select import AnyObjective
 
 Observe = Callable[[Progress], None]
+_AGREEMENT = "precision_agreement"  # of config.json and result.json; null in float32
 
 
 def make_problem(
@@ -72,11 +75,13 @@ class Run:
         """What it tunes on."""
         return self._problem.objective
 
-    def write_beginning(self) -> None:
-        """Write the files that a run has before its first forward."""
+    def write_beginning(self, agreement: Agreement | None) -> None:
+        """Write the files that a run has before its first forward; ``agreement``: of its precision."""
         problem = self._problem
         write_text(self.run_dir / "card.toml", Path(problem.card.path).read_text(encoding="utf-8"))
-        write_json(self.run_dir / "config.json", config_file(problem.config, problem.model))
+        found = None if agreement is None else agreement.as_dict()
+        values = {**config_file(problem.config, problem.model), _AGREEMENT: found}
+        write_json(self.run_dir / "config.json", values)
 
     def drive(self, evaluate: Evaluate) -> tuple[Outcome, dict[str, float]]:
         """Begin, or go on where the journal ends; the outcome and the stages' test scores.
@@ -118,6 +123,9 @@ class Run:
         problem, recorder, (outcome, tests) = self._problem, self._recorder, found
         assert recorder is not None
         result = run_result(self.run_dir, problem, outcome, recorder, tests)
+        # as it was found at the run's beginning, whoever ends it
+        begun = json.loads((self.run_dir / "config.json").read_text(encoding="utf-8"))
+        result[_AGREEMENT] = begun.get(_AGREEMENT)
         title = f"{result['task']}  {result['method']}  seed {result['seed']}"
         with says_how_to_go_on(self.run_dir):
             save_tuned(self.run_dir / "prompt.safetensors", outcome.final.z, tuned_meta(problem, outcome))

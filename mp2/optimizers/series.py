@@ -61,21 +61,23 @@ def start_series(
     can be wrong was looked at.
     """
     from mp2.optimizers.explain import announce
+    from mp2.optimizers.precision import precision_agreement
 
     started = time.perf_counter()
     out = Path(out)
     check_new_folder(out)
     model = model or load_model(resolve_paths(configs[0]))
     problems = _problems(configs, model)
-    announce(problems)
+    agreements = [precision_agreement(problem) for problem in problems]
+    announce(problems, agreements)
     with ExitStack() as locks:
         runs = []
-        for problem in problems:
+        for problem, agreement in zip(problems, agreements, strict=True):
             method = problem.config.method(model.kind)
             run_dir = new_folder(out, f"{problem.card.task}-{method}-seed{problem.config.seed}")
             locks.enter_context(locked(run_dir))
             runs.append(Run(run_dir, problem, observe(), started))
-            runs[-1].write_beginning()
+            runs[-1].write_beginning(agreement)
         del problems, problem
         yield from _tune(runs)
 

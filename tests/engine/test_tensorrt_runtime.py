@@ -14,6 +14,7 @@ from export.tensorrt_double import FakeDevice, FakeLibrary
 from mp2.backbone import Backbone
 from mp2.engine import Objective, Runtime, TorchRuntime, create_runtime, select
 from mp2.engine import tensorrt_runtime as runtime_module
+from mp2.engine.agreement import spearman
 from mp2.engine.cuda_runtime import CudaRuntime
 from mp2.engine.layer_timer import LayerTimer
 from mp2.engine.probe import Probe, layer_seconds
@@ -28,7 +29,7 @@ from mp2.errors import (
 )
 from mp2.export.tensorrt import TaskShapes
 from mp2.export.tensorrt.export import build_plans, export_typed
-from mp2.export.tensorrt.parity import compare_runtime, spearman
+from mp2.export.tensorrt.parity import compare_runtime
 from mp2.export.tensorrt.plans import Gpu
 from mp2.prompts import PromptSet
 from mp2.tasks import MrcInput

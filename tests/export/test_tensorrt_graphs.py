@@ -11,7 +11,6 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
-from scipy.stats import spearmanr
 from tiny_words import tiny_vocab
 
 from mp2.backbone import Backbone, BackboneConfig, random_backbone
@@ -23,7 +22,6 @@ from mp2.export.tensorrt.calibration import calibration_inputs, input_maxima, ra
 from mp2.export.tensorrt.emulate import emulated
 from mp2.export.tensorrt.export import export_typed
 from mp2.export.tensorrt.graphs import PRECISIONS
-from mp2.export.tensorrt.parity import spearman
 from mp2.export.tensorrt.plans import read_shapes
 from mp2.export.tensorrt.profiles import grown
 from mp2.export.tensorrt.weights import FP8_MAX, fp8_scale, quantize
@@ -209,13 +207,6 @@ def test_calibration_reads_real_text_where_it_fits(
     assert len(inputs) == sum(len(task_inputs(tiny_backbone, task)) for task in tasks)
     short = random_backbone(replace(tiny_config, max_positions=20), tiny_vocab(), seed=7)
     assert len(calibration_inputs(short)) == 16  # random tokens
-
-
-def test_rank_agreement_equals_scipys() -> None:
-    rng = np.random.default_rng(3)
-    for _ in range(20):
-        a, b = rng.integers(0, 6, 12).astype(float), rng.standard_normal(12)
-        assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
 
 
 def test_shapes_of_a_task_are_few_classes_that_hold_every_length() -> None:

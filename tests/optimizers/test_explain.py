@@ -137,3 +137,37 @@ def test_several_runs_say_it_once_and_each_task_its_time(
     said = [line for line in done.stderr.splitlines() if line.startswith("mp2: ")]
     assert said[0] == "mp2: torch, fp32, cpu, 1 thread (asked for)"
     assert [line.split(": about")[0] for line in said[1:]] == ["mp2: a run of mood", "mp2: a run of pick"]
+
+
+def test_a_low_precision_says_what_it_costs_and_changes_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*world.options(), *SHORT, "--no-test", "--precision"]
+    plan = explain(*options, "bf16")
+    assert explain(*options, "fp32")["precision_agreement"] is None
+    found = plan["precision_agreement"]
+    assert (found["n_candidates"], found["layer"], found["n_examples"]) == (8, 1, 8)
+    assert found["max_error"] > 0
+    table = CliRunner().invoke(main, ["bbt", *options, "bf16", "--explain"]).stdout
+    assert "precision  bf16: losses differ by at most" in table
+
+    done = CliRunner().invoke(main, ["bbt", *options, "bf16", "--out", str(tmp_path / "a"), "--json"])
+    line = (
+        f"(Spearman) {found['spearman']:.4f} over 8 candidates at layer 1 on 8 of 8 examples, against fp32\n"
+    )
+    assert "mp2: precision bf16: losses differ by at most" in done.stderr
+    assert line in done.stderr
+    result = json.loads(done.stdout)
+    assert result["precision_agreement"] == found
+    assert result["iterations"] == 75
+    # without the comparison: the same run
+    monkeypatch.setattr("mp2.optimizers.precision.precision_agreement", lambda problem: None)
+    silent = CliRunner().invoke(main, ["bbt", *options, "bf16", "--out", str(tmp_path / "b"), "--json"])
+    other = json.loads(silent.stdout)
+    assert (other["stages"], other["router"]) == (result["stages"], result["router"])
+    assert "precision bf16" not in silent.stderr
+    # one that was cut off keeps what was found when it began
+    folder = Path(result["run_dir"])
+    (folder / "result.json").unlink()
+    resumed = CliRunner().invoke(main, ["bbt", "--resume", str(folder), "--json"])
+    assert json.loads(resumed.stdout)["precision_agreement"] == found

@@ -28,13 +28,14 @@ from mp2.export.tensorrt.graphs import (
     plain_layer_file,
     plain_layer_model,
 )
-from mp2.export.tensorrt.parity import Agreement, agreement, compare_runtime
+from mp2.export.tensorrt.parity import compare_runtime
 from mp2.export.tensorrt.plans import SHAPES
 from mp2.export.tensorrt.profiles import TaskShapes
 from mp2.export.tensorrt.weights import store_layer
 from mp2.export.weights import WeightStore
 
 if TYPE_CHECKING:
+    from mp2.engine.agreement import Agreement
     from mp2.engine.runtime import Runtime
     from mp2.prompts import PromptSet
     from mp2.tasks import MrcInput
@@ -106,6 +107,7 @@ def precision_cost(
 
     On the first 16 ``inputs``. Without deep ``prompts``, random ones stand in.
     """
+    from mp2.engine.agreement import agreement
     from mp2.prompts import random_prompts
 
     if prompts is None or prompts.kind != "deep":

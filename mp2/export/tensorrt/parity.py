@@ -1,12 +1,10 @@
-"""Compare a low-precision runtime with torch in float32: every stage, and the ranks of a population."""
+"""Compare every stage of a low-precision runtime with torch in float32."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from mp2.backbone import Backbone
@@ -14,35 +12,12 @@ from mp2.export.parity import Comparison
 
 if TYPE_CHECKING:
     from mp2.engine.runtime import Runtime
-    from mp2.prompts import PromptSet
-    from mp2.tasks import MrcInput
 
 # relative to the largest magnitude: one layer, and the logits after all of them. A few times what rounding
 # every result to the type (2^-11, 2^-8, 2^-4) was measured to make of a layer of mini
 STAGE_TOLERANCE = {"fp16": 4e-3, "bf16": 3e-2, "fp8": 0.12}
 WHOLE_TOLERANCE = {"fp16": 2e-2, "bf16": 0.15, "fp8": 0.5}
-POPULATION = 20
 _N, _T, _P, _M = 3, 13, 2, 5
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How a population's losses at one layer agree with float32's."""
-
-    layer: int
-    n_candidates: int
-    n_examples: int
-    spearman: float  # 1: the same order
-    max_error: float  # of a loss, absolute
-    spread: float  # standard deviation of the float32 losses: what the error is to be held against
-
-    def line(self) -> str:
-        """Return it as a line of the report."""
-        return (
-            f"losses of {self.n_candidates} candidates at layer {self.layer} on {self.n_examples} examples: "
-            f"rank agreement {self.spearman:.4f}, largest error {self.max_error:.1e}, "
-            f"spread {self.spread:.1e}"
-        )
 
 
 @torch.inference_mode()
@@ -100,48 +75,3 @@ def compare_runtime(runtime: Runtime, backbone: Backbone) -> Iterator[Comparison
     yield compare("head", got, logits, tolerance)
     got = runtime.head(chained, on(weight), on(bias))
     yield compare("whole chain: logits", got, logits, WHOLE_TOLERANCE[runtime.precision], mask)
-
-
-def agreement(
-    runtime: Runtime,
-    backbone: Backbone,
-    prompts: PromptSet,
-    inputs: Sequence[MrcInput],
-    layer: int,
-    *,
-    sigma: float = 0.05,
-    n_candidates: int = POPULATION,
-) -> Agreement:
-    """Return how losses of a first CMA-ES population at ``layer`` agree with torch in float32."""
-    from mp2.engine.objective import Objective
-    from mp2.engine.torch_runtime import TorchRuntime
-
-    z = prompts.fuse(torch.ones(prompts.z.shape[:2])).detach().numpy()
-    steps = np.random.default_rng(8).standard_normal((n_candidates, z.shape[1]))
-    candidates = z[layer] + sigma * steps
-    losses = []
-    for each in (TorchRuntime(backbone), runtime):
-        objective = Objective(each, backbone, prompts, inputs)
-        objective.set_incumbent(z)
-        losses.append(objective.layer_losses(layer, candidates))
-    exact, rough = losses
-    return Agreement(
-        layer,
-        n_candidates,
-        len(inputs),
-        spearman(exact, rough),
-        float(np.abs(exact - rough).max()),
-        float(exact.std()),
-    )
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the rank correlation of two vectors; equal values share their mean rank, NaN ranks last."""
-    ranks = []
-    for x in (a, b):
-        known = np.nan_to_num(x, nan=np.inf)
-        _, inverse, counts = np.unique(known, return_inverse=True, return_counts=True)
-        mean_rank = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-        ranks.append(mean_rank - mean_rank.mean())
-    scale = float(np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
-    return float((ranks[0] * ranks[1]).sum() / scale) if scale else 0.0

@@ -1,0 +1,94 @@
+"""What a low precision costs the search: how a population's losses agree with those in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from mp2.backbone import Backbone
+from mp2.engine.objective import Objective
+from mp2.engine.runtime import Runtime
+from mp2.engine.select import create_objective
+from mp2.engine.torch_runtime import TorchRuntime
+from mp2.prompts import PromptSet
+
+if TYPE_CHECKING:
+    from mp2.tasks import MrcInput
+
+POPULATION = 20
+_SEED = 8
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a population's losses at one layer agree with float32's."""
+
+    layer: int
+    n_candidates: int
+    n_examples: int
+    spearman: float  # 1: the same order
+    max_error: float  # of a loss, absolute; NaN or infinite where a loss is
+    spread: float  # standard deviation of the float32 losses: what the error is to be held against
+
+    def line(self) -> str:
+        """Return it as a line of the report."""
+        return (
+            f"losses of {self.n_candidates} candidates at layer {self.layer} on {self.n_examples} examples: "
+            f"rank agreement {self.spearman:.4f}, largest error {self.max_error:.1e}, "
+            f"spread {self.spread:.1e}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON values; null for what is not finite."""
+        values = asdict(self)
+        return {name: x if np.isfinite(x) else None for name, x in values.items()}
+
+
+def agreement(
+    runtime: Runtime,
+    backbone: Backbone,
+    prompts: PromptSet,
+    inputs: Sequence[MrcInput],
+    layer: int,
+    *,
+    sigma: float = 0.05,
+    n_candidates: int = POPULATION,
+) -> Agreement:
+    """Return how losses of a first CMA-ES population at ``layer`` agree with torch in float32.
+
+    The candidates, steps of ``sigma`` from the prompt with every module on, are the same in every call. torch
+    runs on the runtime's device; shallow prompts have layer 0 only.
+    """
+    z = prompts.fuse(torch.ones(prompts.z.shape[:2])).detach().numpy()
+    steps = np.random.default_rng(_SEED).standard_normal((n_candidates, z.shape[1]))
+    candidates = z[layer] + sigma * steps
+    reference = Objective(TorchRuntime(backbone, device=runtime.device), backbone, prompts, inputs)
+    losses = []
+    for objective in (reference, create_objective(runtime, backbone, prompts, inputs)):
+        objective.set_incumbent(z)
+        losses.append(objective.layer_losses(layer, candidates))
+    exact, rough = losses
+    return Agreement(
+        layer,
+        n_candidates,
+        len(inputs),
+        spearman(exact, rough),
+        float(np.abs(exact - rough).max()),
+        float(exact.std()),
+    )
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the rank correlation of two vectors; equal values share their mean rank, NaN ranks last."""
+    ranks = []
+    for x in (a, b):
+        known = np.nan_to_num(x, nan=np.inf)
+        _, inverse, counts = np.unique(known, return_inverse=True, return_counts=True)
+        mean_rank = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+        ranks.append(mean_rank - mean_rank.mean())
+    scale = float(np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
+    return float((ranks[0] * ranks[1]).sum() / scale) if scale else 0.0

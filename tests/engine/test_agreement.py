@@ -1,0 +1,63 @@
+"""What a precision costs the search, as it is reported."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from mp2.backbone import Backbone
+from mp2.engine import Objective, TorchRuntime, create_runtime
+from mp2.engine.agreement import Agreement, agreement, spearman
+from mp2.engine.cuda_runtime import CudaRuntime
+from mp2.engine.int8_runtime import int8_products_work
+from mp2.prompts import PromptSet
+from mp2.tasks import MrcInput
+
+
+def test_rank_agreement_equals_scipys() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        a, b = rng.integers(0, 6, 12).astype(float), rng.standard_normal(12)
+        assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("deep", 1), ("shallow", 0)])
+def test_float32_agrees_with_itself(
+    request: pytest.FixtureRequest, tiny_backbone: Backbone, train: list[MrcInput], kind: str, layer: int
+) -> None:
+    prompts: PromptSet = request.getfixturevalue(kind)
+    for runtime in (TorchRuntime(tiny_backbone), CudaRuntime(tiny_backbone, device="cpu", precision="fp32")):
+        found = agreement(runtime, tiny_backbone, prompts, train, layer, n_candidates=6)
+        assert (found.layer, found.n_candidates, found.n_examples) == (layer, 6, len(train))
+        assert found.spearman > 0.99
+        assert found.max_error < 1e-5 < found.spread
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_low_precisions_error_is_that_of_the_losses(
+    tiny_backbone: Backbone, deep: PromptSet, train: list[MrcInput], precision: str
+) -> None:
+    if precision == "int8" and not int8_products_work():
+        pytest.skip("no int8 products on this CPU")
+    runtime = create_runtime("torch", tiny_backbone, precision=precision)
+    found = agreement(runtime, tiny_backbone, deep, train, 2, sigma=0.1, n_candidates=8)
+    z = deep.fuse(torch.ones(deep.z.shape[:2])).numpy()
+    trial = z[2] + 0.1 * np.random.default_rng(8).standard_normal((8, z.shape[1]))
+    losses = []
+    for each in (TorchRuntime(tiny_backbone), runtime):
+        objective = Objective(each, tiny_backbone, deep, train)
+        objective.set_incumbent(z)
+        losses.append(objective.layer_losses(2, trial))
+    assert found.max_error == pytest.approx(np.abs(losses[1] - losses[0]).max())
+    assert found.max_error > 0
+    assert found.spearman == pytest.approx(spearmanr(*losses).statistic)
+
+
+def test_what_is_not_finite_is_null_in_json() -> None:
+    values = Agreement(1, 20, 4, 0.5, float("nan"), float("inf")).as_dict()
+    assert json.loads(json.dumps(values, allow_nan=False))["max_error"] is None
+    assert (values["spread"], values["spearman"]) == (None, 0.5)

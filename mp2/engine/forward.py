@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from mp2.backbone import Backbone, BackboneConfig, Layer, add_to_rows
 from mp2.engine.batches import Bucket, pieces
+from mp2.engine.cuda_projector import DeviceProjector
 from mp2.engine.int8_runtime import Int8Runtime
 from mp2.engine.runtime import Prefix, Runtime, is_out_of_memory
 from mp2.errors import OutOfMemoryError
@@ -66,6 +67,11 @@ class PopulationForward:
         self._config = backbone.config
         self._encoder = backbone.encoder
         self._projector = PrefixProjector(backbone.encoder, prompts)
+        self._on_device: DeviceProjector | None = None
+        place = torch.device(runtime.device)
+        if place.type != "cpu":  # where the host would take longer than the device takes for its layers
+            self._on_device = DeviceProjector(backbone, prompts, place, torch.float32, lambda: None)
+        self._last: list[tuple[torch.Tensor, torch.Tensor]] = []  # the last layer's key and value weights
         self._span = (prompts.span_weight.detach().float(), prompts.span_bias.detach().float())
 
     def population(self, z: torch.Tensor) -> Population:
@@ -81,6 +87,14 @@ class PopulationForward:
 
     def prefix(self, layer: int, z: torch.Tensor) -> Prefix:
         """Return the keys and values [P, 1, h, m, d_h] of intrinsic prompts ``z`` [P, d] at ``layer``."""
+        if self._on_device is not None:
+            try:
+                keys, values = self._on_device(layer, z)
+                return keys.unsqueeze(1), values.unsqueeze(1)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._on_device = None  # all layers' folded projections do not fit beside the rest
         keys, values = (x.detach().to(self.runtime.device) for x in self._projector.keys_values(layer, z))
         return keys.unsqueeze(1), values.unsqueeze(1)
 
@@ -154,7 +168,7 @@ class PopulationForward:
                 if i < last:
                     hidden = self.runtime.layer(i, hidden, seen, None)
             # nothing reads the rows' last hidden states: only their keys and values count, which is a prefix
-            prefix = self._rows_prefix(last, hidden[:, :, 1 : m + 1])
+            prefix = self._rows_prefix(hidden[:, :, 1 : m + 1])
             hidden = torch.cat([hidden[:, :, :1], hidden[:, :, m + 1 :]], 2)
             return self.runtime.layer(last, hidden, mask, prefix)[population.n_references :]
 
@@ -170,17 +184,16 @@ class PopulationForward:
         return add_to_rows(hidden, prompts.to(hidden.dtype).unsqueeze(1))
 
     @torch.inference_mode()
-    def _rows_prefix(self, layer: int, rows: torch.Tensor) -> Prefix:
-        """Return the keys and values [P, N, h, m, d_h] of hidden rows [P, N, m, H]."""
-        module = self._encoder.layers[layer]
-        assert isinstance(module, Layer)
-
-        def project(linear: torch.nn.Linear) -> torch.Tensor:
-            weight, bias = (x.to(rows.device, rows.dtype) for x in (linear.weight, linear.bias))
-            heads = (*rows.shape[:-1], self._config.n_heads, self._config.head_size)
-            return F.linear(rows, weight, bias).view(heads).transpose(2, 3)
-
-        return project(module.key), project(module.value)
+    def _rows_prefix(self, rows: torch.Tensor) -> Prefix:
+        """Return the last layer's keys and values [P, N, h, m, d_h] of hidden rows [P, N, m, H]."""
+        if not self._last:
+            module = self._encoder.layers[self._config.n_layers - 1]
+            assert isinstance(module, Layer)
+            parts = ((x.weight, x.bias) for x in (module.key, module.value))
+            self._last = [(w.to(rows.device, rows.dtype), b.to(rows.device, rows.dtype)) for w, b in parts]
+        heads = (*rows.shape[:-1], self._config.n_heads, self._config.head_size)
+        keys, values = (F.linear(rows, w, b).view(heads).transpose(2, 3) for w, b in self._last)
+        return keys, values
 
     def cross_entropy(self, run: Run, bucket: Bucket, n_candidates: int) -> np.ndarray:
         """Return [P, N] float64: (CE of the start + CE of the end) / 2 of every candidate and example."""

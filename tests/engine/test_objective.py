@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from mp2.backbone import Backbone
 from mp2.engine import Objective, Prefix, TorchRuntime
+from mp2.engine.forward import PopulationForward
 from mp2.engine.runtime import is_out_of_memory
 from mp2.errors import MismatchError, OutOfMemoryError, UsageError
-from mp2.prompts import PromptSet, random_prompts
+from mp2.prompts import PrefixProjector, PromptSet, random_prompts
 from mp2.tasks import MrcInput
 
 from .slow_reference import D, SlowReference, make_inputs
@@ -266,3 +269,52 @@ def test_prompts_of_another_backbone_are_refused(
     prompts = random_prompts(other, "deep", prompt_tokens=3, intrinsic_dim=D)
     with pytest.raises(MismatchError, match="0000"):
         Objective(TorchRuntime(tiny_backbone), tiny_backbone, prompts, train)
+
+
+def test_keys_and_values_are_made_on_the_device_where_there_is_one(
+    tiny_backbone: Backbone, deep: PromptSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = TorchRuntime(tiny_backbone)
+    host = PopulationForward(runtime, tiny_backbone, deep, None)
+    z = torch.from_numpy(candidates(3, deep))[:, 1]
+    expected = host.prefix(1, z)
+    runtime.device = "meta"  # torch's device that computes shapes only
+    there = PopulationForward(runtime, tiny_backbone, deep, None)
+
+    def never(*_: object) -> None:
+        raise AssertionError("on the host")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PrefixProjector, "keys_values", never)
+        found = there.prefix(1, z)
+    assert [(x.device.type, x.dtype, x.shape) for x in found] == [
+        ("meta", torch.float32, x.shape) for x in expected
+    ]
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("mp2.engine.cuda_projector.DeviceProjector.__call__", full)
+    assert there.prefix(1, z)[0].shape == expected[0].shape  # from the host, then
+
+
+def test_the_last_layers_weights_are_converted_once(
+    tiny_backbone: Backbone, shallow: PromptSet, train: list[MrcInput]
+) -> None:
+    weight = tiny_backbone.encoder.body(tiny_backbone.config.n_layers - 1).key.weight
+    converted = 0
+
+    class Counting(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal converted
+            converted += function is torch.Tensor.to and args[0] is weight
+            return function(*args, **(kwargs or {}))
+
+    runtime = TorchRuntime(tiny_backbone, precision="bf16")
+    objective = Objective(runtime, tiny_backbone, shallow, train, micro_batch_tokens=60)
+    objective.full_losses(candidates(1, shallow))  # prepares the runtime's own
+    objective = Objective(runtime, tiny_backbone, shallow, train, micro_batch_tokens=60)
+    with Counting():
+        for seed in range(3):
+            objective.full_losses(candidates(4, shallow, seed))
+    assert converted == 1

@@ -103,6 +103,20 @@ class MlmTrainer(Trainer[Tensors]):
             "vocabulary": hashlib.sha256(vocabulary).hexdigest(),
         }
 
+    @torch.no_grad()
+    def start_from_ppmi(self) -> None:
+        """Token embeddings from PPMI and SVD, the main process's in all of them.
+
+        Last bits of an SVD depend on the machine, and DistributedDataParallel made the weights equal before.
+        """
+        config, embeddings = self.config, self.model.encoder.word_embeddings.weight
+        if self.ranks.main:
+            size = self.tokenizer.vocab_size
+            vectors = ppmi_embeddings(self.packed[:250_000], size, config.hidden, seed=config.seed)
+            embeddings.copy_(torch.from_numpy(vectors))
+        self.ranks.share(embeddings)
+        self.log("token embeddings start from PPMI + SVD")
+
     def make_batch(self, step: int) -> Tensors:
         """This process's rows of a step: masked ids [N, T], chosen positions [n], targets [n], starts [N]."""
         config, ranks = self.config, self.ranks
@@ -187,11 +201,7 @@ def train_mlm(
         run = MlmTrainer(out, config, packed, tokenizer, ranks=ranks, compiled=wanted, log=say)
         with run.resumed() as resumed:
             if not resumed and config.ppmi_init:
-                vectors = ppmi_embeddings(
-                    packed[:250_000], tokenizer.vocab_size, config.hidden, seed=config.seed
-                )
-                run.model.encoder.word_embeddings.weight.data.copy_(torch.from_numpy(vectors))
-                say("token embeddings start from PPMI + SVD")
+                run.start_from_ppmi()
             if ranks.main:
                 write_json(out / "mlm_config.json", asdict(config), indent=1)
             run.train()

@@ -23,7 +23,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from mp2.backbone.device import resolve_device
@@ -33,7 +33,7 @@ JOIN_TIMEOUT = timedelta(minutes=10)  # for all processes to be there
 _TIMEOUT = timedelta(hours=2)  # the others may wait for one process to format or to score data
 _RELEASE_S = 10.0
 _RELEASE_AFTER_LOSS_S = 0.5
-_reduced: deque[weakref.ref[torch.Tensor]] = deque(maxlen=64)
+_exchanged: deque[weakref.ref[Tensor]] = deque(maxlen=64)
 _CPU = torch.device("cpu")
 
 
@@ -62,10 +62,21 @@ class Ranks:
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        _reduced.append(weakref.ref(tensor))
+        _exchanged.append(weakref.ref(tensor))
         with self.together():
             dist.all_reduce(tensor)
         return [float(x) for x in tensor.tolist()]
+
+    def share(self, tensor: Tensor) -> None:
+        """Put the main process's numbers into every process's ``tensor``; every process must call it."""
+        if self.size == 1:
+            return
+        sent = tensor.detach().clone()  # its own: see ``_let_go``
+        _exchanged.append(weakref.ref(sent))
+        with self.together():
+            dist.broadcast(sent, src=0)
+        with torch.no_grad():
+            tensor.copy_(sent)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -175,5 +186,5 @@ def _let_go(seconds: float) -> None:
     frees the group waits for these threads and may hold that lock: a deadlock.
     """
     give_up = time.monotonic() + seconds
-    while any(tensor() is not None for tensor in _reduced) and time.monotonic() < give_up:
+    while any(tensor() is not None for tensor in _exchanged) and time.monotonic() < give_up:
         time.sleep(0.001)

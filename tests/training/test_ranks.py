@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mp2.backbone import Backbone, load_backbone, save_backbone
 from mp2.prompts import load_prompts
 from mp2.tasks import TaskCard
 from mp2.training import MlmConfig, PretrainConfig, pretrain, train_mlm
+from mp2.training.corpus import ppmi_embeddings
 from mp2.training.mixture import Batch, MixtureTask, sample_batch
 from training.toy_tasks import lively_backbone, write_tasks
 
@@ -59,8 +61,10 @@ from mp2.training.mixture import load_mixture
 from mp2.training.corpus import build_vocab, corpus_files, pack
 from mp2.training.mlm import MlmConfig
 from mp2.training.mlm_trainer import MlmTrainer
+from mp2.training import mlm_trainer
 from mp2.training.ranks import joined
 from mp2.backbone import Tokenizer
+from safetensors.torch import save_file
 cards, data, backbone, out, runs, corpus, backbones = json.loads(sys.argv[1])
 body = load_backbone(backbone)
 with joined("cpu") as ranks:
@@ -78,6 +82,11 @@ with joined("cpu") as ranks:
         run = MlmTrainer(folder, config, packed, tokenizer, ranks=ranks, compiled=False, log=str)
         with run.resumed():
             run.train()
+    plain = mlm_trainer.ppmi_embeddings
+    mlm_trainer.ppmi_embeddings = lambda *args, **more: plain(*args, **more) * (1 + ranks.rank)
+    run.start_from_ppmi()
+    embeddings = run.model.encoder.word_embeddings.weight.detach()
+    save_file({"weight": embeddings}, Path(out) / f"ppmi-{ranks.rank}.safetensors")
 """
 
 
@@ -191,6 +200,14 @@ def test_two_processes_agree_with_one_on_a_backbone(two_processes: Path, tmp_pat
     assert len(ours) == 12
     assert ours[-1] < ours[0]
     assert np.allclose(ours, theirs, rtol=1e-4)
+
+
+def test_processes_start_from_the_same_embeddings_whatever_each_computes(two_processes: Path) -> None:
+    first, second = (load_file(two_processes / f"ppmi-{rank}.safetensors")["weight"] for rank in range(2))
+    assert torch.equal(first, second)
+    (packed,) = (two_processes / "span-5" / "cache").glob("packed-*.npy")
+    expected = ppmi_embeddings(np.load(packed), len(first), 16, seed=0)
+    assert np.allclose(first.numpy(), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])

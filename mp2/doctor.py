@@ -65,6 +65,7 @@ def as_text(found: dict[str, Any]) -> str:
     if torch["available"]:
         devices = [f"{d['name']} ({d['memory_gib']:.0f} GiB)" for d in torch["cuda"]] or ["no CUDA device"]
         rows.append(("torch", f"{torch['version']}, {torch['threads']} threads, {', '.join(devices)}"))
+        rows.append(("C kernels", torch["no_kernels"] or "compiled for this processor"))
     else:
         rows.append(("torch", f"missing: {torch['install']}"))
     if ort["available"]:
@@ -125,7 +126,17 @@ def _torch() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda_build": torch.version.cuda,
         "cuda": cuda,
+        "no_kernels": _no_kernels(),
     }
+
+
+def _no_kernels() -> str | None:
+    """Why forwards on CPUs do without the C kernels; None where these work."""
+    try:
+        from mp2.engine import native
+    except ImportError as error:
+        return f"not tried ({error})"
+    return f"none: {problem}; CPUs are slower without" if (problem := native.problem()) else None
 
 
 def _onnxruntime() -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mp2.backbone import Backbone, Layer, resolve_device
+from mp2.engine import native
 from mp2.engine.attention import attend, attend_shared_text
 from mp2.engine.linear import FastLinear
 from mp2.engine.runtime import Prefix
@@ -50,6 +51,8 @@ class TorchRuntime:
         self.precision = precision
         self.reason = reason or "asked for"
         self._dtype = _DTYPES[precision]
+        if self._exact_on_cpu and (problem := native.problem()):
+            self.reason += f"; no C kernels: {problem}"
         self._config = backbone.config
         self._encoder = backbone.encoder
         self._layers: dict[int, _Layer] = {}
@@ -104,6 +107,10 @@ class TorchRuntime:
         """See `Runtime.head`."""
         return F.linear(hidden.float(), weight.to(self.device), bias.to(self.device))
 
+    @property
+    def _exact_on_cpu(self) -> bool:
+        return self._dtype == torch.float32 and torch.device(self.device).type == "cpu"
+
     def _norm(self, x: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return F.layer_norm(x, (self._config.hidden,), norm[0], norm[1], self._config.layer_norm_eps)
 
@@ -122,7 +129,6 @@ class TorchRuntime:
             module = getattr(source, name)
             return place(module.weight), place(module.bias)
 
-        exact = self._dtype == torch.float32 and torch.device(self.device).type == "cpu"
         parts = [source.query, source.key, source.value]
         self._layers[index] = _Layer(
             qkv=FastLinear(
@@ -136,7 +142,7 @@ class TorchRuntime:
             output_norm=norm("output_norm"),
             second_half=(
                 make_second_half(source, self._config.activation, self._config.layer_norm_eps)
-                if exact
+                if self._exact_on_cpu
                 else None
             ),
         )

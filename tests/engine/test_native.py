@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from mp2.engine import attention, native
+from mp2.backbone import Backbone
+from mp2.doctor import as_text, examine
+from mp2.engine import TorchRuntime, attention, native
 
 P, N, T = 3, 2, 11
 
@@ -64,7 +68,7 @@ def test_compiled_attention_survives_large_scores_and_keeps_nan() -> None:
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("way", ["switched off", "compiler missing", "compiler fails"])
 def test_without_a_compiler_there_is_no_library_and_no_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_backbone: Backbone, way: str
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if way == "switched off":
@@ -73,6 +77,37 @@ def test_without_a_compiler_there_is_no_library_and_no_error(
         monkeypatch.setenv("CC", "/nowhere/cc" if way == "compiler missing" else "false")
     assert native.load() is None
     assert not list(tmp_path.rglob("*.so"))
+    said = {"switched off": "MP2_NATIVE=0", "compiler missing": "/nowhere/cc", "compiler fails": "false"}[way]
+    assert said in native.problem()
+    assert f"; no C kernels: {native.problem()}" in TorchRuntime(tiny_backbone).reason
+    assert f"none: {native.problem()}" in as_text(examine())
+
+
+@pytest.mark.usefixtures("fresh")
+def test_without_a_home_there_is_no_library_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert native.load() is None
+    assert native.problem() == (
+        "there is no cache folder (Could not determine home directory.): set XDG_CACHE_HOME"
+    )
+
+
+@needs_compiler
+@pytest.mark.usefixtures("fresh")
+def test_a_damaged_library_is_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    name = native._key(os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or "clang")
+    library = tmp_path / "mp2" / f"kernels-{name}.so"
+    library.parent.mkdir()
+    library.write_bytes(b"")
+    assert native.load() is not None
+    assert native.problem() == ""
+    assert library.stat().st_size > 1000
+    assert "C kernels" in as_text(examine())
 
 
 @needs_compiler

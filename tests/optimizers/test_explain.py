@@ -61,7 +61,7 @@ def test_the_table_says_what_why_and_how_long(world: World) -> None:
     assert done.exit_code == 0, done.output
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if line[:1].strip()}
     assert {"engine", "training", "dev", "test", "prepare", "total", "seeds"} <= set(lines)
-    assert "torch, fp32, cpu, 1 thread (asked for)" in lines["engine"]
+    assert "torch, fp32, cpu, 1 thread (asked for" in lines["engine"]
     assert "3 seeds" in lines["seeds"]
     assert max(len(line) for line in done.stdout.splitlines()) <= 110
 
@@ -118,10 +118,10 @@ def test_a_run_says_first_what_it_runs_on(
 ) -> None:
     options = ["bbt", *world.options(), *SHORT, "--router-only", "--no-test", "--out", str(tmp_path)]
     done = CliRunner().invoke(main, options)
-    assert "mp2: torch, fp32, cpu, 1 thread (asked for)\n" in done.stderr
+    assert "mp2: torch, fp32, cpu, 1 thread (asked for" in done.stderr
     monkeypatch.setattr("mp2.optimizers.explain._WORTH_S", 0.0)
     done = CliRunner().invoke(main, options)
-    assert "(asked for); about 0:0" in done.stderr
+    assert "); about 0:0" in done.stderr
     assert "(stage I 0:0" in done.stderr
 
 
@@ -135,7 +135,7 @@ def test_several_runs_say_it_once_and_each_task_its_time(
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
     said = [line for line in done.stderr.splitlines() if line.startswith("mp2: ")]
-    assert said[0] == "mp2: torch, fp32, cpu, 1 thread (asked for)"
+    assert said[0].startswith("mp2: torch, fp32, cpu, 1 thread (asked for")
     assert [line.split(": about")[0] for line in said[1:]] == ["mp2: a run of mood", "mp2: a run of pick"]
 
 

@@ -1,8 +1,8 @@
 """Compile the package's C kernels with the machine's own compiler, once, for exactly its processor.
 
 A compiler is a wish, not a need: without one (or with ``MP2_NATIVE=0``) the callers do the same in torch,
-more slowly. The library is kept in the user's cache folder under a name made from source, flags, compiler
-and processor, so that none of these can change unnoticed.
+more slowly, and `mp2 doctor` and the runtime's reason say so. The library is kept in the user's cache folder
+under a name made from source, flags, compiler and processor, so that none of these can change unnoticed.
 """
 
 from __future__ import annotations
@@ -29,20 +29,52 @@ _SOURCES = ("attention.c", "dense.c", "int8.c")
 _HEADERS = ("vector_math.h",)
 
 
+_problem = ""  # why `load` returned None
+
+
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """Return the library made from this folder's C files; None where it cannot be made."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None or os.environ.get("MP2_NATIVE") == "0":
-        return None
+    """Return the library made from this folder's C files; None where it cannot be made (see `problem`)."""
+    global _problem
     try:
-        library = _cache_dir() / f"kernels-{_key(compiler)}.so"
-        if not library.is_file():
-            _compile(compiler, library)
-        # torch's OpenMP library is loaded already and answers to the same name: one pool of threads
-        return ctypes.CDLL(str(library))
-    except (OSError, subprocess.SubprocessError):
-        return None
+        library, _problem = _load(), ""
+        return library
+    except _Unavailable as error:
+        _problem = str(error)
+    except subprocess.CalledProcessError as error:
+        told = (error.stderr or b"").decode(errors="replace").strip().splitlines()
+        _problem = (
+            f"the compiler failed: {next((x for x in told if 'error' in x), told[0] if told else error)}"
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        _problem = str(error)
+    return None
+
+
+def problem() -> str:
+    """Tell why there are no C kernels, in a line; "" where there are."""
+    return "" if load() is not None else _problem
+
+
+class _Unavailable(Exception):
+    """There is nothing to compile with, or nowhere to keep what was compiled."""
+
+
+def _load() -> ctypes.CDLL:
+    if os.environ.get("MP2_NATIVE") == "0":
+        raise _Unavailable("switched off by MP2_NATIVE=0")
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise _Unavailable("no C compiler was found (cc, gcc or clang; CC names another)")
+    library = _cache_dir() / f"kernels-{_key(compiler)}.so"
+    # torch's OpenMP library is loaded already and answers to the same name: one pool of threads
+    if library.is_file():
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:
+            pass  # damaged: a machine that stopped, a full disk
+    _compile(compiler, library)
+    return ctypes.CDLL(str(library))
 
 
 def _key(compiler: str) -> str:
@@ -63,7 +95,12 @@ def _processor() -> str:
 
 
 def _cache_dir() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME")
+    if not base:
+        try:
+            base = str(Path.home() / ".cache")
+        except RuntimeError as error:
+            raise _Unavailable(f"there is no cache folder ({error}): set XDG_CACHE_HOME") from None
     return Path(base) / "mp2"
 
 
@@ -73,4 +110,6 @@ def _compile(compiler: str, library: Path) -> None:
         made = Path(folder) / library.name
         command = [compiler, *_FLAGS, *(str(_HERE / name) for name in _SOURCES), "-o", str(made), "-lm"]
         subprocess.run(command, capture_output=True, check=True, timeout=_TIMEOUT_S)
+        with made.open("rb") as file:
+            os.fsync(file.fileno())
         made.replace(library)  # whole or not at all, whoever else compiles it now

@@ -24,3 +24,11 @@ def relaxed_bernoulli(logits: Tensor, temperature: float, generator: torch.Gener
 def hard_router(logits: Tensor) -> Tensor:
     """Inference: a module is on where its logit is positive (paper, after eq. 5). Bool, same shape."""
     return logits > 0
+
+
+def inference_weights(logits: Tensor, how: str) -> Tensor:
+    """Router weights at inference, of the logits' shape and dtype: 0 and 1 (``hard``), or sigmoid(w).
+
+    ``soft`` is the authors' code.
+    """
+    return hard_router(logits).to(logits.dtype) if how == "hard" else torch.sigmoid(logits)

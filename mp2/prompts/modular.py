@@ -8,8 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from mp2.backbone.encoder import Encoder, Prefix
-from mp2.prompts.bernoulli import relaxed_bernoulli
+from mp2.prompts.bernoulli import inference_weights, relaxed_bernoulli
 from mp2.prompts.prompt_set import PromptMeta, PromptSet, fuse
+
+
+def _full_precision(like: Tensor) -> torch.autocast:
+    """Autocast off, on the device of a tensor: a cast of the inputs alone would be undone by autocast."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def prefix_of(encoder: Encoder, layer: int, prompts: Tensor) -> Prefix:
@@ -48,20 +53,25 @@ class ModularPrompts(nn.Module):
         logits = self.routers[task]
         if generator is not None:
             return relaxed_bernoulli(logits, temperature, generator)
-        return (
-            (logits > 0).to(logits.dtype) if self.meta.router_inference == "hard" else torch.sigmoid(logits)
-        )
+        return inference_weights(logits, self.meta.router_inference)
 
     def prompts(self, weights: Tensor) -> Tensor:
-        """Fused soft prompts p = z A of every layer: router weights [L', K] -> [L', m, H] (eq. 1)."""
-        z = fuse(self.z, weights, self.meta.router_normalisation)
-        flat = torch.einsum("ld,ldx->lx", z, self.projection)
+        """Fused soft prompts p = z A of every layer: router weights [L', K] -> [L', m, H] (eq. 1).
+
+        In the parameters' precision, under autocast too.
+        """
+        with _full_precision(weights):
+            z = fuse(self.z, weights, self.meta.router_normalisation)
+            flat = torch.einsum("ld,ldx->lx", z, self.projection)
         return flat.view(-1, self.meta.prompt_tokens, self.meta.hidden)
 
     def forward(
         self, encoder: Encoder, input_ids: Tensor, mask: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Start and end logits [N, T] each, under router weights [L', K] (the same for the whole batch)."""
+        """Start and end logits [N, T] each, under router weights [L', K] (the same for the whole batch).
+
+        Autocast is for the encoder alone: prompts and span head keep the parameters' precision.
+        """
         prompts = self.prompts(weights)
         if self.meta.injection == "prefix":
             prefixes = [prefix_of(encoder, i, p[None]) for i, p in enumerate(prompts)]
@@ -70,7 +80,8 @@ class ModularPrompts(nn.Module):
             hidden = encoder(input_ids, mask, added=prompts)
         else:
             hidden = encoder(input_ids, mask, inline=prompts)
-        logits = nn.functional.linear(hidden.float(), self.span_weight, self.span_bias)
+        with _full_precision(hidden):
+            logits = nn.functional.linear(hidden.float(), self.span_weight, self.span_bias)
         return logits[..., 0], logits[..., 1]
 
     def to_set(self) -> PromptSet:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mp2.backbone.load import Backbone
 from mp2.errors import FormatError, MismatchError, UnknownNameError, UsageError
+from mp2.prompts.bernoulli import inference_weights
 from mp2.whole_files import write_tensors
 
 SCHEMA_VERSION = 1
@@ -146,8 +147,7 @@ class PromptSet:
         """The pre-trained router of an upstream task as it is used at inference: weights [L', K]."""
         if task not in self.meta.tasks:
             raise UnknownNameError("pre-trained router", task, self.meta.tasks)
-        logits = self.routers[self.meta.tasks.index(task)]
-        return (logits > 0).float() if self.meta.router_inference == "hard" else torch.sigmoid(logits)
+        return inference_weights(self.routers[self.meta.tasks.index(task)], self.meta.router_inference)
 
     def check_fits(self, backbone: Backbone) -> None:
         """Raise ``MismatchError`` unless these prompts were made for exactly this backbone."""

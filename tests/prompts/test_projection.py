@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -183,3 +184,49 @@ def test_router_weights_at_inference_are_the_stored_convention(
     sampled = prompts.router_weights(1, generator=torch.Generator().manual_seed(0))
     assert sampled.requires_grad
     assert not torch.equal(sampled, prompts.router_weights(1, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("kind", ["deep", "shallow"])
+def test_under_autocast_prompts_and_span_head_stay_float32(tiny_backbone: Backbone, kind: Kind) -> None:
+    meta = new_meta(
+        "tiny",
+        tiny_backbone.sha256,
+        tiny_backbone.encoder,
+        kind,
+        n_modules=4,
+        prompt_tokens=3,
+        tasks=("one",),
+    )
+    model = ModularPrompts(meta, torch.Generator().manual_seed(0))
+    weights = model.router_weights(0, generator=torch.Generator().manual_seed(1))
+    seen: list[torch.Tensor] = []
+
+    def encoder(ids: torch.Tensor, mask: torch.Tensor, **prompts: object) -> torch.Tensor:
+        with torch.no_grad():
+            seen.append(tiny_backbone.encoder(ids, mask, **prompts))  # type: ignore[arg-type]
+        return seen[-1]
+
+    encoder.body = tiny_backbone.encoder.body  # type: ignore[attr-defined]
+    ids = torch.arange(5, 15).view(2, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        prompts = model.prompts(weights)
+        logits = model(encoder, ids, torch.ones(2, 5, dtype=torch.bool), weights)  # type: ignore[arg-type]
+        assert torch.mm(weights, weights.T).dtype == torch.bfloat16  # it is on, and on again behind the head
+    assert torch.equal(prompts, model.prompts(weights))
+    head = model.span_weight.double()
+    for got, row in zip(logits, head, strict=True):
+        expected = seen[0].double() @ row + 0.0
+        assert (got.double() - expected).abs().max() < 1e-6
+        assert expected.abs().max() > 0.1
+
+
+def test_soft_inference_weights_are_sigmoids_and_hard_ones_zero_or_one(tiny_backbone: Backbone) -> None:
+    prompts = prompts_for(tiny_backbone, "deep")
+    soft = replace(prompts, meta=replace(prompts.meta, router_inference="soft"))
+    logits = prompts.routers[1].double().numpy()
+    assert np.array_equal(prompts.router("two").numpy(), np.where(logits > 0, 1.0, 0.0))
+    assert np.allclose(soft.router("two").numpy(), 1 / (1 + np.exp(-logits)), atol=1e-6)
+    module = ModularPrompts(soft.meta, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        module.routers.copy_(soft.routers)
+    assert torch.equal(module.router_weights(1), soft.router("two"))

@@ -257,6 +257,82 @@ def test_resuming_a_finished_run_reads_its_result_back(unbroken: dict[str, Any])
     assert bbt("--resume", unbroken["run_dir"]) == unbroken
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("result.json", b"", "result.json: not JSON"),
+        ("result.json", b"\xff", "result.json: not JSON"),
+        ("result.json", b"[1]", "result.json: is [1], expected an object"),
+        ("result.json", b"{}", "result.json: field 'task': missing"),
+        ("result.json", b'"iterations": "70"', "field 'iterations': is '70', expected a number"),
+        ("result.json", b'"seconds": {}', "result.json: field 'seconds.stage1': missing"),
+        ("prompt.safetensors", b"", "prompt.safetensors: not a safetensors file"),
+        ("prompt.safetensors", b"junk" * 9, "prompt.safetensors: not a safetensors file"),
+        ("prompt.safetensors", None, "prompt.safetensors: no such file"),
+    ],
+)
+def test_what_a_finished_run_lost_is_made_again_from_its_journal(
+    unbroken: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    content: bytes | None,
+    message: str,
+) -> None:
+    """As ``mp2 predict`` says, where it is the prompt that is missing; and nothing is computed again."""
+    run_dir = Path(shutil.copytree(unbroken["run_dir"], tmp_path / "run"))
+    whole = (run_dir / "prompt.safetensors").read_bytes()
+    if content is None:
+        (run_dir / file).unlink()
+    elif content.startswith(b'"'):
+        damaged = {**unbroken, **json.loads(b"{%s}" % content)}
+        (run_dir / file).write_text(json.dumps(damaged), "utf-8")
+    else:
+        (run_dir / file).write_bytes(content)
+    if file == "prompt.safetensors":
+        done = mp2("predict", "--run", run_dir, "--input", "-", input="好")
+        assert done.exit_code == 2
+        assert message in done.stderr
+        assert f"make it from the run's journal: mp2 bbt --resume {run_dir}\n" in done.stderr
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", None)
+        done = mp2("bbt", "--resume", run_dir, "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert message in done.stderr
+    assert done.stderr.count("replaying the run's journal to write it again") == 1
+    assert comparable(json.loads(done.stdout)) == comparable(unbroken)
+    assert (run_dir / "prompt.safetensors").read_bytes() == whole
+    assert bbt("--resume", run_dir) == json.loads(done.stdout)
+    assert len(predictions(run_dir, "-", input="好")) == 1
+
+
+def test_a_run_of_tune_is_not_resumed_by_bbt(unbroken: dict[str, Any], tmp_path: Path) -> None:
+    run_dir = Path(shutil.copytree(unbroken["run_dir"], tmp_path / "run"))
+    (run_dir / "tune.json").write_text("{}")
+    assert bbt("--resume", run_dir) == unbroken
+    (run_dir / "prompt.safetensors").unlink()
+    done = mp2("bbt", "--resume", run_dir)
+    assert (done.exit_code, "keeps nothing to make it from: tune again" in done.stderr) == (2, True)
+    done = mp2("predict", "--run", run_dir, "--input", "-", input="好")
+    assert (done.exit_code, "keeps nothing to make it from: tune again" in done.stderr) == (2, True)
+
+
+def test_resume_names_what_is_damaged_in_the_journal(unbroken: dict[str, Any], tmp_path: Path) -> None:
+    run_dir = Path(shutil.copytree(unbroken["run_dir"], tmp_path / "run"))
+    (run_dir / "result.json").unlink()
+    journal = run_dir / "journal.jsonl"
+    lines = journal.read_text().splitlines()
+    lines[5] = json.dumps(json.loads(lines[5]) | {"loss": "low"})
+    journal.write_text("\n".join(lines) + "\n")
+    done = mp2("bbt", "--resume", run_dir)
+    assert done.exit_code == 2
+    assert "journal.jsonl:6: field 'loss': is 'low', expected a number" in done.stderr
+    journal.unlink()
+    journal.mkdir()
+    done = mp2("bbt", "--resume", run_dir)
+    assert (done.exit_code, "journal.jsonl: is a folder" in done.stderr) == (2, True)
+
+
 def test_resume_refuses_other_options_and_folders_that_are_no_runs(
     unbroken: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -503,7 +579,8 @@ def test_predict_says_what_is_wrong(unbroken: dict[str, Any], world: World, tmp_
     (unfinished / "config.json").write_bytes((Path(run) / "config.json").read_bytes())
     done = mp2("predict", "--run", unfinished, "--input", "-", input="好")
     assert done.exit_code == 2
-    assert f"the run has not ended: go on with mp2 bbt --resume {unfinished}" in done.stderr
+    assert "no such file: the run has not ended" in done.stderr
+    assert f"mp2 bbt --resume {unfinished}" in done.stderr
 
 
 def test_doctor_names_what_there_is_and_what_is_missing() -> None:

@@ -18,12 +18,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mp2.errors import FormatError, Mp2Error
+from mp2.tasks.problems import shown
 
 SCHEMA_VERSION = 1
 
@@ -114,8 +117,10 @@ def read_journal(path: Path) -> tuple[dict[str, Any] | None, list[Record], int]:
     """The header (``None`` if it was torn), the whole events, and how many bytes these take.
 
     Raises:
-        FormatError: a line that is not the last is not what a journal holds.
+        FormatError: a line that is not the last is not what a journal holds; the message names the field.
     """
+    if path.is_dir():
+        raise FormatError("is a folder, expected the run's journal, a file of JSON lines", path=path)
     data = path.read_bytes()
     header: dict[str, Any] | None = None
     records: list[Record] = []
@@ -134,10 +139,12 @@ def read_journal(path: Path) -> tuple[dict[str, Any] | None, list[Record], int]:
                 raise FormatError(
                     f"expected a journal header with schema_version {SCHEMA_VERSION}", path=path, line=number
                 )
+            _check(line, _HEADER, path, number)
             header = line
             whole = position
             continue
         event = line.get("event")
+        _check(line, _EVENTS.get(str(event), {}), path, number)
         if event == "losses":
             first, last = line["of"]
             if line["iteration"] != first + 1 + len(pending):
@@ -169,6 +176,48 @@ def finite_or_none(value: float) -> float | None:
 def _parse(raw: bytes) -> dict[str, Any] | None:
     try:
         line = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return line if isinstance(line, dict) else None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    finite = isinstance(value, int | float) and abs(value) <= sys.float_info.max  # NaN is not
+    return finite and not isinstance(value, bool)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+_Rule = tuple[
+    Callable[[Any], bool], str, bool
+]  # what a field must be, in words, and whether it must be there
+_LOSS: _Rule = (lambda value: value is None or _is_number(value), "a number, or null where not finite", True)
+_SECONDS: _Rule = (_is_number, "a number of seconds", False)
+_TIMES = dict.fromkeys(("forward_s", "suggest_s", "hidden_s", "journal_s", "other_s", "seconds"), _SECONDS)
+_ITERATION: dict[str, _Rule] = {"iteration": (_is_count, "a whole number", True), "loss": _LOSS, **_TIMES}
+_HEADER: dict[str, _Rule] = {"versions": (_is_texts, "an object of names and versions", False)}
+_EVENTS: dict[str, dict[str, _Rule]] = {
+    "losses": {"of": (_is_pair, "two whole numbers", True), **_ITERATION},
+    "scores": {"score": (_is_number, "a number", True), **_ITERATION},
+}
+
+
+def _check(line: dict[str, Any], rules: dict[str, _Rule], path: Path, number: int) -> None:
+    """Raise ``FormatError`` for the first field that is not what a journal has there."""
+    for name, (is_right, expected, needed) in rules.items():
+        if name in line and not is_right(line[name]):
+            raise FormatError(
+                f"is {shown(line[name])}, expected {expected}", path=path, line=number, field=name
+            )
+        if needed and name not in line:
+            raise FormatError(f"missing, expected {expected}", path=path, line=number, field=name)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mp2.errors import FormatError, MissingDependencyError, UsageError
 from mp2.optimizers.config import BbtConfig
 from mp2.optimizers.frozen_model import FrozenModel, load_model
-from mp2.optimizers.run_folder import read_config
+from mp2.optimizers.run_folder import how_to_end, read_config
 from mp2.optimizers.tuned import check_fits, load_tuned
 
 if TYPE_CHECKING:
@@ -58,13 +58,17 @@ class Predictor:
 
         Raises:
             UsageError: no run there, or one that has not ended.
+            FormatError: its tuned prompt is missing or damaged; the message says how to make it again.
             MismatchError: backbone or prompts are not those of the run.
         """
         from mp2.tasks import MrcFormatter, load_card
 
         run_dir = Path(run_dir)
         config = read_config(run_dir)
-        self._z, meta = load_tuned(run_dir / "prompt.safetensors")
+        try:
+            self._z, meta = load_tuned(run_dir / "prompt.safetensors")
+        except FormatError as error:
+            raise FormatError(f"{error}; {how_to_end(run_dir)}") from error
         self.card: TaskCard = load_card(run_dir / "card.toml")
         config = replace(
             config,

@@ -1,22 +1,76 @@
-"""What a run found: test scores of its stages, ``result.json``, the metadata of its tuned prompt."""
+"""What a run found: its stages' test scores, ``result.json`` (written and read), its tuned prompt's metadata."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mp2.errors import FormatError
 from mp2.optimizers.config import BbtConfig
 from mp2.optimizers.journal import finite_or_none
 from mp2.optimizers.provenance import identity, versions
 from mp2.optimizers.recorder import Recorder
 from mp2.optimizers.routers import Routers
-from mp2.optimizers.tuned import TunedMeta
+from mp2.optimizers.tuned import TunedMeta, load_tuned
 from mp2.optimizers.two_stage import Checkpoint, Outcome
+from mp2.tasks.problems import shown
 
 if TYPE_CHECKING:
     from mp2.optimizers.few_shot_problem import FewShotProblem
     from mp2.optimizers.frozen_model import FrozenModel
+
+
+# what everybody who reads a result relies on; a dictionary under "*" is of each value, whatever its name
+_NUMBER, _SCORE = (int, float), (int, float, type(None))
+_WORDS = {dict: "an object", str: "a text", int: "a number", float: "a number", type(None): "null"}
+_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("task", "method", "backbone", "metric", "run_dir", "router_search"), str),
+    **dict.fromkeys(("seed", "iterations", "non_finite_losses"), int),
+    **{"train_loss": _SCORE, "dev_score": _NUMBER, "test_score": _SCORE},
+    "seconds": dict.fromkeys(
+        ("stage1", "stage2", "forward", "suggest", "journal", "other", "dev", "test"), _NUMBER
+    ),
+    "engine": dict.fromkeys(("runtime", "precision", "device"), str),
+    "selected": {"at": str},
+    "stages": {"*": {"train_loss": _SCORE, "dev_score": _NUMBER, "test_score": _SCORE}},
+}
+
+
+def read_result(run_dir: Path) -> dict[str, Any] | None:
+    """The result of a run that has ended: ``result.json`` and the tuned prompt are there; else None.
+
+    Raises:
+        FormatError: one of the two is there and cannot be read; the message names file and field.
+    """
+    path = run_dir / "result.json"
+    if not path.exists() or not (run_dir / "prompt.safetensors").exists():
+        return None
+    if path.is_dir():
+        raise FormatError("is a folder, expected the run's result, a JSON file", path=path)
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"not JSON: {error}", path=path) from error
+    _check(result, _FIELDS, path, "")
+    load_tuned(run_dir / "prompt.safetensors")
+    return dict(result)
+
+
+def _check(value: Any, expected: Any, path: Path, field: str) -> None:
+    """Raise ``FormatError`` for the first field of a result that is not there, or of another kind."""
+    kinds = dict if isinstance(expected, dict) else expected
+    if not isinstance(value, kinds):
+        words = dict.fromkeys(_WORDS[kind] for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+        raise FormatError(f"is {shown(value)}, expected {' or '.join(words)}", path=path, field=field or None)
+    if not isinstance(expected, dict):
+        return
+    for name in value if "*" in expected else expected:
+        where = f"{field}.{name}".lstrip(".")
+        if name not in value:
+            raise FormatError("missing", path=path, field=where)
+        _check(value[name], expected.get("*", expected.get(name)), path, where)
 
 
 def score_tests(problem: FewShotProblem, outcome: Outcome, recorder: Recorder) -> dict[str, float]:

@@ -37,6 +37,13 @@ def resume_command(*run_dirs: Path) -> str:
     return " ".join(["mp2 bbt", *(f"--resume {shlex.quote(str(run_dir))}" for run_dir in run_dirs)])
 
 
+def how_to_end(run_dir: Path) -> str:
+    """What writes the files that a run leaves at its end, where one is missing or damaged."""
+    if (run_dir / "tune.json").exists():
+        return "a run of mp2 tune keeps nothing to make it from: tune again"
+    return f"make it from the run's journal: {resume_command(run_dir)}"
+
+
 def new_folder(out: Path, name: str) -> Path:
     """Make the folder ``out/name-<stamp>``; a number is put after the stamp where that is taken."""
     stamp = time.strftime("%Y%m%d-%H%M%S")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,13 +11,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from mp2.errors import LossError, Mp2Error, UsageError
+from mp2.errors import FormatError, LossError, Mp2Error, UsageError
 from mp2.limits import check_new_folder
 from mp2.optimizers.config import BbtConfig
 from mp2.optimizers.few_shot_problem import FewShotProblem
 from mp2.optimizers.frozen_model import FrozenModel, load_model, resolve_paths
+from mp2.optimizers.result import read_result
 from mp2.optimizers.run import Observe, Run, make_problem
-from mp2.optimizers.run_folder import locked, new_folder, read_config, resume_command
+from mp2.optimizers.run_folder import how_to_end, locked, new_folder, read_config, resume_command
 from mp2.optimizers.session import one_blas_thread, sigterm_exits
 from mp2.optimizers.task_data import TaskData
 from mp2.optimizers.together import AT_ONCE, Server, timed
@@ -85,6 +85,9 @@ def start_series(
 def resume_run(run_dir: str | Path, observe: Observe = lambda p: None) -> dict[str, Any]:
     """Go on with a run that was cut off; the result of one that has ended is read back.
 
+    A run has ended if its result and its tuned prompt are there and readable: what is missing or damaged is
+    written again from the journal.
+
     Raises:
         UsageError: no run there, another process works on it, or what it depends on has changed.
     """
@@ -106,14 +109,30 @@ def resume_series(
         with ExitStack() as locks:
             for run_dir in members:
                 locks.enter_context(locked(run_dir))
-            files = {run_dir: run_dir / "result.json" for run_dir in members}
-            open_dirs = [run_dir for run_dir, file in files.items() if not file.exists()]
+            found = {run_dir: _ended(run_dir) for run_dir in members}
+            open_dirs = [run_dir for run_dir, result in found.items() if result is None]
             going_on = _go_on({run_dir: members[run_dir] for run_dir in open_dirs}, observe)
-            for run_dir, file in files.items():
-                if run_dir in open_dirs:
-                    yield next(going_on)
-                else:
-                    yield dict(json.loads(file.read_text(encoding="utf-8")))
+            for result in found.values():
+                yield next(going_on) if result is None else result
+
+
+def _ended(run_dir: Path) -> dict[str, Any] | None:
+    """The result of a run that has ended; None: it goes on, or what it left is made again by a replay.
+
+    Raises:
+        UsageError: a run of ``mp2 tune``, which has no journal.
+    """
+    try:
+        result, damage = read_result(run_dir), None
+    except FormatError as error:
+        result, damage = None, str(error)
+    if result is None and damage is None and (run_dir / "result.json").exists():
+        damage = f"{run_dir / 'prompt.safetensors'}: no such file"
+    if result is None and (run_dir / "tune.json").exists():
+        raise UsageError(f"{damage or f'{run_dir} has no result'}; {how_to_end(run_dir)}")
+    if damage is not None:
+        print(f"mp2: {damage}; replaying the run's journal to write it again", file=sys.stderr)
+    return result
 
 
 def find_runs(folder: Path) -> list[Path]:

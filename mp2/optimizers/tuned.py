@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mp2.errors import FormatError, MismatchError
-from mp2.optimizers.run_folder import resume_command
 from mp2.whole_files import write_bytes
 
 SCHEMA_VERSION = 1
@@ -51,8 +50,9 @@ def load_tuned(path: Path) -> tuple[NDArray[np.float32], TunedMeta]:
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
-        command = resume_command(path.parent)
-        raise FormatError(f"no such file; the run has not ended: go on with {command}", path=path)
+        raise FormatError("no such file: the run has not ended, or lost it", path=path)
+    if path.is_dir():
+        raise FormatError("is a folder, expected the tuned prompt of the run, a file", path=path)
     try:
         with safe_open(path, framework="numpy") as file:
             text = (file.metadata() or {}).get("mp2")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mp2.backbone import load_backbone, resolve_device
@@ -62,7 +61,7 @@ def export_command(
     if typed and not graphs_only:  # before any work
         load_tensorrt()
         resolve_device("cuda")
-    check_target(Path(out))
+    check_target(out)
     loaded = load_backbone(backbone)
     prompt_set = None
     if prompts is not None:

@@ -24,6 +24,7 @@ from mp2.export.folder import (
     Manifest,
     file_sha256,
     layer_file,
+    looks_exported,
 )
 from mp2.export.parity import Comparison, compare_folder, failed
 from mp2.export.weights import WeightStore
@@ -49,8 +50,7 @@ def export_engine(
     Raises Mp2Error if an output differs from torch (nothing is left at ``out``), UsageError if ``out`` holds
     something else.
     """
-    out = Path(out)
-    check_target(out)
+    out = check_target(out)
     partial = out.with_name(f".{out.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
@@ -77,13 +77,21 @@ def export_engine(
     return EngineFolder(out, manifest)
 
 
-def check_target(out: Path) -> None:
-    """Raise UsageError unless ``out`` is new, empty or an older engine folder."""
-    check_new_folder(out)
-    if not out.exists():
-        return
-    if any(out.iterdir()) and not (out / MANIFEST).is_file():
+def check_target(out: str | Path) -> Path:
+    """Return ``out`` resolved; UsageError unless it is new, empty or an older engine folder.
+
+    What is there gives way to the new folder as a whole, so it may not be where somebody works, nor above it.
+    """
+    check_new_folder(Path(out))
+    path = Path(out).resolve()
+    if path == Path.cwd() or path in Path.cwd().parents:
+        raise UsageError(
+            f"--out {out} is the working directory or a folder above it, which cannot be replaced; "
+            "name a new folder"
+        )
+    if path.exists() and any(path.iterdir()) and not looks_exported(path):
         raise UsageError(f"{out} is not empty and not an engine folder; choose another --out")
+    return path
 
 
 def _write_files(backbone: Backbone, folder: Path, prompts: PromptSet | None) -> None:

@@ -133,6 +133,15 @@ class EngineFolder:
                 raise FormatError(f"sha256 is {got[:12]}, expected {expected[:12]}; {again}", path=file)
 
 
+def looks_exported(folder: Path) -> bool:
+    """Tell whether ``folder`` has an engine's manifest, of any version (not just any ``manifest.json``)."""
+    try:
+        raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(raw, dict) and {"schema_version", "backbone", "files"} <= raw.keys()
+
+
 def read_manifest(path: Path) -> Manifest:
     """Return the manifest at ``path``; FormatError names the field that is not as expected."""
     if not path.is_file():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mp2.cli import main
 from mp2.errors import FormatError, Mp2Error, UsageError
 from mp2.export import Comparison, EngineFolder, export_engine, read_manifest
 from mp2.export import parity as parity_module
+from mp2.export.tensorrt.export import export_typed
 from mp2.prompts import PrefixProjector, random_prompts, save_prompts
 
 
@@ -173,6 +175,43 @@ def test_other_peoples_folders_and_files_are_not_overwritten(tiny_backbone: Back
         export_engine(tiny_backbone, tmp_path)
     with pytest.raises(UsageError, match="is a file"):
         export_engine(tiny_backbone, tmp_path / "thesis.tex")
+
+
+def test_somebody_elses_manifest_does_not_make_an_engine_folder(
+    tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "a web page", "icons": []}')
+    with pytest.raises(UsageError, match="not empty and not an engine folder"):
+        export_engine(tiny_backbone, tmp_path)
+    assert json.loads((tmp_path / "manifest.json").read_text())["name"] == "a web page"
+
+
+@pytest.mark.parametrize("out", [".", "..", "sub/.."])
+@pytest.mark.parametrize("export", [export_engine, export_typed])
+def test_the_working_directory_and_those_above_it_are_not_replaced(
+    tiny_backbone: Backbone,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    export: Callable[..., EngineFolder],
+    out: str,
+) -> None:
+    here = tmp_path / "above" / "here"
+    (here / "sub").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    with pytest.raises(
+        UsageError, match=rf"--out {re.escape(out)} is the working directory or a folder above"
+    ):
+        export(tiny_backbone, out)
+    assert list(here.iterdir()) == [here / "sub"]
+
+
+def test_a_relative_target_is_written_beside_the_working_directory(
+    tiny_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert export_engine(tiny_backbone, "../there/.").path == tmp_path / "there"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "there"]
 
 
 def _set(**changes: object) -> Callable[[dict[str, object]], None]:

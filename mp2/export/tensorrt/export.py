@@ -63,8 +63,7 @@ def export_typed(
     """
     if precision not in PRECISIONS:
         raise UnknownNameError("precision", precision, PRECISIONS)
-    out = Path(out)
-    check_target(out)
+    out = check_target(out)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

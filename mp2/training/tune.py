@@ -18,10 +18,12 @@ epoch: one pass over the few-shot training set (here forward and backward).
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -85,6 +87,10 @@ class TuneConfig:
         """Learning rates (router, prompts): the paper's unless given."""
         router, prompts = (3e-3, 2e-5) if kind == "deep" else (1e-2, 3e-4)
         return self.router_lr or router, self.prompt_lr or prompts
+
+    def sha256(self) -> str:
+        """Hash of all fields: two runs with the same hash, data and files give the same result."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def method(self, kind: Kind) -> str:
         """What the result calls this run: ``mp2-deep-gradient``, ``mp2-deep-gradient-router``, ..."""
@@ -184,8 +190,8 @@ class GradientTuner:
 
     def test_scores(
         self, stages: Mapping[str, Checkpoint], selected: PromptSet
-    ) -> tuple[dict[str, float], float]:
-        """Test score of each stage's prompt, each prompt once, and the seconds it took.
+    ) -> tuple[dict[str, float], int, float]:
+        """Test score of each stage's prompt; how many prompts were scored (each once), and the seconds.
 
         ``selected`` are the soft prompts of a checkpoint of stage II; those of all others are the first ones.
         """
@@ -199,7 +205,7 @@ class GradientTuner:
                 scorer = self.scorer(selected if trained else self._start)
                 known[key] = scorer.test_scores(checkpoint.z).score
             scores[name] = known[key]
-        return scores, time.perf_counter() - begun
+        return scores, len(known), time.perf_counter() - begun
 
     def _train(
         self, stage: str, parameter: torch.nn.Parameter, rate: float, until: int, frozen: Tensor | None = None
@@ -228,14 +234,23 @@ class GradientTuner:
         return self._model.router_weights(0, temperature=self.config.temperature, generator=self._noise)
 
     def _backward(self, parts: list[Batch], weights: Tensor) -> float:
-        """Add the gradient of a batch's mean loss, part by part; returns the loss."""
+        """Add the gradient of a batch's mean loss, part by part; returns the loss.
+
+        Each part's graph is gone before the next part runs. What all parts share, the way from the logits to
+        the router weights, is gone back once, with the sum of their gradients.
+        """
         n = sum(len(part[0]) for part in parts)
         total = torch.zeros((), device=self._device)
+        shared = weights.detach().requires_grad_(weights.requires_grad)
         for ids, mask, starts, ends in parts:
-            start, end = self._model(self._encoder, ids, mask, weights)
-            total = total + span_losses(start, end, mask, starts, ends).sum() / n
-        total.backward()  # type: ignore[no-untyped-call]
-        return float(total.detach())
+            start, end = self._model(self._encoder, ids, mask, shared)
+            loss = span_losses(start, end, mask, starts, ends).sum() / n
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+            del start, end, loss  # they hold the graph
+        if weights.requires_grad:
+            weights.backward(shared.grad)  # type: ignore[no-untyped-call]
+        return float(total)
 
     def _batches(self) -> list[list[Batch]]:
         """An epoch's batches, in an order of its own; each in parts of similar length, to save padding."""

@@ -116,7 +116,7 @@ def _result(run_dir: Path, config: TuneConfig, tuner: GradientTuner, outcome: Tu
     stages: dict[str, Checkpoint] = {"untuned": found.untuned, "stage1": found.stage1}
     if not config.run.router_only:
         stages["stage2"] = found.final
-    tests, tested_s = tuner.test_scores(stages, outcome.prompts) if config.run.test else ({}, 0.0)
+    tests, n_tests, tested_s = tuner.test_scores(stages, outcome.prompts) if config.run.test else ({}, 0, 0.0)
     seconds = outcome.seconds
     return {
         "task": problem.card.task,
@@ -147,10 +147,10 @@ def _result(run_dir: Path, config: TuneConfig, tuner: GradientTuner, outcome: Tu
         "best_train_loss": finite_or_none(found.incumbent_loss),
         "selected": {"at": found.final.at, "iteration": found.final.iteration},
         "stages": stage_scores(stages, tests),
-        "evaluations": {"train": found.loss_curve[-1][0], "dev": outcome.n_dev, "test": len(set(tests))},
+        "evaluations": {"train": found.loss_curve[-1][0], "dev": outcome.n_dev, "test": n_tests},
         "examples": {"train": problem.n_train, "dev": problem.n_dev, "test": problem.n_test if tests else 0},
         "non_finite_losses": 0,
-        "provenance": {**identity(problem), "versions": versions()},
+        "provenance": {**identity(problem), "config_sha256": config.sha256(), "versions": versions()},
     }
 
 

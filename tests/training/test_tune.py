@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from mp2.optimizers.few_shot_problem import FewShotProblem
 from mp2.optimizers.frozen_model import load_model
 from mp2.prompts import fuse, load_prompts, random_prompts
 from mp2.tasks import load_card
-from mp2.training.tune import GradientTuner, TuneConfig, as_soft_prompts
+from mp2.training.tune import Batch, GradientTuner, TuneConfig, as_soft_prompts
 from mp2.training.tune_run import start_tune
 
 
@@ -67,21 +69,40 @@ def test_losses_of_untuned_prompts_are_those_of_black_box_tuning(world: World, k
     assert tuner.run().stages.untuned.train_loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_part_of_a_batch_changes_no_gradient(world: World) -> None:
+@pytest.mark.parametrize("trained", ["routers", "projection"])
+def test_a_part_of_a_batch_changes_no_gradient_and_is_gone_before_the_next(
+    world: World, monkeypatch: pytest.MonkeyPatch, trained: str
+) -> None:
     """Parts by length against all examples padded into one forward."""
     tuner = tuner_of(world)
-    weights = torch.ones(tuner.problem.model.prompts.z.shape[:2])
     model = tuner._model.requires_grad_(False)
-    model.projection.requires_grad_(True)
+    parameter = getattr(model, trained).requires_grad_(True)
+    alive: list[int] = []
+    made: list[weakref.ref[torch.Tensor]] = []
+    forward = model.forward
+
+    def watched(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        alive.append(sum(reference() is not None for reference in made))
+        start, end = forward(*arguments)
+        made.append(weakref.ref(start))
+        return start, end
+
+    monkeypatch.setattr(model, "forward", watched)
+
+    def gradient_of(parts: list[Batch]) -> tuple[float, torch.Tensor]:
+        parameter.grad = None
+        noise = torch.Generator().manual_seed(4)
+        loss = tuner._backward(parts, model.router_weights(0, temperature=0.7, generator=noise))
+        assert parameter.grad is not None
+        return loss, parameter.grad.clone()
+
     parts = tuner._batches()[0]
     assert len(parts) > 1
-    loss = tuner._backward(parts, weights)
-    gradient = model.projection.grad.clone()
-    model.projection.grad = None
-    assert tuner._backward([tuner._place(tuner.problem.train_inputs)], weights) == pytest.approx(
-        loss, rel=1e-5
-    )
-    torch.testing.assert_close(model.projection.grad, gradient, rtol=1e-3, atol=1e-6)
+    loss, gradient = gradient_of(parts)
+    assert alive == [0] * len(parts)
+    whole, expected = gradient_of([tuner._place(tuner.problem.train_inputs)])
+    assert loss == pytest.approx(whole, rel=1e-5)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
     assert gradient.abs().max() > 0
 
 
@@ -140,6 +161,38 @@ def test_same_seed_same_result(world: World, tmp_path: Path) -> None:
     for name in ("router", "stages", "best_train_loss", "selected"):
         assert first[name] == again[name]
     assert first["run_dir"] != again["run_dir"]
+
+
+def test_the_result_counts_the_prompts_that_were_scored_on_test(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[bytes] = []
+    plain = FewShotProblem.test_scores
+
+    def counted(self: FewShotProblem, z: Any) -> Any:
+        scored.append(z.tobytes())
+        return plain(self, z)
+
+    monkeypatch.setattr(FewShotProblem, "test_scores", counted)
+    # rates that move nothing: the untuned prompt stays the best one of all three stages
+    config = TuneConfig(run=config_of(world), epochs=2, router_lr=1e-30, prompt_lr=1e-30)
+    result = start_tune(config, tmp_path)
+    assert set(result["stages"]) == {"untuned", "stage1", "stage2"}
+    assert result["evaluations"]["test"] == len(scored) == len(set(scored)) < 3
+    without = start_tune(replace(config, run=config_of(world, test=False)), tmp_path)
+    assert without["evaluations"]["test"] == 0
+
+
+@pytest.mark.parametrize("change", [{"epochs": 3}, {"router_lr": 0.2}, {"injection": "inline"}])
+def test_the_results_hash_of_the_settings_covers_all_of_them(
+    world: World, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    config = TuneConfig(run=config_of(world, test=False), epochs=2, router_lr=0.3)
+    hashes = [
+        start_tune(c, tmp_path)["provenance"]["config_sha256"]
+        for c in (config, config, replace(config, **change))
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_run_folder_can_be_predicted_with(world: World, tmp_path: Path) -> None:

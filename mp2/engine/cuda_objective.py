@@ -27,8 +27,8 @@ from mp2.engine.cuda_incumbent import Incumbent
 from mp2.engine.cuda_lanes import Lane
 from mp2.engine.cuda_pack import Pack, make_packs
 from mp2.engine.cuda_runtime import CudaRuntime
-from mp2.engine.objective import incumbent_for, intrinsic
-from mp2.engine.runtime import is_out_of_memory
+from mp2.engine.objective import fused, incumbent_for, intrinsic
+from mp2.engine.runtime import check_positions, is_out_of_memory
 from mp2.errors import OutOfMemoryError, UsageError
 from mp2.pending import Pending
 from mp2.prompts import PromptSet
@@ -81,6 +81,7 @@ class CudaObjective:
         self._prompts = prompts
         self._deep = prompts.kind == "deep"
         self._n_inline = prompts.meta.n_inline
+        self._max_positions = backbone.config.max_positions
         self._shape = (prompts.z.shape[0], prompts.z.shape[-1])  # L', d
         self._forward = PackedForward(runtime, backbone, prompts)
         self._train = list(train)
@@ -95,8 +96,7 @@ class CudaObjective:
 
     def launch_router_losses(self, routers: np.ndarray) -> Pending[np.ndarray]:
         """Begin `router_losses`."""
-        fused = self._prompts.fuse(torch.from_numpy(np.asarray(routers)))
-        return self.launch_full_losses(fused.detach().numpy())
+        return self.launch_full_losses(fused(self._prompts, routers))
 
     def full_losses(self, z: np.ndarray) -> np.ndarray:
         """See `Objective.full_losses`."""
@@ -149,6 +149,8 @@ class CudaObjective:
     def launch_log_probs(self, z: np.ndarray, inputs: Sequence[MrcInput]) -> Pending[LogProbs]:
         """Begin `log_probs`."""
         prompt = intrinsic(z, self._shape).unsqueeze(0)
+        if not inputs:
+            return Pending(lambda: ([], []))
 
         def attempt(lane: Lane) -> list[Any]:
             held = lane.upload(prompt)
@@ -197,6 +199,8 @@ class CudaObjective:
     ) -> Pending[np.ndarray]:
         """Begin the mean losses [P] of ``batch`` over all packs and chunks of candidates."""
         started = time.perf_counter()
+        if not len(candidates):
+            return Pending(lambda: np.empty(0))
 
         def attempt(lane: Lane) -> list[Any]:
             placed = lane.upload(candidates)
@@ -232,6 +236,7 @@ class CudaObjective:
         return len(self._scored) - 1, packs
 
     def _make_packs(self, inputs: Sequence[MrcInput]) -> list[Pack]:
+        check_positions(max(len(x.input_ids) for x in inputs), self._n_inline, self._max_positions)
         return make_packs(
             inputs, limit_tokens=self.micro_batch_tokens, n_inline=self._n_inline, device=self._place
         )

@@ -87,11 +87,7 @@ class Objective:
 
         Raises UsageError for routers of another shape.
         """
-        weights = torch.from_numpy(np.asarray(routers))
-        if weights.dim() != 3:
-            raise UsageError(f"routers have shape {tuple(weights.shape)}, expected (P, L', K)")
-        fused = self._prompts.fuse(weights)
-        return self.full_losses(fused.detach().numpy())
+        return self.full_losses(fused(self._prompts, routers))
 
     def full_losses(self, z: np.ndarray) -> np.ndarray:
         """Return float64 [P] losses of intrinsic prompts ``z`` [P, L', d], with every layer run."""
@@ -195,6 +191,15 @@ class Objective:
         self.seconds += time.perf_counter() - started
         self.n_evaluations += len(ce)
         return losses
+
+
+def fused(prompts: PromptSet, routers: np.ndarray) -> np.ndarray:
+    """Return intrinsic prompts [P, L', d] fused by ``routers`` [P, L', K]; UsageError for other shapes."""
+    weights = torch.from_numpy(np.asarray(routers))
+    if weights.dim() != 3:
+        raise UsageError(f"routers have shape {tuple(weights.shape)}, expected (P, L', K)")
+    z: np.ndarray = prompts.fuse(weights).detach().numpy()
+    return z
 
 
 def incumbent_for(z: torch.Tensor | None, layer: int, kind: str) -> torch.Tensor:

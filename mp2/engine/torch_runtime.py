@@ -11,7 +11,7 @@ from mp2.backbone import Backbone, Layer, resolve_device
 from mp2.engine import native
 from mp2.engine.attention import attend, attend_shared_text
 from mp2.engine.linear import FastLinear
-from mp2.engine.runtime import Prefix
+from mp2.engine.runtime import Prefix, check_positions
 from mp2.engine.second_half import SecondHalf, make_second_half
 from mp2.errors import UnknownNameError
 
@@ -60,6 +60,7 @@ class TorchRuntime:
     @torch.inference_mode()
     def embed(self, input_ids: torch.Tensor, n_inline: int = 0) -> torch.Tensor:
         """See `Runtime.embed`."""
+        check_positions(input_ids.shape[1], n_inline, self._config.max_positions)
         home = self._encoder.word_embeddings.weight.device
         hidden = self._encoder.embed(input_ids.to(home), n_inline)
         return hidden.to(self.device, self._dtype).unsqueeze(0)

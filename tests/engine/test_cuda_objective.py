@@ -14,7 +14,7 @@ import torch
 from lanes_double import Device
 
 from mp2.backbone import Backbone
-from mp2.engine import create_objective, create_runtime
+from mp2.engine import Objective, TorchRuntime, create_objective, create_runtime
 from mp2.engine.cuda_objective import CudaObjective
 from mp2.engine.cuda_runtime import CudaRuntime
 from mp2.errors import MismatchError, OutOfMemoryError, UsageError
@@ -213,6 +213,34 @@ def test_what_cannot_be_asked_for_is_refused(
     other = replace(deep, meta=replace(deep.meta, backbone_sha256="0" * 64))
     with pytest.raises(MismatchError, match="000000000000"):
         CudaObjective(runtime, tiny_backbone, other, train)
+
+
+@pytest.mark.parametrize("kind", ["deep", "shallow"])
+def test_both_objectives_are_the_same_at_the_edges(
+    runtime: CudaRuntime,
+    request: pytest.FixtureRequest,
+    tiny_backbone: Backbone,
+    train: list[MrcInput],
+    kind: str,
+) -> None:
+    prompts = request.getfixturevalue(kind)
+    z, room = candidates(1, prompts)[0], tiny_backbone.config.max_positions - prompts.meta.n_inline
+    longest, longer = (make_inputs((n, 5), tiny_backbone.config.vocab_size) for n in (room, room + 1))
+    for objective in (
+        CudaObjective(runtime, tiny_backbone, prompts, train),
+        Objective(TorchRuntime(tiny_backbone), tiny_backbone, prompts, train),
+    ):
+        objective.set_incumbent(z)
+        for none in (objective.full_losses(z[None][:0]), objective.layer_losses(0, z[:0])):
+            assert (none.shape, none.dtype) == ((0,), np.float64)
+        assert objective.log_probs(z, []) == ([], [])
+        assert [len(x) for x in objective.log_probs(z, longest)[0]] == [room, 5]
+        too_long = rf"sequence of {room + 1} tokens and {prompts.meta.n_inline} inline prompt rows"
+        with pytest.raises(UsageError, match=too_long):
+            objective.log_probs(z, longer)
+        with pytest.raises(UsageError, match=r"routers have shape \(3, 4\), expected"):
+            objective.router_losses(np.ones((3, 4), bool))
+        assert objective.n_evaluations == 0
 
 
 @pytest.mark.cuda

@@ -187,9 +187,9 @@ def test_runtimes_that_cannot_be_had_say_what_to_do(tiny_backbone: Backbone, eng
 
 
 def test_too_long_sequences_are_refused_by_name(tiny_backbone: Backbone, engine_dir: Path) -> None:
-    runtime = OnnxRuntime(tiny_backbone, engine_dir, threads=1)
-    with pytest.raises(UsageError, match="90 tokens and 10 inline"):
-        runtime.embed(torch.zeros(1, 90, dtype=torch.long), 10)
+    for runtime in (OnnxRuntime(tiny_backbone, engine_dir, threads=1), TorchRuntime(tiny_backbone)):
+        with pytest.raises(UsageError, match="90 tokens and 10 inline"):
+            runtime.embed(torch.zeros(1, 90, dtype=torch.long), 10)
 
 
 def test_an_engine_of_another_backbone_is_refused(

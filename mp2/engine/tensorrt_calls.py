@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from mp2.engine.tensorrt_captures import Captures, Replay
 from mp2.errors import Mp2Error
 from mp2.export.tensorrt.library import make_logger
 from mp2.export.tensorrt.plans import Plan
@@ -17,17 +18,17 @@ from mp2.export.tensorrt.profiles import Shape, best_profile, sizes_of
 if TYPE_CHECKING:
     import tensorrt as trt
 
-_CAPTURE_AFTER = 2  # calls with the same shapes and addresses
-_KEPT_GRAPHS = 64  # of all engines of a runtime; each holds an execution context
 _ALIGNMENT = 256  # of device memory given to TensorRT
-
-Replay = Callable[[], None]
 
 
 class Device(Protocol):
     """Where tensors live and work is queued; the seam that lets tests run without a GPU."""
 
     name: str
+
+    def current(self) -> AbstractContextManager[Any]:
+        """Make it the thread's current device: TensorRT builds, loads and runs on that one."""
+        ...
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Return new memory on the device."""
@@ -49,6 +50,10 @@ class CudaDevice:
         """Use the CUDA device ``name``, "cuda" or "cuda:1"."""
         self.name = name
         self._stream = torch.cuda.Stream(name)  # type: ignore[no-untyped-call]
+
+    def current(self) -> AbstractContextManager[Any]:
+        """See `Device.current`."""
+        return torch.cuda.device(self.name)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """See `Device.empty`."""
@@ -84,7 +89,7 @@ class Scratch:
         """Start with none."""
         self._device = device
         self._block: torch.Tensor | None = None
-        self.graphs: OrderedDict[object, tuple[trt.IExecutionContext, Replay]] = OrderedDict()
+        self.graphs = Captures()
 
     def reserve(self, n_bytes: int) -> tuple[int, int]:
         """Return address and size of at least ``n_bytes``; a new, larger block ends the captured graphs."""
@@ -97,7 +102,10 @@ class Scratch:
 
 
 class EngineCalls:
-    """A deserialized plan that can be called with tensors of any shape that one of its profiles covers."""
+    """A deserialized plan that can be called with tensors of any shape that one of its profiles covers.
+
+    To be made and called while its device is the current one.
+    """
 
     def __init__(
         self,
@@ -126,7 +134,6 @@ class EngineCalls:
             raise self._error("TensorRT cannot load the plan")
         self._engine: trt.ICudaEngine = engine
         self._contexts: dict[int, trt.IExecutionContext] = {}
-        self._seen: dict[object, int] = {}
         self._set_up: dict[int, object] = {}
         self._check_inputs()
 
@@ -148,24 +155,14 @@ class EngineCalls:
         addresses = tuple(x.data_ptr() for x in tensors.values())
         key = (id(self), profile, shapes, addresses)
         graphs = self._scratch.graphs
-        if key in graphs:
-            graphs.move_to_end(key)
-            graphs[key][1]()
+        if graphs.replay(key):
             return
         context = self._contexts.get(profile)
         if context is None:
             context = self._contexts[profile] = self._new_context(profile)
         self._device.run(lambda stream: self._execute(context, profile, tensors, output, shapes, stream))
-        if not self._cuda_graphs:
-            return
-        self._seen[key] = self._seen.get(key, 0) + 1
-        if self._seen[key] >= _CAPTURE_AFTER:
-            del self._seen[key]
-            graphs[key] = self._capture(profile, tensors, output, shapes)
-            while len(graphs) > _KEPT_GRAPHS:
-                graphs.popitem(last=False)
-        elif len(self._seen) > 16 * _KEPT_GRAPHS:  # addresses that never come back
-            self._seen.clear()
+        if self._cuda_graphs and graphs.wants(key):
+            graphs.add(key, *self._capture(profile, tensors, output, shapes))
 
     def _capture(
         self,

@@ -76,9 +76,10 @@ class TensorRTRuntime:
         last = self._config.n_layers - 1
         deep = [layer_file(i, "onnx") for i in range(last + 1)]
         shallow = ["embed_inline.onnx", *map(plain_layer_file, range(last)), layer_file(last, "onnx")]
-        for graph in ("embed.onnx", *(shallow if self._plans.shapes.shallow else deep), "head.onnx"):
-            if graph not in self._calls:
-                self._calls[graph] = self._load(graph, None)
+        with self._on.current():
+            for graph in ("embed.onnx", *(shallow if self._plans.shapes.shallow else deep), "head.onnx"):
+                if graph not in self._calls:
+                    self._calls[graph] = self._load(graph, None)
 
     def has_plan(self, graph: str) -> bool:
         """Tell whether ``graph`` has a plan that can be loaded, so that running it builds none."""
@@ -129,11 +130,12 @@ class TensorRTRuntime:
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         feeds = {name: x.to(self.device).contiguous() for name, x in feeds.items()}
-        calls = self._calls.get(graph)
-        if calls is None or not calls.covers(feeds):
-            calls = self._calls[graph] = self._load(graph, feeds)
-        result = self._on.empty(shape, dtype or self._type)
-        calls(feeds, output, result)
+        with self._on.current():
+            calls = self._calls.get(graph)
+            if calls is None or not calls.covers(feeds):
+                calls = self._calls[graph] = self._load(graph, feeds)
+            result = self._on.empty(shape, dtype or self._type)
+            calls(feeds, output, result)
         return result
 
     def _load(self, graph: str, feeds: dict[str, torch.Tensor] | None) -> EngineCalls:

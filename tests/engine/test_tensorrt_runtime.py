@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from mp2.engine.agreement import spearman
 from mp2.engine.cuda_runtime import CudaRuntime
 from mp2.engine.layer_timer import LayerTimer
 from mp2.engine.probe import Probe, layer_seconds
+from mp2.engine.tensorrt_captures import Captures
 from mp2.engine.tensorrt_runtime import TensorRTRuntime
 from mp2.errors import (
     FormatError,
@@ -249,6 +250,83 @@ def test_repeated_calls_are_captured_and_replayed_with_the_same_results(
     assert device.replays == 3
 
 
+def test_tensorrt_builds_loads_and_runs_while_its_device_is_the_current_one(
+    tiny_backbone: Backbone,
+    library: FakeLibrary,
+    folders: Callable[..., Path],
+    deep: PromptSet,
+    train: list[MrcInput],
+    tmp_path: Path,
+) -> None:
+    ignored = shutil.ignore_patterns("plans")
+    folder = Path(shutil.copytree(folders("fp16"), tmp_path / "e", ignore=ignored))
+    for prepared in (True, False):
+        runtime = open_runtime(tiny_backbone, folder)
+        if prepared:
+            runtime.prepare()
+        z = np.random.default_rng(0).standard_normal((3, deep.z.shape[0], deep.z.shape[-1]))
+        for _ in range(4):  # captured, too
+            Objective(runtime, tiny_backbone, deep, train).full_losses(z)
+    assert library.named("Builder.build_serialized_network")
+    assert library.named("IExecutionContext.execute_async_v3")
+    assert library.elsewhere == []
+    assert library.device is None
+
+
+def test_more_calls_in_a_round_than_there_is_room_for_are_not_captured_again_and_again() -> None:
+    captures = Captures(kept=8, idle_calls=1000)
+    n_captured = 0
+
+    def call(key: int) -> None:
+        nonlocal n_captured
+        if not captures.replay(key) and captures.wants(key):
+            n_captured += 1
+            captures.add(key, None, lambda: None)
+
+    for _ in range(50):
+        for key in range(20):
+            call(key)
+    assert (n_captured, len(captures)) == (8, 8)
+    for _ in range(101):  # other calls: those of before have gone
+        for key in range(100, 112):
+            call(key)
+    assert (n_captured, len(captures)) == (16, 8)
+
+
+def test_rounds_through_all_layers_capture_each_call_once(
+    tiny_backbone: Backbone,
+    library: FakeLibrary,
+    folders: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime = open_runtime(tiny_backbone, folders("fp16"))
+    device, config = runtime._on, tiny_backbone.config
+    assert isinstance(device, FakeDevice)
+    mask = torch.ones(1, T, dtype=torch.bool)
+    prefix = torch.randn(2, 1, 1, config.n_heads, M, config.head_size)
+    held = [torch.randn(P, 1, T, config.hidden).half() for _ in range(31)]  # as many addresses
+    n_captured = 0
+    capture = device.capture
+
+    def counted(work: Callable[[int], None]) -> Callable[[], None]:
+        nonlocal n_captured
+        n_captured += 1
+        return capture(work)
+
+    def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=dtype) if dtype == torch.uint8 else to
+
+    monkeypatch.setattr(device, "capture", counted)
+    monkeypatch.setattr(device, "empty", empty)
+    for _ in range(5):
+        for layer in range(config.n_layers):
+            for k in range(30):
+                to = held[k + 1]
+                runtime.layer(layer, held[k], mask, (prefix[0], prefix[1]))
+    assert n_captured == 30 * config.n_layers  # more than 64
+    assert device.replays == 3 * n_captured
+
+
 def test_a_larger_working_memory_ends_the_graphs_that_write_to_the_old(
     tiny_backbone: Backbone, library: FakeLibrary, folders: Callable[..., Path]
 ) -> None:
@@ -257,7 +335,7 @@ def test_a_larger_working_memory_ends_the_graphs_that_write_to_the_old(
     first, size = scratch.reserve(1000)
     assert first % 256 == 0
     assert size >= 1000
-    scratch.graphs["a"] = (None, lambda: None)  # type: ignore[assignment]
+    scratch.graphs.add("a", None, lambda: None)
     assert scratch.reserve(900)[0] == first
     assert scratch.graphs
     assert scratch.reserve(5000)[1] >= 5000

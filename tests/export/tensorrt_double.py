@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ class FakeObject:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self._library.check(self._kind, name, args, kwargs)
+            if self._library.device is None:
+                self._library.elsewhere.append(f"{self._kind}.{name}")
             self._library.calls.append((f"{self._kind}.{name}", (*args, *kwargs.values())))
             return None if behaviour is None else behaviour(*args, **kwargs)
 
@@ -104,6 +107,8 @@ class FakeLibrary:
         self.reject_timing_cache = capability_mismatch
         self.refuse: dict[str, str] = {}  # step -> message of the logger
         self.logger: Any = None
+        self.device: str | None = None  # the current one
+        self.elsewhere: list[str] = []  # calls made while no device was
 
         class ILogger:
             """The base that loggers derive from."""
@@ -345,6 +350,14 @@ class FakeDevice:
     def __init__(self, name: str, library: FakeLibrary) -> None:
         self.name, self._library = name, library
         self.replays = 0
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        before, self._library.device = self._library.device, self.name
+        try:
+            yield
+        finally:
+            self._library.device = before
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype)

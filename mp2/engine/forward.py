@@ -53,13 +53,20 @@ class Population:
 
 
 class PopulationForward:
-    """Runs candidates over buckets; ``micro_batch_tokens`` is halved, and kept so, when memory runs out."""
+    """Runs candidates over buckets.
+
+    When memory runs out, what ``give_back`` can is given back first; then ``micro_batch_tokens`` is halved,
+    and kept so.
+    """
 
     def __init__(
         self, runtime: Runtime, backbone: Backbone, prompts: PromptSet, micro_batch_tokens: int | None
     ) -> None:
         """Run ``prompts``' kind of candidates on ``runtime``; None: the device's usual micro-batch."""
         self.runtime = runtime
+        self.give_back: Callable[[], bool] = lambda: (
+            False
+        )  # of memory that others can do without; False: none
         self.micro_batch_tokens = micro_batch_tokens or usual_micro_batch_tokens(runtime, backbone.config)
         self.prefixed = prompts.meta.injection == "prefix"
         self.n_inline = prompts.meta.n_inline
@@ -222,6 +229,9 @@ class PopulationForward:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
+                if self.give_back():
+                    todo.append((candidates, examples))
+                    continue
                 p, n = candidates.stop - candidates.start, examples.stop - examples.start
                 if p * n == 1:
                     raise OutOfMemoryError(

@@ -76,6 +76,7 @@ class Objective:
         self._incumbent: dict[int, Prefix] = {}
         self._cached_buckets = self._make_buckets(self._train, _POPULATION)
         self._cache = ActivationCache(self._advance, self._embed, cache_bytes)
+        self._forward.give_back = self._give_back
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -157,6 +158,12 @@ class Objective:
             z = incumbent_for(self._z, layer, self._prompts.kind)
             self._incumbent[layer] = self._forward.prefix(layer, z[layer : layer + 1])
         return self._incumbent[layer]
+
+    def _give_back(self) -> bool:
+        given = self._cache.give_back()
+        if given and torch.device(self.runtime.device).type == "cuda":
+            torch.cuda.empty_cache()  # not every runtime allocates through torch
+        return given
 
     def _embed(self, number: int) -> torch.Tensor:
         return self.runtime.embed(self._cached_buckets[number].input_ids)

@@ -225,6 +225,35 @@ def test_every_librarys_words_for_lack_of_memory_are_known(text: str) -> None:
     assert not is_out_of_memory(UsageError(text))
 
 
+def test_out_of_memory_drops_cached_inputs_before_it_halves_the_batch(
+    tiny_backbone: Backbone, deep: PromptSet, slow_deep: SlowReference, train: list[MrcInput]
+) -> None:
+    class Failing(TorchRuntime):
+        armed = False
+
+        def head(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            if self.armed:
+                self.armed = False
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().head(hidden, weight, bias)
+
+    runtime = Failing(tiny_backbone)
+    objective = Objective(runtime, tiny_backbone, deep, train)
+    z = candidates(4, deep)
+    objective.set_incumbent(z[0])
+    before = objective.micro_batch_tokens
+    whole = np.repeat(z[:1], 4, 0)
+    whole[:, 1] = z[:, 1]
+    runtime.armed = True
+    np.testing.assert_allclose(objective.layer_losses(1, z[:, 1]), slow_deep.losses(whole, train), **CLOSE)
+    assert not runtime.armed
+    assert objective.micro_batch_tokens == before
+    objective.set_incumbent(z[0])  # nothing is cached: there is only the batch to be made smaller
+    runtime.armed = True
+    objective.full_losses(z)
+    assert objective.micro_batch_tokens < before
+
+
 def test_other_errors_are_not_taken_for_lack_of_memory(
     tiny_backbone: Backbone, deep: PromptSet, train: list[MrcInput], monkeypatch: pytest.MonkeyPatch
 ) -> None:

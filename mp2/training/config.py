@@ -55,18 +55,20 @@ class PretrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise UsageError(f"{name} is {value}, expected a positive number")
-        if self.injection not in (None, "prefix", "inline"):
-            raise UsageError(f"injection is '{self.injection}', expected prefix or inline")
         for name, known in (
+            ("kind", ("deep", "shallow")),
+            ("injection", ("prefix", "inline", None)),
             ("router_inference", ("hard", "soft")),
             ("router_normalisation", ("count", "sum")),
+            ("schedule", ("constant", "linear")),
+            ("precision", ("fp32", "bf16")),
         ):
             if getattr(self, name) not in known:
-                raise UsageError(f"{name} is '{getattr(self, name)}', expected {' or '.join(known)}")
+                raise UsageError(
+                    f"{name} is '{getattr(self, name)}', expected {' or '.join(filter(None, known))}"
+                )
         if self.kind == "shallow" and self.injection == "prefix":
             raise UsageError("injection is 'prefix', but shallow prompts are always inline: drop --injection")
-        if self.precision not in ("fp32", "bf16"):
-            raise UsageError(f"precision is '{self.precision}', expected fp32 or bf16")
         for name in ("router_lr", "prompt_lr", "backbone_lr"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:

@@ -14,7 +14,7 @@ def differences(init: PromptSet, backbone: Backbone, config: PretrainConfig) -> 
     """What differs between this run and the one that made its first prompts, a line each.
 
     Raises:
-        MismatchError: they have not.
+        MismatchError: these prompts are of another shape.
     """
     meta, shape = init.meta, backbone.config
     if (meta.n_layers, meta.hidden) != (shape.n_layers, shape.hidden):
@@ -34,6 +34,9 @@ def differences(init: PromptSet, backbone: Backbone, config: PretrainConfig) -> 
         )
     if config.n_inline != meta.n_inline:
         lines.append(f"--init prompts were trained with {meta.injection} injection")
+    routers = (meta.router_inference, meta.router_normalisation)
+    if routers != (config.router_inference, config.router_normalisation):
+        lines.append("--init prompts were trained for {} routers divided by the {}".format(*routers))
     return lines
 
 

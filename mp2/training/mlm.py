@@ -21,18 +21,18 @@ from mp2.limits import check_seed
 
 @dataclass(frozen=True, kw_only=True)
 class MlmConfig:
-    """How a backbone is trained; the defaults are the recipe of ``mini``."""
+    """How a backbone is trained; the defaults are the command line's, and step 1 of recipes/mini.sh."""
 
     n_layers: int = 4
-    hidden: int = 192
-    n_heads: int = 6
-    ffn: int = 768
+    hidden: int = 128
+    n_heads: int = 4
+    ffn: int = 512
     vocab_size: int = 5300
     max_positions: int = 256
     length: int = 128
-    batch_size: int = 64
-    steps: int = 4000
-    learning_rate: float = 1.5e-3
+    batch_size: int = 32
+    steps: int = 3600
+    learning_rate: float = 1e-3
     warmup: float = 0.05
     weight_decay: float = 0.01
     masking: Literal["char", "span"] = "char"

@@ -75,7 +75,8 @@ class Pretrainer(Trainer[Batch]):
         if init is not None:
             start_from(prompts, init)
         encoder = backbone.encoder
-        if config.backbone_lr > 0:  # the caller's backbone must stay what its hash says
+        elsewhere = encoder.word_embeddings.weight.device != self.ranks.device
+        if config.backbone_lr > 0 or elsewhere:  # the caller's backbone must stay what and where it is
             encoder = copy.deepcopy(encoder)
         self.model = PromptedEncoder(encoder, prompts).to(self.ranks.device)
         self.model.encoder.requires_grad_(config.backbone_lr > 0)

@@ -182,10 +182,13 @@ class Trainer(ABC, Generic[T]):
             self.skipped += 1
             self.in_a_row += 1
             if self.in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                raise LossError(
-                    f"{self.in_a_row} non-finite losses in a row at step {self.step}; "
+                written = self.checkpoint.is_file()
+                saved = (
                     f"the last good checkpoint is {self.checkpoint}"
+                    if written
+                    else "no checkpoint was written yet"
                 )
+                raise LossError(f"{self.in_a_row} non-finite losses in a row at step {self.step}; {saved}")
         self.step += 1
         return value
 

@@ -11,7 +11,7 @@ from command_line import mp2
 
 from mp2.backbone import load_backbone, save_backbone
 from mp2.prompts import load_prompts
-from mp2.training import PretrainInputs
+from mp2.training import MlmConfig, PretrainInputs
 from training.toy_runs import cut_at
 from training.toy_tasks import lively_backbone, write_tasks
 
@@ -43,6 +43,20 @@ def test_pretrain_backbone_writes_a_backbone_and_goes_on_where_it_was(
     other = mp2(*backbone_options, "--out", out, "--steps", 4)
     assert other.exit_code == 2
     assert "made with other settings, data or backbone: steps" in other.stderr
+
+
+def test_the_defaults_of_the_command_are_those_of_the_python_api(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[MlmConfig] = []
+
+    def remember(corpus: Path, out: Path, config: MlmConfig, **_: object) -> None:
+        asked.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mp2.training.train_mlm", remember)
+    mp2("pretrain-backbone", "--corpus", tmp_path, "--out", tmp_path / "out")
+    assert asked == [MlmConfig()]
 
 
 def test_pretrain_backbone_says_what_is_wrong_with_its_input(

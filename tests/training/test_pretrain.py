@@ -29,6 +29,7 @@ from mp2.training import (
 )
 from mp2.training.checkpoint import alone_in
 from mp2.training.mixture import Batch, load_mixture
+from mp2.training.ranks import Ranks
 from mp2.training.trainer import MAX_SKIPPED_IN_A_ROW
 from training.toy_runs import SIZES, cut_at, kill_after, losses, run, tiny
 
@@ -99,6 +100,17 @@ def test_prompts_learn_and_the_frozen_backbone_keeps_every_byte(
     assert loaded.meta.kind == kind
     assert json.loads((tmp_path / "out" / "scores.json").read_text()) == result.scores
     assert json.loads((tmp_path / "out" / "config.json").read_text())["steps"] == 250
+
+
+def test_a_frozen_backbone_stays_on_the_callers_device(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path
+) -> None:
+    there = torch.device("meta")  # a device of every machine
+    one = trainer(world, backbone, tiny(), tmp_path, ranks=Ranks(device=there))
+    assert {p.device for p in one.model.parameters()} == {there}
+    assert {p.device for p in backbone.encoder.parameters()} == {torch.device("cpu")}
+    here = trainer(world, backbone, tiny(), tmp_path)
+    assert here.model.encoder is backbone.encoder  # no copy where none is needed
 
 
 def test_training_the_backbone_too_solves_the_toy_tasks_and_fresh_prompts_then_steer_it_frozen(
@@ -483,6 +495,14 @@ def test_ten_non_finite_losses_in_a_row_stop_the_run_and_nine_do_not(
     assert len(losses(tmp_path / "ten")) == 10  # the journal is whole up to there
 
 
+def test_the_error_names_no_checkpoint_where_none_was_written(
+    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nan_at(monkeypatch, set(range(10)))
+    with pytest.raises(LossError, match=r"in a row at step 9; no checkpoint was written yet$"):
+        run(world, backbone, tiny(checkpoint_minutes=9.0), tmp_path)
+
+
 # ---- starting from prompts
 
 
@@ -546,6 +566,33 @@ def test_init_for_other_weights_of_the_same_shape_is_a_start_and_said_so(
         assert backbone.sha256[:12] in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("settings", "noted"),
+    [
+        ({}, []),
+        (
+            {"router_inference": "soft"},
+            ["--init prompts were trained for hard routers divided by the count;"],
+        ),
+        (
+            {"router_normalisation": "sum"},
+            ["--init prompts were trained for hard routers divided by the count;"],
+        ),
+    ],
+)
+def test_init_trained_for_other_routers_is_a_start_and_said_so(
+    world: tuple[list[TaskCard], Path],
+    backbone: Backbone,
+    tmp_path: Path,
+    settings: dict[str, str],
+    noted: list[str],
+) -> None:
+    lines: list[str] = []
+    trainer(world, backbone, tiny(**settings), tmp_path, init=init_prompts(backbone), log=lines.append)
+    assert len(lines) == len(noted)
+    assert all(note in line for note, line in zip(noted, lines, strict=True))
+
+
 # ---- settings
 
 
@@ -557,6 +604,8 @@ def test_init_for_other_weights_of_the_same_shape_is_a_start_and_said_so(
         ({"seed": 2**64}, "seed is 18446744073709551616, expected 0 to"),
         ({"temperature": 0.0}, r"temperature is 0\.0, expected a positive"),
         ({"precision": "fp16"}, "precision is 'fp16', expected fp32 or bf16"),
+        ({"kind": "depp"}, "kind is 'depp', expected deep or shallow"),
+        ({"schedule": "cosine"}, "schedule is 'cosine', expected constant or linear"),
         ({"router_lr": 1.5}, r"router_lr is 1\.5, expected 0 <= rate < 1"),
         ({"prompt_lr": -1e-3}, r"prompt_lr is -0\.001"),
         ({"backbone_lr": float("nan")}, "backbone_lr is nan"),

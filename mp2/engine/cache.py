@@ -57,7 +57,7 @@ class ActivationCache:
         return hidden
 
     def give_back(self) -> bool:
-        """Forget everything, as memory ran out, and hold half as much from now on; False if it was nothing."""
+        """Forget everything, as memory ran out, and hold half as much from now on; False: it was nothing."""
         if not self._n_bytes:
             return False
         self._limit_bytes = min(self._limit_bytes, self._n_bytes // 2)

@@ -89,35 +89,41 @@ def add_norm(
 class Fused:
     """`add_norm`, the activation and `quantize_rows`, each one kernel where torch can compile it.
 
-    ``compile_s`` is what compiling took; ``reason`` says why it was not done.
+    ``compile_s`` is what compiling took; ``reason`` says which were not compiled, and why.
     """
 
-    def __init__(self, activation: str, device: torch.device, dtype: torch.dtype) -> None:
-        """Compile for CUDA; elsewhere, or where compiling fails, the functions run as they are."""
+    def __init__(self, activation: str, device: torch.device, dtype: torch.dtype, *, fp8: bool) -> None:
+        """Compile for CUDA, `quantize_rows` only for ``fp8``; elsewhere the functions run as they are."""
         self.compile_s = 0.0
         self.reason = ""
         self.add_norm: Callable[..., torch.Tensor] = add_norm
         self.activate: Callable[[torch.Tensor], torch.Tensor] = lambda x: activate(activation, x)
         self.quantize: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = quantize_rows
         if device.type == "cuda":
-            self._compile(device, dtype)
+            self._compile(device, dtype, fp8=fp8)
 
-    def _compile(self, device: torch.device, dtype: torch.dtype, **options: Any) -> None:
+    def _compile(self, device: torch.device, dtype: torch.dtype, *, fp8: bool, **options: Any) -> None:
         started = time.perf_counter()
-        plain: list[Callable[..., Any]] = [self.add_norm, self.activate, self.quantize]
-        fused: list[Callable[..., Any]] = [torch.compile(f, dynamic=True, **options) for f in plain]
         x = torch.randn(48, 64, device=device, dtype=dtype)
         norm = (torch.ones(64, device=device), torch.ones(64, device=device), 1e-12)
-        try:
-            with torch.inference_mode():
-                for ours, theirs, rest in zip(fused, plain, [norm, (), ()], strict=True):
+        wanted: dict[str, tuple[Any, ...]] = {"add_norm": norm, "activate": ()}
+        if fp8:
+            wanted["quantize"] = ()
+        failed = {}
+        for name, rest in wanted.items():
+            plain: Callable[..., Any] = getattr(self, name)
+            try:
+                fused: Callable[..., Any] = torch.compile(plain, dynamic=True, **options)
+                with torch.inference_mode():
                     for rows in (48, 32):  # the second count of rows makes it dynamic for good
                         inputs = (x[:rows], x[:rows], *rest) if rest else (x[:rows],)
-                        _compare(ours(*inputs), theirs(*inputs))
-        except Exception as error:  # the compiler's failures are of many types; none may stop a run
-            self.reason = f"not compiled: {type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
-        else:
-            self.add_norm, self.activate, self.quantize = fused
+                        _compare(fused(*inputs), plain(*inputs))
+            except Exception as error:  # the compiler's failures are of many types; none may stop a run
+                failed[name] = f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
+            else:
+                setattr(self, name, fused)
+        if failed:
+            self.reason = f"not compiled: {', '.join(failed)} ({next(iter(failed.values()))})"
         self.compile_s = time.perf_counter() - started
 
 

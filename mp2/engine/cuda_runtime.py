@@ -73,7 +73,7 @@ class CudaRuntime(TorchRuntime):
         self.kernels, not_flash = choose_kernels(
             place, self.dtype, backbone.config.n_heads, backbone.config.head_size
         )
-        self.fused = Fused(backbone.config.activation, place, self.dtype)
+        self.fused = Fused(backbone.config.activation, place, self.dtype, fp8=precision == "fp8")
         notes = [f"attention {self.kernels.name}" + (f" ({not_flash})" if not_flash else "")]
         if self.fused.reason:
             notes.append(self.fused.reason)

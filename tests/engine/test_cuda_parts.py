@@ -132,9 +132,9 @@ def test_add_norm_does_not_overflow_in_half_precision() -> None:
 
 def test_compiled_functions_are_compared_and_failures_leave_the_plain_ones() -> None:
     place = torch.device("cpu")
-    fused = Fused("gelu", place, torch.float32)
+    fused = Fused("gelu", place, torch.float32, fp8=True)
     plain = fused.activate
-    fused._compile(place, torch.float32, backend="eager")
+    fused._compile(place, torch.float32, fp8=True, backend="eager")
     assert fused.reason == ""
     assert fused.compile_s > 0
     assert fused.activate is not plain
@@ -144,11 +144,39 @@ def test_compiled_functions_are_compared_and_failures_leave_the_plain_ones() -> 
     def broken(graph: object, inputs: object) -> object:
         raise RuntimeError("no compiler here")
 
-    other = Fused("gelu", place, torch.float32)
+    other = Fused("gelu", place, torch.float32, fp8=True)
     plain = other.activate
-    other._compile(place, torch.float32, backend=broken)
+    other._compile(place, torch.float32, fp8=True, backend=broken)
     assert "no compiler here" in other.reason or "BackendCompilerFailed" in other.reason
     assert other.activate is plain
+
+
+def test_each_function_is_compiled_by_itself_and_quantize_for_fp8_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+    real = torch.compile
+
+    def refuses_fp8(function: Any, **options: Any) -> Any:  # as on a GPU that has no such cast
+        asked.append(function)
+        if function is quantize_rows:
+            raise RuntimeError("fp8e4nv not supported in this architecture")
+        return real(function, **options)
+
+    monkeypatch.setattr(torch, "compile", refuses_fp8)
+    place = torch.device("cpu")
+    for fp8 in (False, True):
+        asked.clear()
+        fused = Fused("gelu", place, torch.float32, fp8=fp8)
+        plain = (fused.add_norm, fused.activate)
+        fused._compile(place, torch.float32, fp8=fp8, backend="eager")
+        assert (quantize_rows in asked) == fp8
+        assert fused.add_norm is not plain[0]
+        assert fused.activate is not plain[1]
+        assert fused.quantize is quantize_rows
+    assert fused.reason == (
+        "not compiled: quantize (RuntimeError: fp8e4nv not supported in this architecture)"
+    )
 
 
 class Doubling:

@@ -384,6 +384,16 @@ def test_resume_refuses_changed_data(world: World, tmp_path: Path, monkeypatch: 
         (["--shots", "500"], "too few examples"),
         (["--max-tokens", "500"], "max_tokens is 500, expected at most 96"),
         (["--max-tokens", "12"], "does not fit 12 tokens"),
+        (
+            ["--iters", "60", "--popsize", "50", "--router-iters", "11"],
+            "stage II has 49 of the 60 iterations",
+        ),
+        (["--iters", "60", "--popsize", "50", "--router-iters", "11", "--explain"], "popsize is 50, but"),
+        (["--iters", "60", "--popsize", "3"], "popsize is 3, but stage II has 0 of the 60 iterations"),
+        (["--sigma-shallow", "0.1"], "--sigma-shallow is for shallow prompts, and these are deep: drop it"),
+        (["--deep", "--sigma-shallow", "0.5"], "--sigma-shallow is for shallow prompts"),
+        (["--sigma-shallow", "0.5", "--explain"], "--sigma-shallow is for shallow prompts"),
+        (["--shallow", "--deep"], "--deep and --shallow were both given: drop one of them"),
     ],
 )
 def test_what_cannot_be_done_exits_2_and_makes_no_folder(
@@ -392,6 +402,17 @@ def test_what_cannot_be_done_exits_2_and_makes_no_folder(
     done = mp2("bbt", *world.options(), *arguments, "--out", tmp_path / "runs")
     assert done.exit_code == 2, (done.output, done.exception)
     assert message in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("option", ["--sigma-deep", "--sigma-input"])
+def test_step_sizes_of_deep_prompts_are_refused_for_shallow_ones(
+    world: World, tmp_path: Path, option: str
+) -> None:
+    """What kind they are is known when the file is read."""
+    done = mp2("bbt", *world.options(kind="shallow"), option, "0.2", "--out", tmp_path / "runs")
+    assert done.exit_code == 2
+    assert f"{option} is for deep prompts, and these are shallow: drop it" in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
@@ -464,7 +485,11 @@ def test_runs_that_have_no_iterations_for_stage_two_say_so(world: World) -> None
     said = "stage I takes all 6 iterations; --router-iters leaves some to stage II"
     assert said in mp2("bbt", *world.options(), *short).stderr
     assert said not in mp2("bbt", *world.options(), *short, "--router-only").stderr
-    assert said not in mp2("bbt", *world.options(), *short, "--router-iters", "4").stderr
+    part = mp2("bbt", *world.options(), *short, "--router-iters", "4").stderr
+    assert said not in part
+    assert "stage II has 2 iterations, less than one generation of 20" in part
+    whole = mp2("bbt", *world.options(), *short, "--router-iters", "2", "--popsize", "4").stderr
+    assert "less than one generation" not in whole
 
 
 def test_router_only(world: World) -> None:

@@ -72,7 +72,7 @@ def bbt(ctx: click.Context, /, **options: Any) -> None:
     if options.pop("explain"):
         from mp2.optimizers.explain import plan_table
 
-        plan, n_seeds = bbt_plan(options)
+        plan, n_seeds = bbt_plan(options, given(ctx))
         click.echo(as_json_text(plan.as_dict()) if options["as_json"] else plan_table(plan, n_seeds))
         return
     results = []

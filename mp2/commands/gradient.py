@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mp2.commands.options import tuned_model
+from mp2.commands.options import prompt_kind, tuned_model
 from mp2.commands.printing import as_json_text, given, note, typed
 
 
@@ -81,8 +81,7 @@ def pseudo_tasks(corpus: str, out: str, **options: Any) -> None:
 @click.option(
     "--resume", type=click.Path(), metavar="DIR", help="Go on with the run in DIR as it was asked for."
 )
-@click.option("--deep", "kind", flag_value="deep", default="deep", help="Prompts at every layer.  [default]")
-@click.option("--shallow", "kind", flag_value="shallow", help="Prompts at the input only.")
+@prompt_kind
 @click.option(
     "--injection", type=click.Choice(["prefix", "inline"]), help="Of deep prompts.  [default: prefix]"
 )
@@ -118,6 +117,7 @@ def pretrain(ctx: click.Context, /, device: str, threads: int | None, **options:
     """Pre-train modular prompts and routers on many tasks by gradient; restartable, alone or by torchrun."""
     from mp2.training import asked_run, pretrain_command
 
+    options["kind"] = options["kind"] or "deep"
     inputs, config, out = asked_run(options, given(ctx), typed())
     pretrain_command(inputs, config, out, device, threads, log=note, show=click.echo)
 

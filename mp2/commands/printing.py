@@ -22,7 +22,8 @@ def as_json_text(value: object) -> str:
 def given(ctx: click.Context) -> set[str]:
     """Names of the options that stand on the command line."""
     source = click.core.ParameterSource.COMMANDLINE
-    return {name for name in ctx.params if ctx.get_parameter_source(name) is source}
+    names = {parameter.name for parameter in ctx.command.params if parameter.name}
+    return {name for name in names if ctx.get_parameter_source(name) is source}
 
 
 def typed() -> str:

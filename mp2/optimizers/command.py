@@ -13,12 +13,15 @@ from mp2.optimizers.report import SeriesProgress
 from mp2.optimizers.series import find_runs, resume_series, start_series
 
 if TYPE_CHECKING:
+    from mp2.optimizers.config import Kind
     from mp2.optimizers.explain import Plan
 
 _WITH_RESUME = {"resume", "as_json"}
+_SIGMAS: dict[Kind, tuple[str, ...]] = {"shallow": ("sigma_shallow",), "deep": ("sigma_input", "sigma_deep")}
+_STAGE_TWO = ("popsize", "cma", *_SIGMAS["deep"], *_SIGMAS["shallow"])
 
 
-def bbt_plan(options: dict[str, Any]) -> tuple[Plan, int]:
+def bbt_plan(options: dict[str, Any], given: set[str]) -> tuple[Plan, int]:
     """The plan of the first run and the number of runs; nothing is tuned.
 
     Raises:
@@ -30,9 +33,10 @@ def bbt_plan(options: dict[str, Any]) -> tuple[Plan, int]:
     if options["resume"] or not options["task"]:
         raise UsageError("--explain plans a new run: give --task NAME with it, and no --resume")
     configs = configs_of(options)
-    plan = plan_run(make_problem(configs[0]))
-    assert plan is not None
-    return plan, len(configs)
+    check_stages(given)
+    problem = make_problem(configs[0])
+    check_kind(given, problem.model.kind)
+    return plan_run(problem), len(configs)
 
 
 def bbt_results(options: dict[str, Any], given: set[str]) -> Iterator[dict[str, Any]]:
@@ -44,17 +48,22 @@ def bbt_results(options: dict[str, Any], given: set[str]) -> Iterator[dict[str, 
     if options["resume"]:
         others = sorted(given - _WITH_RESUME)
         if others:
-            raise UsageError(
-                f"--resume takes everything from the run's config.json; drop --{others[0].replace('_', '-')}"
-            )
+            raise UsageError(f"--resume takes everything from the run's config.json; drop {_flag(others[0])}")
         run_dirs = [run_dir for path in options["resume"] for run_dir in find_runs(Path(path))]
         progress = SeriesProgress()
         results = resume_series(list(dict.fromkeys(run_dirs)), progress.observer)
     else:
         if not options["task"]:
             raise UsageError("no task: give --task NAME ('mp2 tasks' lists them), a card, or --resume RUNDIR")
+        configs = configs_of(options)
+        check_stages(given)
         progress = SeriesProgress()
-        results = start_series(configs_of(options), Path(options["out"]), progress.observer)
+        results = start_series(
+            configs,
+            Path(options["out"]),
+            progress.observer,
+            check=lambda model: check_kind(given, model.kind),
+        )
     try:
         for result in results:
             progress.close()
@@ -70,6 +79,25 @@ def asks_for_many(options: dict[str, Any]) -> bool:
             Path(options["resume"][0])
         ]
     return options["seeds"] is not None or len(_tasks(options["task"])) > 1
+
+
+def check_stages(given: set[str]) -> None:
+    """Raise ``UsageError`` for an option of stage II beside ``--router-only``."""
+    for name in _STAGE_TWO:
+        if {name, "router_only"} <= given:
+            raise UsageError(f"--router-only has no stage II, which {_flag(name)} is for: drop one of them")
+
+
+def check_kind(given: set[str], kind: Kind) -> None:
+    """Raise ``UsageError`` for a step size of the ``kind`` of prompts that these are not."""
+    for other, names in _SIGMAS.items():
+        for name in names:
+            if other != kind and name in given:
+                raise UsageError(f"{_flag(name)} is for {other} prompts, and these are {kind}: drop it")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def configs_of(options: dict[str, Any]) -> list[BbtConfig]:

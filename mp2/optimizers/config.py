@@ -15,6 +15,8 @@ from mp2.limits import check_seed, check_threads
 Kind = Literal["deep", "shallow"]
 RequestedKind = Literal["auto", "deep", "shallow"]
 SCHEMA_VERSION = 1
+MAX_ITERS = 10_000_000  # resuming reads the journal whole, a line of some 300 bytes for each
+MAX_POPSIZE = 10_000  # a population is drawn and evaluated at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +46,8 @@ class LayerConfig:
 
     def __post_init__(self) -> None:
         """Refuse what CMA-ES cannot do."""
-        if self.popsize < 3:  # with 2, the library stops at the second generation
-            raise UsageError(f"popsize is {self.popsize}, expected at least 3 (the paper uses 20)")
+        if not 3 <= self.popsize <= MAX_POPSIZE:  # with 2, the library stops at the second generation
+            raise UsageError(f"popsize is {self.popsize}, expected 3 to {MAX_POPSIZE:,} (the paper uses 20)")
         for name in ("sigma_shallow", "sigma_input", "sigma_deep"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a positive step size")
@@ -88,6 +90,10 @@ class BbtConfig:
         """Refuse values that no run can have; names are checked where they are looked up."""
         if self.iters < 1:
             raise UsageError(f"iters is {self.iters}, expected at least 1")
+        if self.iters > MAX_ITERS:
+            raise UsageError(
+                f"iters is {self.iters}, expected at most {MAX_ITERS:,}: the journal has a line an iteration"
+            )
         if self.kind not in ("auto", "deep", "shallow"):
             raise UnknownNameError("kind of prompts", self.kind, ["auto", "deep", "shallow"])
         if (self.router.iterations or 0) > self.iters:
@@ -101,6 +107,10 @@ class BbtConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}, expected at least 1")
+        if self.test_limit is not None and not self.test:
+            raise UsageError(
+                f"test_limit is {self.test_limit}, and no test set is scored: drop --test-limit or --no-test"
+            )
 
     def method(self, kind: Kind) -> str:
         """What the result calls this run: ``mp2-deep``, ``mp2-shallow-router``, ..."""

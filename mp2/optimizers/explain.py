@@ -39,8 +39,14 @@ def announce(problems: Sequence[FewShotProblem], agreements: Sequence[Agreement 
         elif plan is not None:
             lines.append(f"a run of {task}: {plan_line(plan)}")
     config = problems[0].config
-    if not iterations_of(problems[0])[1] and not config.router_only:
+    stage2, popsize = iterations_of(problems[0])[1], config.layers.popsize
+    if not stage2 and not config.router_only:
         lines.append(f"stage I takes all {config.iters} iterations; --router-iters leaves some to stage II")
+    elif stage2 < popsize and not config.router_only:
+        lines.append(
+            f"stage II has {stage2} iterations, less than one generation of {popsize}: CMA-ES learns nothing "
+            "from them; a smaller --popsize or more --iters gives it some"
+        )
     if problems[0].model.prompts.meta.router_inference == "soft" and iterations_of(problems[0])[0] > 1:
         lines.append(
             "these prompts were trained with soft routers; the search tries routers of 0 and 1, the corners "

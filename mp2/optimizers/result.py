@@ -1,4 +1,4 @@
-"""What a run found: its stages' test scores, ``result.json`` (written and read), its tuned prompt's metadata."""
+"""What a run found: scores on test, ``result.json``, the metadata of its tuned prompt; a result read back."""
 
 from __future__ import annotations
 

@@ -13,10 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mp2.optimizers.config import BbtConfig
+from mp2.errors import UsageError
+from mp2.optimizers.config import BbtConfig, LayerConfig
 from mp2.optimizers.few_shot_problem import FewShotProblem
 from mp2.optimizers.frozen_model import FrozenModel, load_model, resolve_paths
 from mp2.optimizers.journal import open_journal
+from mp2.optimizers.planning import iterations_of
 from mp2.optimizers.provenance import check_identity, config_file, identity, versions
 from mp2.optimizers.recorder import Evaluate, Recorder
 from mp2.optimizers.report import draw_curve
@@ -49,7 +51,23 @@ def make_problem(
     model = model or load_model(config)
     runtime = model.runtime
     config = replace(config, runtime=runtime.name, precision=runtime.precision, device=str(runtime.device))
-    return FewShotProblem(config, card, model, data)
+    problem = FewShotProblem(config, card, model, data)
+    _check_popsize(problem)
+    return problem
+
+
+def _check_popsize(problem: FewShotProblem) -> None:
+    """Raise ``UsageError`` for a population that was chosen and that stage II has no iterations for.
+
+    A short run may keep the default one: it is said at its start that no generation is whole.
+    """
+    config, (_, stage2) = problem.config, iterations_of(problem)
+    popsize = config.layers.popsize
+    if popsize > stage2 and popsize != LayerConfig().popsize and not config.router_only:
+        raise UsageError(
+            f"popsize is {popsize}, but stage II has {stage2} of the {config.iters} iterations: it needs a "
+            "whole generation; give a smaller --popsize, more --iters or fewer --router-iters"
+        )
 
 
 class Run:

@@ -53,12 +53,13 @@ def start_series(
     out: str | Path,
     observe: Callable[[], Observe] = lambda: lambda p: None,
     model: FrozenModel | None = None,
+    check: Callable[[FrozenModel], None] = lambda model: None,
 ) -> Iterator[dict[str, Any]]:
     """Tune in new folders under ``out``, all with one engine; yields the results in the configs' order.
 
     The configs may differ in task, seed and everything that does not choose the engine. Each result is the
     one that the run would have alone, bit for bit on CPUs in float32. Nothing is made before everything that
-    can be wrong was looked at.
+    can be wrong was looked at; ``check`` may refuse the model that was loaded.
     """
     from mp2.optimizers.explain import announce
     from mp2.optimizers.precision import precision_agreement
@@ -67,6 +68,7 @@ def start_series(
     out = Path(out)
     check_new_folder(out)
     model = model or load_model(resolve_paths(configs[0]))
+    check(model)
     problems = _problems(configs, model)
     agreements = [precision_agreement(problem) for problem in problems]
     announce(problems, agreements)

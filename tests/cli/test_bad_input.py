@@ -115,12 +115,27 @@ TUNING: list[tuple[list[object], str]] = [
     (["--threads", 0], "threads is 0, expected 1 to"),
     (["--threads", 100_000], "threads is 100000, expected 1 to"),
     (["--test-limit", 0], "test_limit is 0"),
+    (["--test-limit", 5], "drop --test-limit or --no-test"),
+    (["--deep", "--shallow"], "--deep and --shallow were both given"),
     (["--out", "ROOT/good.txt"], "good.txt"),
 ]
 CASES: dict[str, list[tuple[list[object], str]]] = {
     "bbt": [
         *TUNING,
         (["--iters", 0], "iters is 0"),
+        (["--iters", HUGE], f"iters is {HUGE}, expected at most 10,000,000"),
+        (["--popsize", 10_001], "popsize is 10001, expected 3 to 10,000"),
+        (["--popsize", 9, "--router-iters", 4], "popsize is 9, but stage II has 4 of the 8 iterations"),
+        *(
+            (["--router-only", option, value], f"--router-only has no stage II, which {option} is for")
+            for option, value in (
+                ("--popsize", 20),
+                ("--cma", "full"),
+                ("--sigma-input", 0.05),
+                ("--sigma-deep", 0.2),
+                ("--sigma-shallow", 0.1),
+            )
+        ),
         (["--router-iters", 0], "router_iters is 0"),
         (["--router-iters", 9], "router_iters is 9, expected at most 8"),
         (["--router-search", "bit"], "unknown router search method 'bit'. Did you mean 'bits'"),
@@ -137,6 +152,7 @@ CASES: dict[str, list[tuple[list[object], str]]] = {
         (["--runtime", "troch"], "unknown runtime 'troch'. Did you mean 'torch'"),
         (["--precision", "fp31"], "unknown precision 'fp31'. Did you mean 'fp32'"),
         (["--resume", "ROOT/empty"], "drop --"),
+        (["--resume", "ROOT/empty", "--deep"], "drop --"),
         (["--itres", 3], "No such option '--itres'"),
     ],
     "tune": [
@@ -191,6 +207,7 @@ CASES: dict[str, list[tuple[list[object], str]]] = {
         (["--checkpoint-minutes", "inf"], "checkpoint_minutes is inf"),
         (["--router-inference", "sof"], "router_inference is 'sof', expected hard or soft"),
         (["--shallow", "--injection", "prefix"], "drop --injection"),
+        (["--shallow", "--deep"], "--deep and --shallow were both given"),
         (["--seed", HUGE], f"seed is {HUGE}"),
         (["--threads", -1], "threads is -1"),
         (["--device", "cpu:1"], "unknown device 'cpu:1'"),

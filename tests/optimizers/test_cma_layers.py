@@ -47,7 +47,7 @@ def test_the_smallest_population_goes_on_and_a_smaller_one_is_refused() -> None:
     for _ in range(20):
         population = search.ask()
         search.tell(population, sphere(population))
-    with pytest.raises(UsageError, match="popsize is 2, expected at least 3"):
+    with pytest.raises(UsageError, match="popsize is 2, expected 3 to 10,000"):
         LayerConfig(popsize=2)
 
 

@@ -27,7 +27,8 @@ def explain(*arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-SHORT = ["--iters", "75", "--router-iters", "20", "--popsize", "8", "--shots", "4", "--seed", "13"]
+STAGE_ONE = ["--iters", "75", "--router-iters", "20", "--shots", "4", "--seed", "13"]
+SHORT = [*STAGE_ONE, "--popsize", "8"]
 
 
 @pytest.mark.parametrize("kind", ["deep", "shallow"])
@@ -75,7 +76,7 @@ def test_a_search_over_prompts_with_soft_routers_says_that_it_tries_hard_ones(
     save_prompts(replace(hard, meta=meta), tmp_path / "soft.safetensors")
     said = "the search tries routers of 0 and 1"
     for prompts, expected in ((path, False), (tmp_path / "soft.safetensors", True)):
-        options = [*world.options(), *SHORT, "--prompts", str(prompts), "--out", str(tmp_path / "runs")]
+        options = [*world.options(), *STAGE_ONE, "--prompts", str(prompts), "--out", str(tmp_path / "runs")]
         done = CliRunner().invoke(main, ["bbt", *options, "--router-only"])
         assert (done.exit_code, said in done.stderr) == (0, expected)
 
@@ -96,13 +97,13 @@ def test_seeds_that_compute_side_by_side_take_less_than_one_after_another(
 
 def test_a_slow_router_search_is_tried_in_part(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mp2.optimizers.planning._SUGGEST_LIMIT_S", 0.0)
-    options = [*world.options(), *SHORT, "--router-only", "--no-test", "--router-search", "random"]
+    options = [*world.options(), *STAGE_ONE, "--router-only", "--no-test", "--router-search", "random"]
     plan = explain(*options, "--router-iters", "50")
     assert plan["work"]["populations"] == [1, 20, 20, 9]  # one was tried
 
 
 def test_without_stage_two_and_test_neither_is_planned(world: World) -> None:
-    plan = explain(*world.options(), *SHORT, "--router-only", "--no-test")
+    plan = explain(*world.options(), *STAGE_ONE, "--router-only", "--no-test")
     assert plan["iterations"] == [20, 0]
     assert plan["costs"]["visit_s"] == []
     assert (plan["seconds"]["stage2_s"], plan["seconds"]["test_s"]) == (0, 0)
@@ -116,7 +117,7 @@ def test_a_plan_is_of_a_new_run(world: World) -> None:
 def test_a_run_says_first_what_it_runs_on(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ["bbt", *world.options(), *SHORT, "--router-only", "--no-test", "--out", str(tmp_path)]
+    options = ["bbt", *world.options(), *STAGE_ONE, "--router-only", "--no-test", "--out", str(tmp_path)]
     done = CliRunner().invoke(main, options)
     assert "mp2: torch, fp32, cpu, 1 thread (asked for" in done.stderr
     monkeypatch.setattr("mp2.optimizers.explain._WORTH_S", 0.0)
@@ -128,7 +129,7 @@ def test_a_run_says_first_what_it_runs_on(
 def test_several_runs_say_it_once_and_each_task_its_time(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = [o for o in SHORT if o not in ("--seed", "13")]
+    options = [o for o in STAGE_ONE if o not in ("--seed", "13")]
     more = ["--task", str(world.choice_card), "--seeds", "3,1", "--router-only", "--no-test"]
     words = ["bbt", *world.options(), *options, *more, "--out", str(tmp_path)]
     monkeypatch.setattr("mp2.optimizers.explain._WORTH_S", 0.0)

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy.special import erf
 
 from mp2.backbone import Backbone
 from mp2.doctor import as_text, examine
@@ -126,3 +130,37 @@ def test_library_is_made_once_and_again_for_other_flags(
     monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-DANOTHER"))
     assert native.load() is not None
     assert len(list(tmp_path.rglob("*.so"))) == 2
+
+
+@needs_compiler
+def test_exponential_and_gelu_are_as_exact_as_their_comments_say(tmp_path: Path) -> None:
+    names = ("exp_negative", "gelu_erf", "gelu_tanh")
+    loop = (
+        "void {0}_all(const float *x, float *y, long n, float by)"
+        " {{ for (long i = 0; i < n; i++) y[i] = {0}(x[i] - by); }}"
+    )
+    source, library = tmp_path / "all.c", tmp_path / "all.so"
+    source.write_text("\n".join(['#include "vector_math.h"', *(loop.format(name) for name in names)]))
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or "clang"
+    include = f"-I{Path(native.__file__).parent}"
+    command = [compiler, *native._FLAGS, include, str(source), "-o", str(library), "-lm"]
+    subprocess.run(command, check=True)
+    compiled = ctypes.CDLL(str(library))
+
+    def error(name: str, x: np.ndarray, exact: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Return the absolute errors at float32 ``x``; ``by`` is what attention subtracts: 0 here."""
+        y, address = np.empty_like(x), ctypes.c_void_p
+        given = address(x.ctypes.data), address(y.ctypes.data), ctypes.c_long(len(x)), ctypes.c_float(0)
+        getattr(compiled, f"{name}_all")(*given)
+        return np.abs(y - exact(x.astype(np.float64)))
+
+    x = np.linspace(-87, 0, 400_001).astype(np.float32)
+    assert (
+        error("exp_negative", x, np.exp) <= (1e-7 + 6e-8 * np.abs(x)) * np.exp(x.astype(np.float64))
+    ).all()
+    x = np.linspace(-12, 12, 400_001).astype(np.float32)
+    size = np.maximum(1, np.abs(x))
+    assert (error("gelu_erf", x, lambda v: v * (1 + erf(v / np.sqrt(2))) / 2) <= 4e-7 * size).all()
+    cubic = np.sqrt(2 / np.pi)
+    tanh = error("gelu_tanh", x, lambda v: v * (1 + np.tanh(cubic * (v + 0.044715 * v**3))) / 2)
+    assert (tanh <= 4e-7 * size).all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -14,7 +14,7 @@ import torch
 from mp2.backbone import Backbone, BackboneConfig, load_backbone, random_backbone
 from mp2.engine import create_objective, create_runtime
 from mp2.engine.select import AnyObjective
-from mp2.prompts import PromptSet
+from mp2.prompts import PromptSet, load_prompts, random_prompts
 from mp2.tasks import MrcFormatter, MrcInput, few_shot_split, load_card, load_examples
 
 SEED = 42
@@ -24,11 +24,15 @@ SHAPES = {  # layers, hidden, heads, largest number of examples; random weights,
     "1024": (6, 1024, 16, 16),
     "large": (24, 1024, 16, 16),
 }
+MINI_PAPER = "mini-m50"  # the embedded backbone with as many prompt tokens as the paper's
+# Root mean squares of the embedded deep prompts (fused, and their projections). Freshly made projections are
+# 16 times smaller; a step of stage II would then change a loss by little more than float32 rounds it.
+TRAINED_Z, TRAINED_PROJECTION = 0.14, 0.20
 
 
 def make_backbone(shape: str) -> Backbone:
-    """The embedded backbone (``mini``) or a random one."""
-    if shape == "mini":
+    """The embedded backbone (``mini``, ``mini-m50``) or a random one."""
+    if shape in ("mini", MINI_PAPER):
         return load_backbone("mini")
     return shaped_backbone(*SHAPES[shape][:3])
 
@@ -46,6 +50,21 @@ def shaped_backbone(n_layers: int, hidden: int, n_heads: int) -> Backbone:
         max_positions=512,
     )
     return random_backbone(config, mini.tokenizer.tokens(), seed=0)
+
+
+def make_prompts(shape: str, backbone: Backbone) -> PromptSet:
+    """Deep prompts: the embedded ones (``mini``: m = 16, d = 64), else random with the paper's m and d.
+
+    Random ones are of the size of trained ones, so that the paper's step sizes mean what they mean there.
+    """
+    if shape == "mini":
+        return load_prompts("mini-deep", backbone)
+    prompts = random_prompts(
+        backbone, "deep", prompt_tokens=PROMPT_TOKENS, intrinsic_dim=INTRINSIC_DIM, scale=TRAINED_Z, seed=1
+    )
+    fused = prompts.z * prompts.meta.n_modules**0.5  # a mean over K is that much smaller than each
+    size = prompts.projection.pow(2).mean().sqrt()
+    return replace(prompts, z=fused, projection=prompts.projection * (TRAINED_PROJECTION / size))
 
 
 def task_inputs(task: str, backbone: Backbone, data: Path | None, limit: int | None) -> list[MrcInput]:
@@ -85,6 +104,9 @@ class Engine:
         runtime, _, precision = text.partition(":")
         return cls(runtime, precision or "auto")
 
+    def __str__(self) -> str:
+        return f"{self.runtime}:{self.precision}"
+
     def objective(
         self, backbone: Backbone, prompts: PromptSet, inputs: Sequence[MrcInput], device: str, engines: Path
     ) -> AnyObjective:
@@ -102,21 +124,20 @@ class Engine:
         return create_objective(runtime, backbone, prompts, inputs)
 
 
-def necessary_flops(
-    config: BackboneConfig, lengths: Sequence[int], n_layers: int, *, shared_text: bool
-) -> int:
-    """FLOPs of one candidate through ``n_layers`` layers: products of real tokens and attention, no padding.
+def necessary_flops(config: BackboneConfig, lengths: Sequence[int], n_layers: int, prompt_tokens: int) -> int:
+    """FLOPs of one candidate of a population through ``n_layers`` layers, the first of them a text's first.
 
-    A token costs 2 (4 H^2 + 2 H F) for the linear layers and 4 (T + m) H for attention over text and prefix.
-    With ``shared_text`` the first of the layers has its text's q, k, v and text-text attention from the
-    population, and they are not counted at all.
+    Products of real tokens and attention, no padding. A token costs 2 (4 H^2 + 2 H F) for the linear layers
+    and 4 (T + m) H for attention over text and prefix. At the first of the layers, the layer under visit in
+    stage II and layer 0 in stage I, the text is the same for the whole population: its queries, keys, values
+    and text-text products are needed once for all candidates, and are not counted at all.
     """
-    width, m = config.hidden, PROMPT_TOKENS
+    width = config.hidden
     total = 0
     for t in lengths:
-        layer = 2 * t * (4 * width * width + 2 * width * config.ffn) + 4 * t * (t + m) * width
+        layer = 2 * t * (4 * width * width + 2 * width * config.ffn) + 4 * t * (t + prompt_tokens) * width
         shared = 2 * t * 3 * width * width + 4 * t * t * width
-        total += n_layers * layer - (shared if shared_text else 0)
+        total += n_layers * layer - shared
     return total
 
 
@@ -162,13 +183,19 @@ def peak_memory_mb(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def matrix_dtype(device: str, precision: str) -> torch.dtype:
+    """Type of the product that a precision is held against: float32 on a CPU, on a GPU its own.
+
+    For fp8, of which torch has no plain product, it is bf16.
+    """
+    own = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+    return torch.float32 if device == "cpu" else own.get(precision, torch.float32)
+
+
 def matrix_rate(device: str, precision: str, size: int = 1536, runs: int = 5) -> float:
-    """FLOP/s of a square matrix product: float32 on a CPU, the precision's own type on a GPU (median)."""
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}.get(precision)
-    on_gpu = device != "cpu"
-    size = 8192 if on_gpu else size
-    a, b = (
-        torch.randn(size, size, device=device, dtype=dtype if on_gpu else torch.float32) for _ in range(2)
-    )
+    """FLOP/s of a square matrix product in `matrix_dtype` (median)."""
+    size = size if device == "cpu" else 8192
+    dtype = matrix_dtype(device, precision)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds(lambda: a @ b)
     return 2 * size**3 / seconds(lambda: a @ b, runs)

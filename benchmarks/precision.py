@@ -127,7 +127,7 @@ def large(device: str) -> list[dict[str, Any]]:
         )
         for k in range(32)
     ]
-    flops = necessary_flops(backbone.config, [64] * 32, 24, shared_text=False)
+    flops = necessary_flops(backbone.config, [64] * 32, 24, prompts.meta.prompt_tokens)
     z = rng.standard_normal((20, *prompts.z.shape[::2])).astype(np.float32)
     rows, rounds = [], 5
     objectives = {}

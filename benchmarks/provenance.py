@@ -1,7 +1,8 @@
-"""Where a number comes from: command, versions, commit, machine, and its matrix rate in the same run."""
+"""Where a number comes from: command, versions, code, machine, and its matrix rate in the same run."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import subprocess
@@ -14,7 +15,10 @@ from typing import Any
 
 import torch
 
+import mp2
+
 RESULTS = Path(__file__).parent / "results"
+PACKAGE = Path(mp2.__file__).parent
 
 
 def sgemm_rate(size: int = 1536, runs: int = 5) -> float:
@@ -29,8 +33,37 @@ def sgemm_rate(size: int = 1536, runs: int = 5) -> float:
     return 2 * size**3 / median(times)
 
 
+def source_hash(package: Path = PACKAGE) -> str:
+    """Return 12 hex digits of what runs: every Python and C file of ``package``, with its path.
+
+    It names the code where there is no git, and where the tree is not what was committed.
+    """
+    digest = hashlib.sha256()
+    files = [path for pattern in ("*.py", "*.c", "*.h") for path in package.rglob(pattern)]
+    for name, path in sorted((path.relative_to(package).as_posix(), path) for path in files):
+        content = path.read_bytes()
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:12]
+
+
+SOURCE_SHA256 = source_hash()  # now: when a long measurement ends, the files may be others
+
+
+def processor() -> str:
+    """Return the name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.split(":")[1].strip() for line in info.read_text().split("\n") if "model name" in line]
+        if names:
+            return names[0]
+    return platform.processor()
+
+
 def provenance() -> dict[str, Any]:
-    """Command, time, versions, commit (and whether the tree was dirty), processor, threads."""
+    """Command, time, versions, commit (and whether the tree was dirty), hash of the code, processor, threads.
+
+    Without git ``commit`` is empty and ``dirty`` null.
+    """
     import onnxruntime
     import transformers
 
@@ -38,11 +71,7 @@ def provenance() -> dict[str, Any]:
         done = subprocess.run(["git", *args], capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line.split(":")[1].strip() for line in info.read_text().split("\n") if "model name" in line]
-        cpu = names[0] if names else cpu
+    commit = git("rev-parse", "--short", "HEAD")
     module = "" if sys.modules["__main__"].__spec__ is None else sys.modules["__main__"].__spec__.name
     arguments = [
         "DIR" if argument.startswith("/") else argument for argument in sys.argv[1:]
@@ -50,12 +79,13 @@ def provenance() -> dict[str, Any]:
     return {
         "command": " ".join(["python -m", module.removesuffix(".__main__"), *arguments]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "commit": commit,
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+        "source_sha256": SOURCE_SHA256,
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
         "transformers": transformers.__version__,
-        "cpu": cpu,
+        "cpu": processor(),
         "threads": torch.get_num_threads(),
         "sgemm_gflops": round(sgemm_rate() / 1e9, 1),
     }

@@ -1,15 +1,15 @@
 """Growth curves of `benchmarks.throughput`: cost of stage II against each size, the others held.
 
 Random backbones 256 wide and random texts of one length; the base case is 4 layers, 16 examples of 64
-tokens, a population of 20. Cost is ms an evaluation, mean over the layers visited. Points are measured one
-by one and kept, so that a measurement that ends can go on. On one thread of a CPU it is the thread's own time
-that counts, which other processes do not lengthen.
+tokens, a population of 20. Cost is ms an evaluation, mean over the layers visited. Each round visits every
+point once, so that drift hits all alike, and a point's cost is its median over the rounds, shown with the
+least and the most; the base point is one point of all curves. In every other round the turns within a point
+are in the opposite order. A visit of a point is kept, so that a measurement that ends can go on. On one
+thread of a CPU it is the thread's own time that counts, which other processes do not lengthen.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,8 +30,10 @@ from benchmarks.engine_work import (
 from benchmarks.forward_parts import clock
 from benchmarks.plain_loop import PlainLoop
 from benchmarks.provenance import RESULTS, save
+from benchmarks.rounds import Pieces, spread
 from mp2.prompts import random_prompts
 
+PLAIN = "plain loop"
 BASE = {"examples": 16, "tokens": 64, "population": 20, "layers": 4}
 CURVES = {
     "examples": (1, 4, 16, 64),
@@ -42,37 +44,53 @@ CURVES = {
 
 
 def measure(
-    engines: Sequence[Engine], device: str, folder: Path, name: str, work: Path, minutes: float
+    engines: Sequence[Engine],
+    device: str,
+    folder: Path,
+    name: str,
+    work: Path,
+    minutes: float,
+    n_rounds: int,
 ) -> tuple[Path, Path] | None:
     """Measure what is left of all curves; the paths of the JSON and of the picture, once nothing is left.
 
-    Points are kept in ``work`` as they are done; none is begun when ``minutes`` are over, and then None is
-    returned.
+    Visits of points are kept in ``work`` as they are done; none is begun when ``minutes`` are over, and then
+    None is returned.
     """
-    settings = [clock_name(device), device, torch.get_num_threads(), [str(engine) for engine in engines]]
-    tag = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-    work.mkdir(parents=True, exist_ok=True)
-    end = time.perf_counter() + 60 * minutes
-    rows, n_left = [], 0
-    for axis, values in CURVES.items():
-        for value in values:
-            file = work / f"{tag}-{axis}-{value}.json"
-            if not file.is_file():
-                if time.perf_counter() > end:
-                    n_left += 1
-                    continue
-                row = point({**BASE, axis: value}, engines, device, folder)
-                file.write_text(json.dumps({"axis": axis, "value": value, **row}) + "\n", "utf-8")
-                print(axis, value, row["ms"], flush=True)
-            rows.append(json.loads(file.read_text("utf-8")))
-    if n_left:
-        print(f"{n_left} points are left; run it again", flush=True)
+    settings = ["growth", clock_name(device), device, [str(engine) for engine in engines]]
+    pieces = Pieces(work, settings, minutes)
+    sizes = {axis: [{**BASE, axis: value} for value in values] for axis, values in CURVES.items()}
+    times: dict[str, list[dict[str, Any]]] = {_name(size): [] for own in sizes.values() for size in own}
+    size_of = {_name(size): size for own in sizes.values() for size in own}
+    for number in range(n_rounds):
+        for point_name, size in size_of.items():
+            record = pieces.get(
+                f"{point_name}-{number}",
+                lambda size=size, number=number: {"ms": point(size, engines, device, folder, number)},  # type: ignore[misc]
+            )
+            if record is not None:
+                times[point_name].append(record["ms"])
+        print(f"round {number + 1} of {n_rounds}", flush=True)
+    if pieces.n_left:
+        print(f"{pieces.n_left} visits of points are left; run it again", flush=True)
         return None
+    rows = []
+    for axis, own in sizes.items():
+        for size in own:
+            measured = times[_name(size)]
+            ms = {subject: spread([found[subject] for found in measured], 3) for subject in measured[0]}
+            rows.append({"axis": axis, "value": size[axis], **size, "clock": clock_name(device), "ms": ms})
     return save(f"{name}_growth", rows), draw(rows, RESULTS / f"{name}_growth.png")
 
 
-def point(size: dict[str, int], engines: Sequence[Engine], device: str, folder: Path) -> dict[str, Any]:
-    """Ms an evaluation of every engine and of the plain loop for one size."""
+def _name(size: dict[str, int]) -> str:
+    return "-".join(f"{axis}{value}" for axis, value in size.items())
+
+
+def point(
+    size: dict[str, int], engines: Sequence[Engine], device: str, folder: Path, number: int
+) -> dict[str, float]:
+    """Ms an evaluation of every engine and of the plain loop for one size, in round ``number``."""
     backbone = shaped_backbone(size["layers"], 256, 8)
     prompts = random_prompts(
         backbone, "deep", prompt_tokens=PROMPT_TOKENS, intrinsic_dim=INTRINSIC_DIM, seed=1
@@ -81,20 +99,29 @@ def point(size: dict[str, int], engines: Sequence[Engine], device: str, folder: 
     rng = np.random.default_rng(0)
     z = rng.standard_normal((size["layers"], INTRINSIC_DIM)).astype(np.float32)
     candidates = rng.standard_normal((size["population"], INTRINSIC_DIM)).astype(np.float32)
-    cost = {}
-    for engine in engines:
+
+    def engine_s(engine: Engine) -> float:
         objective = engine.objective(backbone, prompts, inputs, device, folder)
         objective.set_incumbent(z)
         times = []
         # cost falls by the same from each layer to the next: the mean over all is that of the first and last
         for layer in sorted({0, size["layers"] - 1}):
             objective.layer_losses(layer, candidates[:2] if device == "cpu" else candidates)
-            times.append(_seconds(lambda o=objective, i=layer: o.layer_losses(i, candidates), device))  # type: ignore[misc]
-        cost[f"{engine.runtime}:{engine.precision}"] = round(1e3 * mean(times) / size["population"], 3)
-    plain = PlainLoop(backbone, prompts, inputs, device)
-    plain.loss(z)
-    cost["plain loop"] = round(1e3 * median(_seconds(lambda: plain.loss(z), device) for _ in range(3)), 3)
-    return {**size, "clock": clock_name(device), "ms": cost}
+            times.append(_seconds(lambda i=layer: objective.layer_losses(i, candidates), device))  # type: ignore[misc]
+        return mean(times) / size["population"]
+
+    def plain_s() -> float:
+        plain = PlainLoop(backbone, prompts, inputs, device)
+        plain.loss(z)
+        return median(_seconds(lambda: plain.loss(z), device) for _ in range(3))
+
+    turns: list[Engine | None] = [None, *engines]
+    if number % 2:
+        turns.reverse()
+    return {
+        str(engine or PLAIN): round(1e3 * (plain_s() if engine is None else engine_s(engine)), 4)
+        for engine in turns
+    }
 
 
 def clock_name(device: str) -> str:
@@ -112,14 +139,17 @@ def _seconds(work: Callable[[], object], device: str) -> float:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Four panels, both axes logarithmic."""
+    """Four panels, both axes logarithmic: medians, bars from the least to the most."""
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
     for panel, axis in zip(panels.flat, CURVES, strict=True):
         own = [row for row in rows if row["axis"] == axis]
-        for name in own[0]["ms"]:
-            panel.plot([row["value"] for row in own], [row["ms"][name] for row in own], "o-", label=name)
+        for name in sorted(own[0]["ms"]):
+            found = [row["ms"][name] for row in own]
+            middle = [x["median"] for x in found]
+            bars = [[x["median"] - x["min"] for x in found], [x["max"] - x["median"] for x in found]]
+            panel.errorbar([row["value"] for row in own], middle, bars, fmt="o-", capsize=3, label=name)
         panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms an evaluation")
         panel.set_xticks([row["value"] for row in own], [str(row["value"]) for row in own])
         panel.minorticks_off()

@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mp2.limits import memory_bytes
+
 _PACKAGES = (
     "mp2",
     "torch",
@@ -105,10 +107,8 @@ def _cpu() -> dict[str, Any]:
 
 
 def _memory_gib() -> float | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    except (ValueError, OSError, AttributeError):
-        return None
+    n_bytes = memory_bytes()
+    return None if n_bytes is None else n_bytes / 2**30
 
 
 def _torch() -> dict[str, Any]:

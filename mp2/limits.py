@@ -1,4 +1,4 @@
-"""Limits that every command shares: seeds, threads, and folders to write to, checked before any work."""
+"""Limits that every command shares: seeds, threads, memory, folders to write to; checked before any work."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ def check_threads(threads: int | None) -> None:
     """Raise ``UsageError`` for a number of threads that no machine has; None: the runtime's choice."""
     if threads is not None and not 1 <= threads <= MAX_THREADS:
         raise UsageError(f"threads is {threads}, expected 1 to {MAX_THREADS}")
+
+
+def memory_bytes() -> int | None:
+    """Main memory of the machine; None where it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
 
 
 def check_new_folder(folder: Path) -> None:

@@ -17,7 +17,7 @@ from mp2.commands.printing import as_json_text
 @click.option("--precision", help="fp32; with tensorrt fp16, bf16 or fp8.  [default: fp32; tensorrt: fp16]")
 @click.option("--task", help="tensorrt: tune plans for this task's few-shot set.")
 @click.option("--data", type=click.Path(), help="Folder with TASK/train.jsonl; or MP2_DATA.")
-@click.option("--popsize", default=20, show_default=True, help="tensorrt: population plans are tuned for.")
+@click.option("--popsize", type=int, help="tensorrt: population plans are tuned for.  [default: 20]")
 @click.option("--graphs-only", is_flag=True, help="tensorrt: build no plans, so that no GPU is needed.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def export(as_json: bool, **options: Any) -> None:

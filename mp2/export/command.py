@@ -35,15 +35,15 @@ def export_command(
     *,
     task: str | None = None,
     data: str | None = None,
-    popsize: int = 20,
+    popsize: int | None = None,
     graphs_only: bool = False,
     show: Callable[[str], None] = lambda line: None,
 ) -> dict[str, object]:
     """Do what ``mp2 export`` does, ``show`` the report line by line, and return it as JSON values.
 
     ``precision`` is fp32 for onnxruntime and fp16 (default), bf16 or fp8 for tensorrt, whose plans are tuned
-    for populations of ``popsize`` on the few-shot set of ``task``. With ``graphs_only`` no plan is built:
-    `TensorRTRuntime` builds what it misses.
+    for populations of ``popsize`` (None: 20) on the few-shot set of ``task``. With ``graphs_only`` no plan is
+    built: `TensorRTRuntime` builds what it misses.
     """
     if runtime not in EXPORT_RUNTIMES:
         raise UnknownNameError("runtime", runtime, EXPORT_RUNTIMES)
@@ -52,10 +52,11 @@ def export_command(
     precision = precision or known[0]
     if precision not in known:
         raise UnknownNameError("precision", precision, known, f"runtime '{runtime}' has {', '.join(known)}")
-    if not typed and (graphs_only or task is not None):
-        raise UsageError("--graphs-only and --task are for --runtime tensorrt")
+    if not typed and (graphs_only or task is not None or popsize is not None):
+        raise UsageError("--graphs-only, --task and --popsize are for --runtime tensorrt")
     if data is not None and task is None:
         raise UsageError("--data is read for a --task only; give both")
+    popsize = 20 if popsize is None else popsize
     if popsize < 1:
         raise UsageError(f"popsize is {popsize}, expected at least 1")
     if typed and not graphs_only:  # before any work

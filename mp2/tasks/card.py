@@ -145,6 +145,12 @@ def read_card(path: Path, problems: Problems) -> TaskCard | None:
         where = re.search(r"at line (\d+)", str(error))
         problems.add(f"not TOML: {error}", path, line=int(where[1]) if where else None)
         return None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # of Python itself: an integer too long, or too many brackets
+        problems.add(f"not TOML that can be read: {error}", path)
+        return None
     rules = CardRules(path, text, problems)
     rules.check(raw)
     if rules.n_problems:

@@ -125,6 +125,8 @@ def parse_lines(
             except json.JSONDecodeError as error:
                 message = f"not JSON: {error.msg} at column {error.colno}; expected one object a line"
                 problems.add(message, path, line=number)
+            except ValueError:  # of Python itself: an integer too long to convert
+                problems.add("not JSON that can be read: a number has too many digits", path, line=number)
             except RecursionError:
                 problems.add("not JSON that can be read: nested too deep", path, line=number)
 

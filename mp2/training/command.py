@@ -14,7 +14,7 @@ import torch
 from mp2.backbone.load import EMBEDDED as BACKBONES
 from mp2.backbone.load import Backbone, load_backbone
 from mp2.errors import FormatError, UsageError
-from mp2.limits import check_new_folder, check_threads
+from mp2.limits import check_new_folder, check_threads, memory_bytes
 from mp2.prompts import PromptSet, load_prompts
 from mp2.prompts.prompt_set import EMBEDDED as PROMPTS
 from mp2.tasks import TaskCard, list_cards, load_card
@@ -82,14 +82,16 @@ def pretrain(
     """
     if init is not None:
         differences(init, backbone, config)
-    room = backbone.config.max_positions - config.n_inline
-    if room < 1:
+    positions = backbone.config.max_positions
+    if config.prompt_tokens >= positions:
+        why = ": inline prompts take positions" if config.n_inline else ""
         raise UsageError(
-            f"prompt_tokens is {config.prompt_tokens}, expected less than the "
-            f"{backbone.config.max_positions} positions of '{backbone.name}': inline prompts take positions"
+            f"prompt_tokens is {config.prompt_tokens}, expected less than the {positions} positions of "
+            f"'{backbone.name}'{why}"
         )
-    limit = min(config.max_tokens, room)
+    limit = min(config.max_tokens, positions - config.n_inline)
     with joined(device) as ranks:
+        _check_memory(backbone, config, ranks.device)
         say = log if ranks.main else lambda _: None
         tasks = load_mixture(
             cards,
@@ -115,6 +117,25 @@ def pretrain(
             inputs=asdict(inputs.absolute()) if inputs else None,
         )
         return run.run()
+
+
+def _check_memory(backbone: Backbone, config: PretrainConfig, device: torch.device) -> None:
+    """Raise ``UsageError`` for prompts that cannot be trained in the device's whole memory."""
+    if device.type == "cuda":
+        there: int | None = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = memory_bytes()
+    n_layers = backbone.config.n_layers if config.kind == "deep" else 1
+    n_values = (
+        n_layers * config.intrinsic_dim * (config.n_modules + config.prompt_tokens * backbone.config.hidden)
+    )
+    n_bytes = 4 * 4 * n_values  # float32: z and A, their gradients, Adam's two moments
+    if there is not None and n_bytes > there:
+        raise UsageError(
+            f"modules {config.n_modules}, prompt_tokens {config.prompt_tokens} and intrinsic_dim "
+            f"{config.intrinsic_dim} take {n_bytes / 2**30:,.0f} GiB to train over '{backbone.name}', and "
+            f"{device} has {there / 2**30:,.0f} GiB: make one of them smaller"
+        )
 
 
 def pretrain_command(

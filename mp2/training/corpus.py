@@ -22,7 +22,7 @@ _ALWAYS = (
 
 def corpus_files(folder: Path) -> list[Path]:
     """All ``*.txt`` and ``*.txt.xz`` files of a folder, in name order."""
-    files = sorted(p for p in folder.glob("*") if p.name.endswith((".txt", ".txt.xz")))
+    files = sorted(p for p in folder.glob("*") if p.name.endswith((".txt", ".txt.xz")) and p.is_file())
     if not files:
         raise UsageError(f"no *.txt or *.txt.xz files in {folder}, expected UTF-8 text, one paragraph a line")
     return files

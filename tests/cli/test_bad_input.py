@@ -66,6 +66,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) ->
     (root / "corpus" / "a.txt").write_text("天气今日晴有雨！\n" * 100, "utf-8")
     (root / "not-text" / "a.txt").write_bytes(b"\xff\xfe\xfa")
     (root / "not-xz" / "a.txt.xz").write_bytes(b"no archive")
+    (root / "folders" / "a.txt").mkdir(parents=True)
     (root / "good.txt").write_text("真的很好\n", "utf-8")
     (root / "noise.bin").write_bytes(random.Random(0).randbytes(300))
     (root / "half.toml").write_text('task = "half"\n', "utf-8")
@@ -73,6 +74,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) ->
     for name, text in (
         ("no-examples", ""),
         ("no-json", "hello\n"),
+        ("long-number", '{"text": "好", "label": %s}\n' % ("9" * 5000)),
         ("no-label", '{"text": "好", "label": "pos"}\n{"text": "好", "label": "poss"}\n'),
     ):
         (root / name / "mood").mkdir(parents=True)
@@ -94,6 +96,10 @@ TUNING: list[tuple[list[object], str]] = [
     (["--data", "ROOT/empty"], "empty has no folder 'mood'"),
     (["--data", "ROOT/no-examples"], "the train data of task 'mood' is empty"),
     (["--data", "ROOT/no-json"], "train.jsonl:1: not JSON"),
+    (
+        ["--data", "ROOT/long-number"],
+        "train.jsonl:1: not JSON that can be read: a number has too many digits",
+    ),
     (["--data", "ROOT/no-label"], "train.jsonl:2: field 'label': unknown label 'poss'"),
     (["--backbone", "mimi"], "unknown backbone 'mimi'. Did you mean 'mini'"),
     (["--backbone", "ROOT/empty"], "config.json: no such file"),
@@ -180,9 +186,10 @@ CASES: dict[str, list[tuple[list[object], str]]] = {
         (["--prompts", "mini-deep"], "these prompts are for a 4-layer backbone"),
         (["--runtime", "onnx"], "unknown runtime 'onnx'. Did you mean 'onnxruntime'"),
         (["--precision", "fp16"], "unknown precision 'fp16'"),
-        (["--popsize", 0], "popsize is 0"),
+        (["--runtime", "tensorrt", "--graphs-only", "--popsize", 0], "popsize is 0"),
         (["--data", "ROOT/nowhere"], "--data is read for a --task only"),
-        (["--task", "mood"], "--graphs-only and --task are for --runtime tensorrt"),
+        (["--task", "mood"], "--graphs-only, --task and --popsize are for --runtime tensorrt"),
+        (["--popsize", 20], "--graphs-only, --task and --popsize are for --runtime tensorrt"),
         (["--out", "ROOT/good.txt/x"], "good.txt is a file, expected a folder"),
         (["--out", "ROOT/corpus"], "corpus is not empty and not an engine folder"),
     ],
@@ -202,6 +209,9 @@ CASES: dict[str, list[tuple[list[object], str]]] = {
         ),
         (["--modules", 0], "modules is 0"),
         (["--shallow", "--prompt-tokens", 96], "prompt_tokens is 96, expected less than the 96 positions"),
+        (["--prompt-tokens", 100_000], "prompt_tokens is 100000, expected less than the 96 positions"),
+        (["--intrinsic-dim", 10**12], "and intrinsic_dim 1000000000000 take"),
+        (["--modules", 10**12], "modules 1000000000000, prompt_tokens 3"),
         (["--router-lr", "nan"], "router_lr is nan"),
         (["--temperature", "inf"], "temperature is inf"),
         (["--checkpoint-minutes", "inf"], "checkpoint_minutes is inf"),
@@ -216,6 +226,7 @@ CASES: dict[str, list[tuple[list[object], str]]] = {
     ],
     "pretrain-backbone": [
         (["--corpus", "ROOT/nowhere"], "no *.txt or *.txt.xz files"),
+        (["--corpus", "ROOT/folders"], "no *.txt or *.txt.xz files"),
         (["--layers", 0], "--layers 0"),
         (["--hidden", 15], "--hidden 15 is not a multiple of 2 heads"),
         (["--length", 2], "--length 2"),

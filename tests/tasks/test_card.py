@@ -193,6 +193,14 @@ def test_broken_toml_names_the_line(tmp_path: Path) -> None:
         load_card(path)
 
 
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 5000 + "]" * 5000])
+def test_toml_that_python_cannot_take_is_refused(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text(f"version = {value}\n", encoding="utf-8")
+    with pytest.raises(FormatError, match=r"my\.toml: not TOML that can be read"):
+        load_card(path)
+
+
 def test_a_card_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "my.toml"
     path.write_bytes('task = "水果"'.encode("gb18030"))

@@ -45,6 +45,12 @@ def test_good_lines_of_every_type_are_read(
 
 BAD: list[tuple[str, Any, str | None, str]] = [
     ("classification", "{", None, "not JSON: .* expected one object a line"),
+    (
+        "classification",
+        '{"text": %s}' % ("9" * 5000),
+        None,
+        "not JSON that can be read: a number has too many digits",
+    ),
     ("classification", [1, 2], None, r'got \[1, 2\], expected an object like {"text": ..., "label": ...}'),
     (
         "classification",

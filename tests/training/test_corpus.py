@@ -25,6 +25,7 @@ def corpus(tmp_path: Path) -> Path:
     with lzma.open(folder / "a.txt.xz", "wt", encoding="utf-8") as file:
         file.write("\n".join(reversed(LINES)))
     (folder / "README.md").write_text("not text to train on")
+    (folder / "folder.txt").mkdir()
     return folder
 
 

@@ -2,26 +2,23 @@
 
 A frozen ``BertModel``; the same modular prompts, routers and span head as trainable tensors. Deep prompts go
 in as past key values (each layer's own key and value projections of p = z A), shallow ones as input
-embeddings after [CLS]. A batch is 32 examples of a task drawn at random and padded to its longest, padding
-masked; it is made when it is needed. ``torch.optim.Adam`` as it comes. The loss is ours to rounding.
+embeddings after [CLS]. It is given batches, ours, padded to their longest; padding is masked.
+``torch.optim.Adam`` as it comes. The loss is ours to rounding.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mp2.backbone import Backbone, save_backbone
 from mp2.prompts import ModularPrompts
-from mp2.tasks import MrcInput
-from mp2.training.mixture import MixtureTask
+from mp2.training.mixture import Batch
 
 
 class PlainTraining:
@@ -31,9 +28,7 @@ class PlainTraining:
         self,
         backbone: Backbone,
         prompts: ModularPrompts,
-        tasks: Sequence[MixtureTask],
         rates: tuple[float, float],
-        batch_size: int,
         device: torch.device,
         precision: str,
     ) -> None:
@@ -54,39 +49,22 @@ class PlainTraining:
         self.optimizer = torch.optim.Adam(
             [{"params": [routers], "lr": rates[0]}, {"params": others, "lr": rates[1]}]
         )
-        self.tasks, self.batch_size, self.device, self.precision = tasks, batch_size, device, precision
-        self.rng = np.random.default_rng(0)
-        self.pad_id = backbone.tokenizer.pad_id
+        self.device, self.precision = device, precision
 
-    def step(self, task: int) -> float:
-        """Draw, pad, forward, backward, update; returns the loss."""
-        train = self.tasks[task].train
-        picked = self.rng.choice(len(train), min(self.batch_size, len(train)), replace=False)
-        batch = self.pad([train[i] for i in picked])
+    def step(self, batch: Batch) -> float:
+        """Forward, backward, update; returns the loss."""
         u = torch.rand(self.parameters["routers"].shape[1:], device=self.device).clamp(1e-6, 1 - 1e-6)
-        weights = torch.sigmoid(self.parameters["routers"][task] + u.log() - (-u).log1p())
+        weights = torch.sigmoid(self.parameters["routers"][batch.task] + u.log() - (-u).log1p())
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            loss = self.loss(batch, weights)
+            loss = self.loss(batch.to(self.device), weights)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         return float(loss.detach())
 
-    def pad(self, inputs: Sequence[MrcInput]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Token ids and mask [N, T], gold start and end [N]."""
-        length = max(x.n_tokens for x in inputs)
-        ids = torch.full((len(inputs), length), self.pad_id)
-        mask = torch.zeros(len(inputs), length, dtype=torch.long)
-        for row, item in enumerate(inputs):
-            ids[row, : item.n_tokens] = torch.from_numpy(item.input_ids)
-            mask[row, : item.n_tokens] = 1
-        gold = torch.tensor([[x.start, x.end] for x in inputs])
-        tensors = (ids, mask, gold[:, 0], gold[:, 1])
-        return tuple(t.to(self.device) for t in tensors)  # type: ignore[return-value]
-
-    def loss(self, batch: tuple[Tensor, Tensor, Tensor, Tensor], weights: Tensor) -> Tensor:
+    def loss(self, batch: Batch, weights: Tensor) -> Tensor:
         """Mean span loss of a batch under router weights [L', K]."""
-        ids, mask, start, end = batch
+        ids, mask = batch.input_ids, batch.mask.long()
         z = torch.einsum("lk,lkd->ld", weights, self.parameters["z"]) / self.meta.n_modules
         flat = torch.einsum("ld,ldx->lx", z, self.parameters["projection"])
         prompts = flat.view(-1, self.meta.prompt_tokens, self.meta.hidden)
@@ -95,7 +73,7 @@ class PlainTraining:
         )
         logits = hidden.float() @ self.parameters["span_weight"].T + self.parameters["span_bias"]
         logits = logits.masked_fill(~mask.bool()[..., None], -torch.inf)
-        return (F.cross_entropy(logits[..., 0], start) + F.cross_entropy(logits[..., 1], end)) / 2
+        return (F.cross_entropy(logits[..., 0], batch.start) + F.cross_entropy(logits[..., 1], batch.end)) / 2
 
     def _deep(self, ids: Tensor, mask: Tensor, prompts: Tensor) -> Tensor:
         from transformers import DynamicCache

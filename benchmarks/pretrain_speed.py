@@ -1,9 +1,11 @@
 """Throughput of ``mp2 pretrain`` (frozen backbone, deep and shallow) beside a plain HF + PyTorch loop.
 
-Both train the same prompts over the same backbone and tasks in one process, by turns: rounds of as many steps
-each, the same task at each step. Examples/s are medians over the rounds. The loops are first shown to compute
+Both train the same prompts over the same backbone in one process, by turns, on the same batches in the same
+order: rounds of as many steps each, in every other one the plain loop first. Examples/s and their ratio,
+taken within a round, are medians over the rounds with least and most. The loops are first shown to compute
 the same loss on a batch of each task (``benchmarks/plain_training.py`` says how the other one works). Ours
-includes sampling, prefetching, the check for non-finite losses and gradients, and the optimizer.
+includes sampling, prefetching, the check for non-finite losses and gradients, and the optimizer; the plain
+loop makes a batch (as ours are made) when it needs it.
 
 The share of the matrix rate counts only what the mathematics needs on real (not padded) tokens: all products
 of the forward pass, and in the backward pass those of the gradients that reach prompts (a frozen backbone has
@@ -13,8 +15,8 @@ seconds, so that other work on the machine does not count; else wall time, as th
 
     python -m benchmarks.pretrain_speed [--data DIR] [--shape mini 256 1024 cpt-large] [--device cuda]
 
-DIR holds waimai/, kuake_qic/, bq/ and cmrc2018/; without it the embedded demo tasks are used. A few minutes
-on one core.
+DIR holds waimai/, kuake_qic/, bq/ and cmrc2018/; without it the embedded demo tasks are used. The default
+shapes take about five minutes on one core.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,10 +35,11 @@ from benchmarks.command import one_line_errors
 from benchmarks.engine_work import shaped_backbone
 from benchmarks.plain_training import PlainTraining
 from benchmarks.provenance import save
+from benchmarks.rounds import check_rounds, ranged, spread
 from mp2.backbone import Backbone, load_backbone
-from mp2.tasks import load_card
+from mp2.tasks import MrcInput, load_card
 from mp2.training import PretrainConfig, Pretrainer, span_loss
-from mp2.training.mixture import Batch, MixtureTask, load_mixture, sample_batch
+from mp2.training.mixture import Batch, MixtureTask, load_mixture, pad
 from mp2.training.prefetch import Prefetcher
 from mp2.training.ranks import Ranks
 
@@ -103,18 +106,20 @@ def same_loss(run: Pretrainer, plain: PlainTraining) -> float:
     """Largest difference between the two losses on one batch of each task, under all modules."""
     worst = 0.0
     for task in range(len(run.tasks)):
-        inputs = list(run.tasks[task].train[:BATCH])
-        ids, mask, start, end = plain.pad(inputs)
+        batch = _batch(task, run.tasks[task].train[:BATCH], run.pad_id).to(run.ranks.device)
         weights = torch.full_like(run.model.prompts.routers[task], 0.5)
-        batch = Batch(
-            task, ids, mask.bool(), start, end, torch.full((len(inputs),), 1 / len(inputs)).to(ids.device)
-        )
         with torch.no_grad():
-            theirs = float(plain.loss((ids, mask, start, end), weights))
+            theirs = float(plain.loss(batch, weights))
             logits = run.model.prompts(run.model.encoder, batch.input_ids, batch.mask, weights)
             ours = float(span_loss(*logits, batch.mask, batch.start, batch.end))
         worst = max(worst, abs(ours - theirs))
     return worst
+
+
+def _batch(task: int, inputs: Sequence[MrcInput], pad_id: int) -> Batch:
+    ids, mask = (torch.from_numpy(x) for x in pad(inputs, pad_id))
+    start, end = (torch.tensor([getattr(x, side) for x in inputs]) for side in ("start", "end"))
+    return Batch(task, ids, mask, start, end, torch.full((len(inputs),), 1 / len(inputs)))
 
 
 def measure(
@@ -122,9 +127,7 @@ def measure(
 ) -> dict[str, Any]:
     """Time one shape and kind."""
     device = torch.device(args.device)
-    large = shape in ("1024", "cpt-large") and device.type == "cpu"
-    rounds, per_round = (3, 1) if large else (args.rounds, args.steps)
-    n_steps = (rounds + 1) * per_round
+    n_steps = (args.rounds + 1) * args.steps
     config = PretrainConfig(
         kind=kind,
         steps=n_steps,
@@ -135,44 +138,19 @@ def measure(
     )
     with tempfile.TemporaryDirectory() as folder:
         run = Pretrainer(backbone, tasks, config, Path(folder), ranks=Ranks(device=device))
-    plain = PlainTraining(backbone, run.model.prompts, tasks, config.rates, BATCH, device, args.precision)
+    plain = PlainTraining(backbone, run.model.prompts, config.rates, device, args.precision)
     difference = same_loss(run, plain)
     rate = matrix_rate(device, args.precision)
     rows: list[dict[str, float]] = []
-    now = clock(device)
     with Prefetcher(run.make_batch, 0, n_steps) as batches:
-        for number in range(rounds + 1):
-            first = number * per_round
-            drawn = [
-                sample_batch(tasks, s, batch_size=BATCH, seed=config.seed, pad_id=run.pad_id)
-                for s in range(first, first + per_round)
-            ]
-            lengths = [int(n) for batch in drawn for n in batch.mask.sum(1)]
-            waited = batches.waited_s
-            _wait(device)
-            start, begun = now(), time.perf_counter()
-            for _ in range(per_round):
-                run.train_step(batches.next())
-            _wait(device)
-            middle, ended = now(), time.perf_counter()
-            for batch in drawn:
-                plain.step(batch.task)
-            _wait(device)
-            end = now()
+        for number in range(args.rounds + 1):
+            steps = range(number * args.steps, (number + 1) * args.steps)
+            row = _round(run, plain, batches, steps, plain_first=bool(number % 2))
             if number:  # the first round warms up
-                rows.append(
-                    {
-                        "ours_s": middle - start,
-                        "plain_s": end - middle,
-                        "wall_s": ended - begun,
-                        "wait_s": batches.waited_s - waited,
-                        "flops": needed_flops(backbone, config, lengths),
-                        "tokens": float(sum(lengths)),
-                        "examples": float(len(lengths)),
-                    }
-                )
+                lengths = [int(n) for step in steps for n in run.make_batch(step).mask.sum(1)]
+                row |= {"tokens": float(sum(lengths)), "examples": float(len(lengths))}
+                rows.append(row | {"flops": needed_flops(backbone, config, lengths)})
     rate = max(rate, matrix_rate(device, args.precision))
-    ours, theirs = (median(r["examples"] / r[key] for r in rows) for key in ("ours_s", "plain_s"))
     return {
         "shape": shape,
         "layers": backbone.config.n_layers,
@@ -180,19 +158,44 @@ def measure(
         "kind": kind,
         "device": device.type,
         "precision": args.precision,
-        "steps_timed": rounds * per_round,
+        "steps_timed": args.rounds * args.steps,
         "mean_tokens": round(sum(r["tokens"] for r in rows) / sum(r["examples"] for r in rows), 1),
-        "ours_examples_per_s": round(ours, 1),
-        "plain_examples_per_s": round(theirs, 1),
-        "ratio": round(median(r["plain_s"] / r["ours_s"] for r in rows), 2),
-        "ratios": [round(r["plain_s"] / r["ours_s"], 2) for r in rows],
-        "ours_share_of_matrix_rate": round(median(r["flops"] / r["ours_s"] for r in rows) / rate, 3),
-        "plain_share_of_matrix_rate": round(median(r["flops"] / r["plain_s"] for r in rows) / rate, 3),
+        "ours_examples_per_s": spread([r["examples"] / r["ours_s"] for r in rows], 2),
+        "plain_examples_per_s": spread([r["examples"] / r["plain_s"] for r in rows], 2),
+        "ratio": spread([r["plain_s"] / r["ours_s"] for r in rows], 3),
+        "ours_share_of_matrix_rate": spread([r["flops"] / r["ours_s"] / rate for r in rows], 3),
+        "plain_share_of_matrix_rate": spread([r["flops"] / r["plain_s"] / rate for r in rows], 3),
         "matrix_gflops": round(rate / 1e9, 1),
         "data_wait_share": round(sum(r["wait_s"] for r in rows) / sum(r["wall_s"] for r in rows), 4),
-        "clock": now.__name__,
+        "clock": clock(device).__name__,
         "loss_difference": float(f"{difference:.1e}"),
     }
+
+
+def _round(
+    run: Pretrainer, plain: PlainTraining, batches: Prefetcher[Batch], steps: range, *, plain_first: bool
+) -> dict[str, float]:
+    """Seconds of both loops on the batches of ``steps``; of ours also on the wall and waiting for data."""
+    device = run.ranks.device
+    now = clock(device)
+
+    def plain_s() -> float:
+        start = now()
+        for step in steps:
+            plain.step(run.make_batch(step))
+        _wait(device)
+        return now() - start
+
+    _wait(device)
+    found = {"plain_s": plain_s()} if plain_first else {}
+    waited = batches.waited_s
+    start, begun = now(), time.perf_counter()
+    for _ in steps:
+        run.train_step(batches.next())
+    _wait(device)
+    found |= {"ours_s": now() - start, "wall_s": time.perf_counter() - begun}
+    found["wait_s"] = batches.waited_s - waited
+    return found if plain_first else found | {"plain_s": plain_s()}
 
 
 @one_line_errors()
@@ -204,16 +207,16 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=7, help="samples of everything, at least 3")
     parser.add_argument("--steps", type=int, default=2, help="steps a round")
     args = parser.parse_args()
+    check_rounds(args.rounds)
     if args.threads:
         torch.set_num_threads(args.threads)
     names = TASKS if args.data else ["demo_sentiment", "demo_topic"]
     cards = [load_card(name) for name in names]
-    print(
-        f"{'shape':>10} {'kind':8} {'ours ex/s':>10} {'plain ex/s':>10} {'ratio':>6} {'share':>6} {'wait':>6}"
-    )
+    speeds = f"{'ours ex/s':>22} {'plain ex/s':>22} {'ratio':>17}"
+    print(f"{'shape':>10} {'kind':8} {speeds} {'share':>19} {'wait':>6}")
     rows = []
     for shape in args.shape:
         backbone = make_backbone(shape)
@@ -222,11 +225,11 @@ def main() -> None:
         for kind in ("deep", "shallow"):
             row = measure(shape, kind, tasks, backbone, args)
             rows.append(row)
-            speeds = (row["ours_examples_per_s"], row["plain_examples_per_s"], row["ratio"])
-            shares = (row["ours_share_of_matrix_rate"], row["data_wait_share"])
+            ours, theirs = [ranged(row[key], 1) for key in ("ours_examples_per_s", "plain_examples_per_s")]
+            share = ranged(row["ours_share_of_matrix_rate"], 3)
             print(
-                f"{shape:>10} {kind:8} {speeds[0]:10.1f} {speeds[1]:10.1f} {speeds[2]:6.2f} "
-                f"{shares[0]:6.1%} {shares[1]:6.2%}",
+                f"{shape:>10} {kind:8} {ours:>22} {theirs:>22} {ranged(row['ratio'], 2):>17} "
+                f"{share:>19} {row['data_wait_share']:6.2%}",
                 flush=True,
             )
         name = (

@@ -7,14 +7,17 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from mp2.errors import FormatError, Mp2Error, RunLockedError, UsageError
 from mp2.optimizers.config import SCHEMA_VERSION, BbtConfig
 
+OWN_PROMPTS = "prompts.safetensors"  # modular prompts that a run made itself: those of ``mp2 tune``
+
 
 def read_config(run_dir: Path) -> BbtConfig:
-    """The config of a run folder."""
+    """The config of a run folder; prompts that lie in it are found there, wherever the folder is now."""
     path = run_dir / "config.json"
     if not run_dir.is_dir():
         raise UsageError(f"there is no folder {run_dir}, expected the folder of a run")
@@ -29,7 +32,9 @@ def read_config(run_dir: Path) -> BbtConfig:
         raise FormatError(f"not JSON: {error}", path=path) from error
     if not isinstance(values, dict) or values.get("schema_version") != SCHEMA_VERSION:
         raise FormatError(f"expected schema_version {SCHEMA_VERSION}", path=path, field="schema_version")
-    return BbtConfig.from_json(values.get("config", {}), path)
+    config = BbtConfig.from_json(values.get("config", {}), path)
+    own = run_dir / OWN_PROMPTS
+    return replace(config, prompts=str(own.resolve())) if own.is_file() else config
 
 
 def resume_command(*run_dirs: Path) -> str:

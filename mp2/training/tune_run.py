@@ -24,7 +24,7 @@ from mp2.optimizers.journal import finite_or_none
 from mp2.optimizers.provenance import config_file, identity, versions
 from mp2.optimizers.report import ProgressLine, draw_curve
 from mp2.optimizers.result import engine_facts, router_text, stage_scores
-from mp2.optimizers.run_folder import locked, new_folder
+from mp2.optimizers.run_folder import OWN_PROMPTS, locked, new_folder
 from mp2.optimizers.tuned import TunedMeta, save_tuned
 from mp2.optimizers.two_stage import Checkpoint
 from mp2.prompts import save_prompts
@@ -87,14 +87,13 @@ def start_tunes(
 
 def _write(run_dir: Path, tuner: GradientTuner, outcome: TuneOutcome, result: dict[str, Any]) -> None:
     problem, final = tuner.problem, outcome.stages.final
-    file = run_dir / "prompts.safetensors"
-    save_prompts(outcome.prompts, file)
+    save_prompts(outcome.prompts, run_dir / OWN_PROMPTS)
     meta = TunedMeta(
         task=problem.card.task,
         kind=problem.model.kind,
         backbone=problem.model.backbone.config.name,
         backbone_sha256=problem.model.backbone.sha256,
-        prompts=str(file),
+        prompts=OWN_PROMPTS,
         prompts_sha256=outcome.prompts.sha256,
         router=result["router"],
         card=Path(problem.card.path).read_text(encoding="utf-8"),
@@ -104,7 +103,7 @@ def _write(run_dir: Path, tuner: GradientTuner, outcome: TuneOutcome, result: di
         seed=problem.config.seed,
     )
     save_tuned(run_dir / "prompt.safetensors", final.z, meta)
-    tuned: BbtConfig = replace(problem.config, prompts=str(file))
+    tuned: BbtConfig = replace(problem.config, prompts=OWN_PROMPTS)
     write_json(run_dir / "config.json", config_file(tuned, problem.model))
     title = f"{result['task']}  {result['method']}  seed {result['seed']}"
     draw_curve(run_dir / "curve.png", outcome.stages, title, problem.card.metric)

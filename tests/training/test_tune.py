@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -207,6 +209,19 @@ def test_run_folder_can_be_predicted_with(world: World, tmp_path: Path) -> None:
     assert right == pytest.approx(result["test_score"])
     kind = load_prompts(run_dir / "prompts.safetensors").meta
     assert (kind.intrinsic_dim, kind.n_modules) == (4, 4)
+
+
+@pytest.mark.parametrize("named", ["as now", "by its old absolute path"])
+def test_a_run_folder_that_was_moved_can_be_predicted_with(world: World, tmp_path: Path, named: str) -> None:
+    result = start_tune(TuneConfig(run=config_of(world), epochs=2), tmp_path / "runs")
+    moved = shutil.move(result["run_dir"], tmp_path / "moved")
+    config = json.loads((tmp_path / "moved" / "config.json").read_text("utf-8"))
+    assert config["config"]["prompts"] == "prompts.safetensors"
+    if named != "as now":
+        config["config"]["prompts"] = str(Path(result["run_dir"]) / "prompts.safetensors")
+        (tmp_path / "moved" / "config.json").write_text(json.dumps(config), "utf-8")
+    right = predicted_accuracy(moved, world.data / "mood" / "test.jsonl")
+    assert right == pytest.approx(result["test_score"])
 
 
 def test_the_table_of_a_run_is_that_of_black_box_tuning(world: World) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from mp2.backbone import Backbone
-from mp2.engine.objective import Objective
-from mp2.engine.runtime import Runtime
+from mp2.engine.runtime import Runtime, is_out_of_memory
 from mp2.engine.select import create_objective
 from mp2.engine.torch_runtime import TorchRuntime
+from mp2.errors import OutOfMemoryError
 from mp2.prompts import PromptSet
 
 if TYPE_CHECKING:
@@ -61,17 +61,29 @@ def agreement(
     """Return how losses of a first CMA-ES population at ``layer`` agree with torch in float32.
 
     The candidates, steps of ``sigma`` from the prompt with every module on, are the same in every call. torch
-    runs on the runtime's device; shallow prompts have layer 0 only.
+    runs on the runtime's device, or on the CPU where the weights in float32 do not fit beside it; shallow
+    prompts have layer 0 only.
     """
     z = prompts.fuse(torch.ones(prompts.z.shape[:2])).detach().numpy()
     steps = np.random.default_rng(_SEED).standard_normal((n_candidates, z.shape[1]))
     candidates = z[layer] + sigma * steps
-    reference = Objective(TorchRuntime(backbone, device=runtime.device), backbone, prompts, inputs)
-    losses = []
-    for objective in (reference, create_objective(runtime, backbone, prompts, inputs)):
+
+    def losses(on: Runtime) -> np.ndarray:
+        objective = create_objective(on, backbone, prompts, inputs)
         objective.set_incumbent(z)
-        losses.append(objective.layer_losses(layer, candidates))
-    exact, rough = losses
+        return objective.layer_losses(layer, candidates)
+
+    try:
+        exact = losses(TorchRuntime(backbone, device=runtime.device))
+    except Exception as error:
+        if not (isinstance(error, OutOfMemoryError) or is_out_of_memory(error)) or runtime.device == "cpu":
+            raise
+        exact = None
+    if torch.device(runtime.device).type == "cuda":
+        torch.cuda.empty_cache()  # not every runtime allocates through torch
+    if exact is None:
+        exact = losses(TorchRuntime(backbone))
+    rough = losses(runtime)
     return Agreement(
         layer,
         n_candidates,

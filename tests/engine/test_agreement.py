@@ -57,6 +57,26 @@ def test_a_low_precisions_error_is_that_of_the_losses(
     assert found.spearman == pytest.approx(spearmanr(*losses).statistic)
 
 
+def test_a_reference_that_does_not_fit_the_device_is_computed_on_the_cpu(
+    tiny_backbone: Backbone, deep: PromptSet, train: list[MrcInput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Full(TorchRuntime):
+        def __init__(self, backbone: Backbone, *, device: str = "cpu") -> None:
+            asked.append(device)
+            if device != "cpu":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().__init__(backbone)
+
+    runtime = TorchRuntime(tiny_backbone)
+    expected = agreement(runtime, tiny_backbone, deep, train, 1, n_candidates=4)
+    monkeypatch.setattr("mp2.engine.agreement.TorchRuntime", Full)
+    runtime.device = "cpu:0"  # another device by its name
+    assert agreement(runtime, tiny_backbone, deep, train, 1, n_candidates=4) == expected
+    assert asked == ["cpu:0", "cpu"]
+
+
 def test_what_is_not_finite_is_null_in_json() -> None:
     values = Agreement(1, 20, 4, 0.5, float("nan"), float("inf")).as_dict()
     assert json.loads(json.dumps(values, allow_nan=False))["max_error"] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,7 @@ def quality_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def task_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: training loss by task, mean and deviation over seeds, for each kind and budget."""
+    """Markdown: training loss by task, mean and deviation (n - 1) over seeds, for each kind and budget."""
     tasks = list(dict.fromkeys(r["task"] for r in rows))
     found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -95,12 +96,16 @@ def task_table(rows: Sequence[dict[str, Any]]) -> str:
         "| --- |" + " --- |" * len(tasks),
     ]
     for (kind, cell), losses in sorted(found.items()):
-        texts = [
-            f"{np.mean(losses[t]):.4f} ± {np.std(losses[t]):.4f} ({len(losses[t])})" if losses[t] else "-"
-            for t in tasks
-        ]
+        texts = [_over_seeds(losses[task]) for task in tasks]
         lines.append(f"| {kind} {cell} | {' | '.join(texts)} |")
     return "\n".join(lines)
+
+
+def _over_seeds(losses: Sequence[float]) -> str:
+    if not losses:
+        return "-"
+    deviation = stdev(losses) if len(losses) > 1 else 0.0
+    return f"{mean(losses):.4f} ± {deviation:.4f} ({len(losses)})"
 
 
 def cost_table(costs: Sequence[dict[str, Any]]) -> str:

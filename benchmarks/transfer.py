@@ -30,12 +30,15 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from benchmarks.cell_code import code_line, codes, made_by, mixed
 from benchmarks.command import one_line_errors
 from benchmarks.provenance import RESULTS, provenance
 from benchmarks.transfer_methods import DEFAULT_METHODS, METHODS, Lab, Settings
-from benchmarks.transfer_table import answers, markdown, summarise
+from benchmarks.transfer_render import markdown
+from benchmarks.transfer_table import answers, means, summarise
 from mp2.errors import MismatchError, UnknownNameError, UsageError
 from mp2.optimizers.session import one_blas_thread, sigterm_exits
+from mp2.prompts import load_prompts
 from mp2.tasks import load_card
 from mp2.whole_files import write_json
 
@@ -138,19 +141,40 @@ def _left(work: Path, cells: list[tuple[int, str, str]]) -> str:
 
 
 def write_results(work: Path, out: Path) -> str:
-    """Write the JSON of all finished cells; returns the Markdown table with its answers."""
+    """Write the JSON of all finished cells; returns the Markdown table with its answers.
+
+    ``made_by`` there is the code of every method's cells, ``codes`` what is known of each.
+    """
     cells = read_cells(work)
     if not cells:
         raise UsageError(f"there are no cells in {work} yet")
     settings = json.loads((work / "settings.json").read_text())
+    upstream = upstream_tasks(settings)
     settings["backbone"] = Path(settings["backbone"]).name  # where it lies is nobody else's business
     settings["prompts"] = [Path(prompts).name for prompts in settings["prompts"]]
     rows = summarise(cells)
     found = answers(rows)
     summary = {"rows": rows, "answers": found, "core_minutes": round(sum(c["cpu_s"] for c in cells) / 60, 1)}
+    code = {"made_by": made_by(cells), "mixed_code": mixed(cells), "codes": codes(cells)}
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {"provenance": cells[-1]["provenance"], "settings": settings, **summary})
-    return markdown(rows, found, settings)
+    write_json(out, {**code, "settings": settings, "means": means(rows, upstream), **summary})
+    return markdown(rows, found, settings, upstream, code_line(cells))
+
+
+def upstream_tasks(settings: dict[str, Any]) -> list[str] | None:
+    """The tasks that any of a folder's prompts was pre-trained on; None: its files are gone, or others."""
+    if "upstream_tasks" in settings:
+        return sorted(Path(task).stem for task in settings["upstream_tasks"])
+    weights, found = set(settings["weights"].values()), set[str]()
+    for name in settings["prompts"]:
+        try:
+            prompts = load_prompts(name)
+        except (UsageError, UnknownNameError):
+            return None
+        if prompts.sha256 not in weights:
+            return None
+        found |= set(prompts.meta.tasks)
+    return sorted(found)
 
 
 @one_line_errors(goes_on=True)

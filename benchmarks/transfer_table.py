@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from statistics import mean, stdev
 from typing import Any
 
@@ -160,7 +160,7 @@ def _wanted(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if against:
         name = "deep two-stage at least 10 points above BBTv2 from scratch, better on 10 of 12 tasks"
         met = against["gap"] >= 10 and against["better"] * 12 >= against["tasks"] * 10
-        verdicts[name] = {"met": met, "because": f"{against['gap']:+.1f} points, {_counts(against)}"}
+        verdicts[name] = {"met": met, "because": f"{against['gap']:+.1f} points, {counts(against)}"}
     router = found.get("deep router-only against two-stage")
     if router:
         name = "deep router-only within 2 points of two-stage"
@@ -176,7 +176,8 @@ def _wanted(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return verdicts
 
 
-def _counts(answer: dict[str, Any]) -> str:
+def counts(answer: dict[str, Any]) -> str:
+    """On how many tasks the first was better."""
     return f"better on {answer['better']} of {answer['tasks']} tasks"
 
 
@@ -195,73 +196,31 @@ def _differences(rows: Sequence[Row], first: str, second: str) -> dict[str, list
     return differences
 
 
-def markdown(rows: Sequence[Row], found: dict[str, Any], settings: dict[str, Any]) -> str:
-    """The table (mean ± sd over seeds, test score in per cent), then the answers, then what was not run."""
-    columns = [column for column in COLUMNS if any(r["column"] == column for r in rows)]
-    lines = [f"| task | metric | {' | '.join(columns)} |", "| --- |" + " --- |" * (len(columns) + 1)]
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    track = None
-    for task in tasks:
-        about = next(row for row in rows if row["task"] == task)
-        if about["track"] != track:
-            track = about["track"]
-            lines.append(f"| *{TRACKS[track]}* |" + " |" * (len(columns) + 1))
-        lines.append(f"| {task} | {about['metric']} | {' | '.join(_cell(rows, task, c) for c in columns)} |")
-    complete = [t for t in tasks if all(_mean(rows, t, c) is not None for c in columns)]
-    if complete:
-        means = [mean(_mean(rows, t, c) or 0.0 for t in complete) for c in columns]
-        lines.append(f"| mean of {len(complete)} | | {' | '.join(f'{value:.1f}' for value in means)} |")
-    lines += ["", _footnote(rows, settings), ""]
-    for question, answer in found.items():
-        if "gap" in answer:
-            lines.append(f"- {question}: {_sentence(answer)}")
-    for wanted, verdict in found.get("wanted", {}).items():
-        lines.append(f"- wanted: {wanted}: {'yes' if verdict['met'] else 'no'} ({verdict['because']})")
-    for column, tasks_below in found.get("not better than majority", {}).items():
-        which = ", ".join(tasks_below) if tasks_below else "none"
-        lines.append(f"- not better than majority, {column}: {which}")
-    refused: dict[str, str] = {r["task"]: r["refused"] for r in rows if "refused" in r}
-    lines += [f"- {task} does not fit and was not run: {why}" for task, why in refused.items()]
-    return "\n".join(lines)
+def means(rows: Sequence[Row], upstream: Collection[str] | None) -> dict[str, dict[str, Any]]:
+    """Every column's mean over the tasks where all have scores, and over those in ``upstream`` and not.
+
+    ``upstream`` are the tasks that the prompts were pre-trained on; None: not known.
+    """
+    columns = columns_of(rows)
+    tasks = [
+        task
+        for task in dict.fromkeys(row["task"] for row in rows)
+        if all(_mean(rows, task, column) is not None for column in columns)
+    ]
+    groups = {"all": tasks}
+    if upstream is not None:
+        groups["pre-trained on"] = [task for task in tasks if task in upstream]
+        groups["not pre-trained on"] = [task for task in tasks if task not in upstream]
+    return {
+        name: {"tasks": own, **{c: mean(_mean(rows, task, c) or 0.0 for task in own) for c in columns}}
+        for name, own in groups.items()
+        if own
+    }
 
 
-def _sentence(answer: dict[str, Any]) -> str:
-    error = "" if answer["gap_se"] is None else f" ± {answer['gap_se']:.1f}"
-    clear = (
-        f"; beyond two standard errors: better on {answer['clear_better']}, worse on {answer['clear_worse']} "
-        f"of {answer['paired']}"
-        if answer["paired"]
-        else ""
-    )
-    return (
-        f"{_counts(answer)}, within 2 points on {answer['within_2']}, "
-        f"mean gap {answer['gap']:+.1f}{error} points{clear}"
-    )
-
-
-def _footnote(rows: Sequence[Row], settings: dict[str, Any]) -> str:
-    counts = sorted({row["n"] for row in rows if "n" in row})
-    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return (
-        f"Test score, mean ± standard deviation over {seeds} seeds; the first {settings['test_limit']} test "
-        f"examples; backbone {settings['backbone']}; {settings['iters']} iterations (black-box), "
-        f"{settings['epochs']} epochs (gradient); at most {settings['max_tokens']} tokens. Majority: the "
-        "test set's most frequent label or option; in extraction tasks the whole context as the answer. What "
-        "is from scratch, BBT and BBTv2 too, has the span head of the pre-trained prompts."
-    )
-
-
-def _cell(rows: Sequence[Row], task: str, column: str) -> str:
-    row = next((r for r in rows if r["task"] == task and r["column"] == column), None)
-    if row is None:
-        return ""
-    if "refused" in row:
-        return "does not fit"
-    return (
-        f"{row['mean']:.1f}"
-        if row["n"] == 1 or column == "majority"
-        else f"{row['mean']:.1f} ± {row['sd']:.1f}"
-    )
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """The columns that have a row, in their order."""
+    return [column for column in COLUMNS if any(r["column"] == column for r in rows)]
 
 
 def _mean(rows: Sequence[Row], task: str, column: str) -> float | None:

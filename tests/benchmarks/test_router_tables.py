@@ -40,9 +40,9 @@ def test_ranks_and_wins_are_over_the_problems_that_both_ran() -> None:
     assert "| random | 3 | 1.50 | 3.6667 | 3.6667 | 50.0 | 1 / 1 / 1 |" in quality_table(ROWS)
 
 
-def test_losses_by_task_are_means_over_seeds() -> None:
+def test_losses_by_task_are_means_and_sample_deviations_over_seeds() -> None:
     lines = task_table(ROWS).splitlines()
-    assert "| deep bits 100 | 2.0000 ± 1.0000 (2) | 7.0000 ± 0.0000 (1) |" in lines
+    assert "| deep bits 100 | 2.0000 ± 1.4142 (2) | 7.0000 ± 0.0000 (1) |" in lines
     assert "| deep bo 100 | 0.5000 ± 0.0000 (1) | - |" in lines
 
 

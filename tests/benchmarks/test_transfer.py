@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from tuning_world import World, make_world
 
 from benchmarks import transfer
 from benchmarks.transfer_methods import Lab, Settings, prompts_key, random_start
-from benchmarks.transfer_table import answers, markdown, read_score, summarise
+from benchmarks.transfer_render import markdown
+from benchmarks.transfer_table import answers, means, read_score, summarise
 from mp2.backbone import Backbone
 from mp2.errors import MismatchError, UnknownNameError, UsageError
 from mp2.prompts import load_prompts, save_prompts
@@ -86,7 +87,7 @@ def test_a_task_that_does_not_fit_is_a_result_and_a_wrong_name_is_an_error(
     assert refused["refused"].endswith("backbone 'tiny' has 96 positions")
     rows = summarise([refused, cell("other", "deep", 8, 0.5, untuned=STAGE, stage1=STAGE)])
     shown = {"test_limit": 9, "backbone": "tiny", "iters": 1, "epochs": 1, "max_tokens": 12}
-    table = markdown(rows, answers(rows), shown)
+    table = markdown(rows, answers(rows), shown, [], "")
     assert "| mood | accuracy | does not fit | does not fit | does not fit |" in table
     assert "- mood does not fit and was not run: task 'mood' does not fit 12 tokens" in table
     with pytest.raises(UnknownNameError, match="no_such_task"):
@@ -166,11 +167,56 @@ def test_answers_compare_common_seeds_and_count_wins() -> None:
     assert against["by_task"] == {"lcqmc": -20.0, "tnews": 10.0}  # tnews: seed 8 alone
     assert found["not better than majority"]["deep"] == ["lcqmc"]
     assert found["not better than majority"]["BBTv2"] == []
-    table = markdown(
-        rows, found, {"test_limit": 9, "backbone": "b", "iters": 1, "epochs": 1, "max_tokens": 2}
-    )
+    shown = {"test_limit": 9, "backbone": "b", "iters": 1, "epochs": 1, "max_tokens": 2}
+    table = markdown(rows, found, shown, None, "Code of the cells: x.")
+    assert "\nCode of the cells: x.\n" in table
+    assert "- which tasks the prompts were pre-trained on is not known" in table
     assert "| tnews | accuracy |" in table
     assert "70.0 ± 14.1" in table
+
+
+def test_means_are_given_apart_for_tasks_that_prompts_were_pretrained_on() -> None:
+    scores = {"a": (0.9, 0.3), "b": (0.7, 0.1), "c": (0.2, 0.4)}
+    cells = [cell(t, "bbtv2", 8, ours) for t, (ours, _) in scores.items()]
+    cells += [cell(t, "majority", 8, base) for t, (_, base) in scores.items()]
+    cells.append(cell("d", "majority", 8, 0.0))  # not complete: in no mean
+    rows = summarise(cells)
+    found = means(rows, ["a", "b", "a_rotated"])
+    assert found["all"]["tasks"] == ["a", "b", "c"]
+    assert found["all"]["BBTv2"] == pytest.approx(60)
+    assert found["pre-trained on"] == {"tasks": ["a", "b"], "majority": 20.0, "BBTv2": pytest.approx(80)}
+    assert found["not pre-trained on"] == {"tasks": ["c"], "majority": 40.0, "BBTv2": 20.0}
+    shown = {"test_limit": 9, "backbone": "b", "iters": 1, "epochs": 1, "max_tokens": 2}
+    lines = markdown(rows, answers(rows), shown, ["a", "b"], "").splitlines()
+    at = lines.index("| mean of 3 | | 26.7 | 60.0 |")
+    assert lines[at + 1 : at + 3] == [
+        "| mean of 2 pre-trained on | | 20.0 | 80.0 |",
+        "| mean of 1 not pre-trained on | | 40.0 | 20.0 |",
+    ]
+
+
+def test_results_say_which_code_made_them_and_what_the_prompts_were_pretrained_on(
+    world: World, tmp_path: Path
+) -> None:
+    lab = make_lab(world, tmp_path)
+    settings = {**asdict(lab.settings), "weights": lab.identity()}
+    transfer.claim_folder(tmp_path, settings)
+    (tmp_path / "cells").mkdir()
+    for seed, commit in ((8, "aaa"), (13, "bbb")):
+        one = {**cell("mood", "bbtv2", seed, 0.5), "provenance": {"commit": commit}}
+        transfer.cell_file(tmp_path, "bbtv2", "mood", seed).write_text(json.dumps(one), "utf-8")
+    table = transfer.write_results(tmp_path, tmp_path / "out.json")
+    assert "NOT the same code within bbtv2." in table
+    found = json.loads((tmp_path / "out.json").read_text("utf-8"))
+    assert found["made_by"] == {"bbtv2": {"aaa": 1, "bbb": 1}}
+    assert found["mixed_code"] == ["bbtv2"]
+    assert "provenance" not in found  # there is no one code of all cells
+    tasks = {task for file in (world.deep, world.shallow) for task in load_prompts(file).meta.tasks}
+    assert tasks
+    assert transfer.upstream_tasks(settings) == sorted(tasks)
+    others = {**settings, "weights": {"prompts_deep": "other"}}
+    assert transfer.upstream_tasks(others) is None  # not the prompts that the cells were made with
+    assert transfer.upstream_tasks({**settings, "prompts": [str(tmp_path / "gone.safetensors")]}) is None
 
 
 def test_table_without_cells_says_so(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def load_backbone(name: str | Path, *, revision: str | None = None) -> Backbone:
         MissingDependencyError: the hub cannot be reached (offline); the message says what works instead.
     """
     text = str(name)
+    check_backbone_name(text)
     if text in EMBEDDED:
         folder = EMBEDDED[text]
     elif Path(text).is_dir():
@@ -66,12 +67,8 @@ def load_backbone(name: str | Path, *, revision: str | None = None) -> Backbone:
         raise FormatError("is a file, expected the checkpoint folder that it lies in", path=text)
     elif text in HUB_NAMES:
         folder = _download(HUB_NAMES[text], text, revision)
-    elif text.count("/") == 1 and not text.startswith((".", "/", "~")):
-        folder = _download(text, text, revision)
     else:
-        raise UnknownNameError(
-            "backbone", text, [*EMBEDDED, *HUB_NAMES], "A local folder or a hub id (owner/name) works too."
-        )
+        folder = _download(text, text, revision)
     config = read_config(folder, text if text in EMBEDDED or text in HUB_NAMES else folder_name(text))
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocab_size > config.vocab_size:
@@ -86,6 +83,15 @@ def load_backbone(name: str | Path, *, revision: str | None = None) -> Backbone:
         encoder = Encoder(config)
     encoder.load_state_dict(encoder_state(config, tensors, path), assign=True)
     return freeze(config, encoder, tokenizer)
+
+
+def check_backbone_name(name: str) -> None:
+    """Raise ``UnknownNameError`` for what is no known name, nothing that is there, and no possible hub id."""
+    hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not (name in EMBEDDED or name in HUB_NAMES or hub_id or Path(name).exists()):
+        raise UnknownNameError(
+            "backbone", name, [*EMBEDDED, *HUB_NAMES], "A local folder or a hub id (owner/name) works too."
+        )
 
 
 def folder_name(text: str) -> str:

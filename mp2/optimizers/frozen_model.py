@@ -61,10 +61,18 @@ class FrozenModel:
 
 
 def default_prompts(config: BbtConfig) -> str:
-    """The prompt file's name: what was asked for, or the embedded one of the backbone."""
+    """The prompt file's name: what was asked for, or the embedded one of the backbone.
+
+    Raises:
+        UnknownNameError: no such backbone.
+        UsageError: a backbone without embedded prompts.
+    """
+    from mp2.backbone.load import check_backbone_name
+
     if config.prompts is not None:
         return config.prompts
     if config.backbone != "mini":
+        check_backbone_name(config.backbone)
         raise UsageError(
             f"no prompts were named for backbone '{config.backbone}': give --prompts FILE "
             "(mp2 pretrain makes one); only 'mini' has embedded ones"

@@ -63,14 +63,17 @@ class Recorder:
         records: list[Record],
         evaluate: Evaluate = timed,
         started: float | None = None,
+        precision: str = "fp32",
     ) -> None:
         """``evaluate`` runs a computation and says how many seconds it took itself.
 
-        ``started`` is when the session began (``time.perf_counter``; None: now).
+        ``started`` is when the session began (``time.perf_counter``; None: now). ``precision`` is what losses
+        are computed in: where none is finite, it may be why.
         """
         self._journal = journal
         self._records = records
         self._evaluate = evaluate
+        self._precision = precision
         self._position = 0
         self._stage = 1
         self._idle_since: float | None = None  # when the last live event was over; None: there was none
@@ -126,7 +129,7 @@ class Recorder:
             assert losses.shape == (len(candidates),), (
                 f"{losses.shape} losses of {len(candidates)} candidates"
             )
-            repaired, n_bad = _finite(losses, worst_so_far, what)
+            repaired, n_bad = _finite(losses, worst_so_far, what, self._blame(stage))
             shared = {"event": "losses", "stage": stage} | ({} if layer is None else {"layer": layer})
             of = [first, first + len(losses)]
             lines = [
@@ -142,7 +145,7 @@ class Recorder:
                 self._refuse(first + 1)
             values = [line["loss"] for line in record.lines]
             losses = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
-            repaired, n_bad = _finite(losses, worst_so_far, what)
+            repaired, n_bad = _finite(losses, worst_so_far, what, self._blame(stage))
             spent = _recorded(record, "forward_s", "suggest_s", "hidden_s", "journal_s", "other_s")
         self.n_non_finite += n_bad
         self.iteration = first + len(losses)
@@ -173,6 +176,14 @@ class Recorder:
         self.seconds[split] += seconds
         self._count(spent)
         return scores
+
+    def _blame(self, stage: int) -> str:
+        """Why all losses of a generation may not be finite, and what to try."""
+        if self._precision != "fp32":
+            return f"{self._precision} often overflows: try --precision fp32"
+        if stage == 2:
+            return "Steps that are too long overflow: start a run with smaller ones (--sigma-...)"
+        return "Weights do that in fp32: look at those of the backbone and of the prompts"
 
     def _compute(self, compute: Callable[[], Any]) -> tuple[Any, float]:
         """The result and its seconds; what was waited beyond these is others' time."""
@@ -218,7 +229,7 @@ class Recorder:
         )
 
 
-def _finite(losses: Floats, worst_so_far: float | None, what: str) -> tuple[Floats, int]:
+def _finite(losses: Floats, worst_so_far: float | None, what: str, blame: str) -> tuple[Floats, int]:
     finite = np.isfinite(losses)
     n_bad = int(np.count_nonzero(~finite))
     if n_bad == 0:
@@ -230,7 +241,7 @@ def _finite(losses: Floats, worst_so_far: float | None, what: str) -> tuple[Floa
     else:
         raise LossError(
             f"all {len(losses)} losses of {what} are NaN or infinite; the journal is whole up to there. "
-            "Half precision often overflows: try --precision fp32"
+            + blame
         )
     warn(
         f"{n_bad} of {len(losses)} losses of {what} were NaN or infinite; "

@@ -109,7 +109,9 @@ class Run:
         """
         problem, path = self._problem, self.run_dir / "journal.jsonl"
         journal, header, records = open_journal(path, {**identity(problem), "versions": versions()})
-        recorder = self._recorder = Recorder(journal, records, evaluate, self._started)
+        recorder = self._recorder = Recorder(
+            journal, records, evaluate, self._started, problem.config.precision
+        )
 
         def observe(progress: Progress) -> None:
             self.iteration = progress.iteration

@@ -217,7 +217,8 @@ class TwoStage:
             while (left := config.iters - recorder.iteration) > 0:
                 population = searches.ask(layer)
                 offsets = population[:left]
-                candidates = (fused[layer] + offsets).astype(np.float32)
+                with np.errstate(over="ignore"):  # such a candidate's loss is not finite, which is said
+                    candidates = (fused[layer] + offsets).astype(np.float32)
                 losses = recorder.losses(
                     2,
                     layer,

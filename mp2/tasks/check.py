@@ -103,6 +103,8 @@ def _read_splits(card: TaskCard, folder: Path, problems: AllProblems) -> dict[st
             splits[split] = list(read_examples(card, path, problems))
             if not splits[split] and len(problems.found) == before:
                 problems.add("no examples; expected one JSON object a line", path)
+        elif path.is_dir():
+            problems.add("is a folder, expected a file of JSON lines", path)
         elif split == "train":  # dev is optional, it is drawn from train; so is test, with --no-test
             problems.add("missing; expected JSON lines", path)
     return splits

@@ -52,6 +52,8 @@ def load_examples(
     else:
         path = folder / f"{split}.jsonl"
         if not path.is_file():
+            if path.is_dir():
+                raise UsageError(f"{path} is a folder, expected a file of JSON lines")
             have = ", ".join(sorted(p.name for p in folder.glob("*.jsonl"))) or "no .jsonl file"
             hint = "; without test examples tune with --no-test" if split == "test" else ""
             raise UsageError(f"task '{card.task}' has no {path}; the folder has {have}{hint}")

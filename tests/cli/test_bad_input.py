@@ -67,6 +67,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) ->
     (root / "not-text" / "a.txt").write_bytes(b"\xff\xfe\xfa")
     (root / "not-xz" / "a.txt.xz").write_bytes(b"no archive")
     (root / "folders" / "a.txt").mkdir(parents=True)
+    (root / "folder-in-place" / "mood" / "train.jsonl").mkdir(parents=True)
     (root / "good.txt").write_text("真的很好\n", "utf-8")
     (root / "noise.bin").write_bytes(random.Random(0).randbytes(300))
     (root / "half.toml").write_text('task = "half"\n', "utf-8")
@@ -103,6 +104,7 @@ TUNING: list[tuple[list[object], str]] = [
     (["--data", "ROOT/no-label"], "train.jsonl:2: field 'label': unknown label 'poss'"),
     (["--backbone", "mimi"], "unknown backbone 'mimi'. Did you mean 'mini'"),
     (["--backbone", "ROOT/empty"], "config.json: no such file"),
+    (["--data", "ROOT/folder-in-place"], "train.jsonl is a folder, expected a file of JSON lines"),
     (["--prompts", "mini-dep"], "unknown prompts 'mini-dep'. Did you mean 'mini-deep'"),
     (["--prompts", "mini-deep"], "these prompts are for a 4-layer backbone"),
     (["--prompts", "ROOT/noise.bin"], "noise.bin: not a safetensors file"),
@@ -288,6 +290,24 @@ def test_one_line_says_what_was_typed_wrong(
 def test_a_damaged_corpus_is_named(places: Places, tmp_path: Path, corpus: str, expected: str) -> None:
     words = ["--corpus", str(places.root / corpus), "--out", str(tmp_path / "new")]
     done = mp2(*places.options("pretrain-backbone"), *words)
+    assert done.exit_code == 2
+    assert expected in done.stderr
+
+
+@pytest.mark.parametrize("command", ["bbt", "tune"])
+@pytest.mark.parametrize(
+    ("backbone", "expected"),
+    [
+        ("cpt-larg", "unknown backbone 'cpt-larg'. Did you mean 'cpt-large'"),
+        ("cpt-large", "no prompts were named for backbone 'cpt-large': give --prompts FILE"),
+        ("ROOT/tiny", "tiny': give --prompts FILE"),
+    ],
+)
+def test_a_backbone_without_prompts_is_first_looked_up(
+    places: Places, command: str, backbone: str, expected: str
+) -> None:
+    name = backbone.replace("ROOT", str(places.root))
+    done = mp2(command, "--task", "demo_sentiment", "--backbone", name, "--out", places.root / "new")
     assert done.exit_code == 2
     assert expected in done.stderr
 

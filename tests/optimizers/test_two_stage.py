@@ -29,12 +29,16 @@ def config(**changes: object) -> BbtConfig:
 
 
 def tune(
-    path: Path, settings: BbtConfig, objective: HiddenPrompt | None = None, kind: str = "deep"
+    path: Path,
+    settings: BbtConfig,
+    objective: HiddenPrompt | None = None,
+    kind: str = "deep",
+    precision: str = "fp32",
 ) -> Outcome:
     """Start, or go on where the journal ends."""
     objective = objective or HiddenPrompt()
     journal, _, records = open_journal(path, {})
-    recorder = Recorder(journal, records)
+    recorder = Recorder(journal, records, precision=precision)
     try:
         outcome = TwoStage(settings, objective, objective.space(kind), objective.dev, recorder).run()
         for checkpoint in (outcome.untuned, outcome.final):
@@ -216,6 +220,36 @@ def test_a_whole_generation_of_nan_stops_with_the_journal_whole(tmp_path: Path) 
     with pytest.warns(NonFiniteLossWarning):  # the replay says so again
         tune(path, config())  # an objective that recovered goes on from there
     assert sum(line["event"] == "losses" for line in without_times(path)) == 143
+
+
+@pytest.mark.parametrize(
+    ("precision", "blame"),
+    [("bf16", "bf16 often overflows: try --precision fp32"), ("fp32", r"Steps .* smaller ones \(--sigma-")],
+)
+def test_steps_that_leave_float32_end_in_one_message_and_no_warning(
+    tmp_path: Path, precision: str, blame: str
+) -> None:
+    """Candidates that overflow when they become float32 have losses that are not finite: that is said."""
+    layers = LayerConfig(popsize=6, sigma_input=1e300, sigma_deep=1e300)
+    with pytest.raises(LossError, match=f"all 6 losses of iterations 32 to 37 are NaN.* {blame}"):
+        tune(tmp_path / "journal.jsonl", config(layers=layers), Overflowing(), precision=precision)
+
+
+class Overflowing(HiddenPrompt):
+    """As a backbone does: what is not finite gives a loss that is not finite."""
+
+    def layer_losses(self, layer: int, z: np.ndarray) -> np.ndarray:
+        return np.where(np.isfinite(z).all(1), 0.0, np.nan)
+
+
+def test_weights_that_are_not_finite_are_no_matter_of_precision(tmp_path: Path) -> None:
+    class Damaged(HiddenPrompt):
+        def _losses(self, z: np.ndarray) -> np.ndarray:
+            return np.full(len(z), np.nan)
+
+    with pytest.raises(LossError, match="Weights do that in fp32") as raised:
+        tune(tmp_path / "journal.jsonl", config(), Damaged())
+    assert "--precision" not in str(raised.value)
 
 
 class SpoiltEnd(HiddenPrompt):

@@ -32,6 +32,15 @@ def test_a_good_task_is_ok_and_summed_up(user: Path) -> None:
     assert report.remarks == ("3 of the test examples are also in train",)
 
 
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_a_folder_in_a_files_place_is_called_that(user: Path, split: str) -> None:
+    path = user / "fruit" / f"{split}.jsonl"
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    (problem,) = check_task(str(user / "fruit.toml"), user).problems
+    assert str(problem) == f"{path}: is a folder, expected a file of JSON lines"
+
+
 def test_every_problem_is_reported_with_its_line(user: Path, write_jsonl: Write) -> None:
     bad = [{"text": "x", "label": "z"}, "{", {"label": "a"}, {"text": "x", "label": "a"}]
     path = write_jsonl(user / "fruit" / "train.jsonl", bad)

@@ -141,7 +141,10 @@ def _no_kernels() -> str | None:
 
 def _onnxruntime() -> dict[str, Any]:
     if importlib.util.find_spec("onnxruntime") is None:
-        return {"available": False, "install": "pip install onnxruntime (onnxruntime-gpu for CUDA)"}
+        return {
+            "available": False,
+            "install": "pip install onnxruntime (for CUDA onnxruntime-gpu; never both)",
+        }
     import onnxruntime
 
     providers = [p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers()]

@@ -43,7 +43,8 @@ class Provider:
         if wanted not in there:
             raise MissingDependencyError(
                 f"onnxruntime {ort.__version__} has no {wanted} (it has {', '.join(there)}); "
-                "pip uninstall onnxruntime && pip install onnxruntime-gpu"
+                "both packages of ONNX Runtime have the same files, so take out what is there first: "
+                "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
                 + (" tensorrt" if self.kind == "tensorrt" else "")
             )
 

@@ -27,6 +27,7 @@ from mp2.training.masking import mask_tokens
 from mp2.training.mlm import MaskedLanguageModel, MlmConfig, schedule
 from mp2.training.model_card import backbone_card
 from mp2.training.outputs import draw_curves
+from mp2.training.preparation import Preparation
 from mp2.training.ranks import Ranks, joined
 from mp2.training.trainer import Trainer
 from mp2.whole_files import write_json, write_text
@@ -177,7 +178,8 @@ def train_mlm(
 
     Raises:
         RunLockedError: another process trains in the same folder.
-        UsageError: no text, less than a batch of it, or a vocabulary of something else in ``out``.
+        UsageError: no text, less than a batch of it, or a vocabulary of something else in ``out``; the folder
+            is as it was.
         MismatchError: a checkpoint of another configuration.
         UnknownNameError, MissingDependencyError: no such device here.
     """
@@ -187,18 +189,20 @@ def train_mlm(
     check_threads(threads)
     if threads:
         torch.set_num_threads(threads)
+    before = Preparation(out)
     with joined(device) as ranks, alone_in(out) if ranks.main else nullcontext():
         say = log if ranks.main else lambda _: None
-        digests = file_digests(files)  # now: a file may change while the run goes on
-        with ranks.main_first():  # the others find vocabulary and packed sequences
-            tokenizer = _tokenizer(files, digests, out, config, say)
-            packed = pack(files, tokenizer, config.length, out / "cache")
-        say(
-            f"corpus: {len(packed):,} sequences of {config.length} tokens, "
-            f"vocabulary {tokenizer.vocab_size:,}"
-        )
-        wanted = ranks.device.type == "cuda" if compiled is None else compiled
-        run = MlmTrainer(out, config, packed, tokenizer, ranks=ranks, compiled=wanted, log=say)
+        with before.undone() if ranks.main else nullcontext():
+            digests = file_digests(files)  # now: a file may change while the run goes on
+            with ranks.main_first():  # the others find vocabulary and packed sequences
+                tokenizer = _tokenizer(files, digests, out, config, say)
+                packed = pack(files, tokenizer, config.length, out / "cache")
+            say(
+                f"corpus: {len(packed):,} sequences of {config.length} tokens, "
+                f"vocabulary {tokenizer.vocab_size:,}"
+            )
+            wanted = ranks.device.type == "cuda" if compiled is None else compiled
+            run = MlmTrainer(out, config, packed, tokenizer, ranks=ranks, compiled=wanted, log=say)
         with run.resumed() as resumed:
             if not resumed and config.ppmi_init:
                 run.start_from_ppmi()

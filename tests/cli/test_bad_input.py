@@ -61,11 +61,12 @@ class Places:
 def places(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> Places:
     root = tmp_path_factory.mktemp("places")
     world = make_world(root, tiny_backbone)
-    for name in ("corpus", "empty", "not-text", "not-xz", "no-test"):
+    for name in ("corpus", "empty", "not-text", "not-xz", "no-words", "no-test"):
         (root / name).mkdir()
     (root / "corpus" / "a.txt").write_text("天气今日晴有雨！\n" * 100, "utf-8")
     (root / "not-text" / "a.txt").write_bytes(b"\xff\xfe\xfa")
     (root / "not-xz" / "a.txt.xz").write_bytes(b"no archive")
+    (root / "no-words" / "a.txt").write_text("\n\n", "utf-8")
     (root / "folders" / "a.txt").mkdir(parents=True)
     (root / "folder-in-place" / "mood" / "train.jsonl").mkdir(parents=True)
     (root / "good.txt").write_text("真的很好\n", "utf-8")
@@ -280,18 +281,29 @@ def test_one_line_says_what_was_typed_wrong(
     assert sorted(places.root.rglob("*")) == before
 
 
+@pytest.mark.parametrize("there", [False, True], ids=["new", "there"])
 @pytest.mark.parametrize(
-    ("corpus", "expected"),
+    ("words", "expected"),
     [
-        ("not-text", "a.txt: not UTF-8 text"),
-        ("not-xz", "a.txt.xz: not UTF-8 text"),
+        (["--corpus", "ROOT/not-text"], "a.txt: not UTF-8 text"),
+        (["--corpus", "ROOT/not-xz"], "a.txt.xz: not UTF-8 text"),
+        (["--corpus", "ROOT/no-words"], "corpus has 0 sequences, expected at least one batch of 8"),
+        (["--vocab-size", "10"], "--vocab-size 10, expected more than"),
     ],
 )
-def test_a_damaged_corpus_is_named(places: Places, tmp_path: Path, corpus: str, expected: str) -> None:
-    words = ["--corpus", str(places.root / corpus), "--out", str(tmp_path / "new")]
-    done = mp2(*places.options("pretrain-backbone"), *words)
+def test_a_corpus_or_vocabulary_that_will_not_do_is_named_and_leaves_nothing(
+    places: Places, tmp_path: Path, words: list[str], expected: str, there: bool
+) -> None:
+    out = tmp_path / "deep" / "new"
+    if there:
+        out.mkdir(parents=True)
+        (out / "notes").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    typed = [word.replace("ROOT", str(places.root)) for word in words]
+    done = mp2(*places.options("pretrain-backbone"), *typed, "--out", out)
     assert done.exit_code == 2
-    assert expected in done.stderr
+    assert expected in done.stderr.splitlines()[-1]
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("command", ["bbt", "tune"])

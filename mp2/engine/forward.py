@@ -60,13 +60,19 @@ class PopulationForward:
     """
 
     def __init__(
-        self, runtime: Runtime, backbone: Backbone, prompts: PromptSet, micro_batch_tokens: int | None
+        self,
+        runtime: Runtime,
+        backbone: Backbone,
+        prompts: PromptSet,
+        micro_batch_tokens: int | None,
+        give_back: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Run ``prompts``' kind of candidates on ``runtime``; None: the device's usual micro-batch."""
+        """Run ``prompts``' kind of candidates on ``runtime``; None: the device's usual micro-batch.
+
+        ``give_back`` frees memory that its owner can do without, and says whether there was any.
+        """
         self.runtime = runtime
-        self.give_back: Callable[[], bool] = lambda: (
-            False
-        )  # of memory that others can do without; False: none
+        self._give_back = give_back
         self.micro_batch_tokens = micro_batch_tokens or usual_micro_batch_tokens(runtime, backbone.config)
         self.prefixed = prompts.meta.injection == "prefix"
         self.n_inline = prompts.meta.n_inline
@@ -229,7 +235,7 @@ class PopulationForward:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                if self.give_back():
+                if self._give_back():
                     todo.append((candidates, examples))
                     continue
                 p, n = candidates.stop - candidates.start, examples.stop - examples.start

@@ -69,14 +69,13 @@ class Objective:
         self._backbone = backbone
         self._prompts = prompts
         self._shape = (prompts.z.shape[0], prompts.z.shape[-1])  # L', d
-        self._forward = PopulationForward(runtime, backbone, prompts, micro_batch_tokens)
+        self._forward = PopulationForward(runtime, backbone, prompts, micro_batch_tokens, self._give_back)
         self._train = list(train)
         self._buckets: dict[int, list[Bucket]] = {}
         self._z: torch.Tensor | None = None  # the incumbent, [L', d]
         self._incumbent: dict[int, Prefix] = {}
         self._cached_buckets = self._make_buckets(self._train, _POPULATION)
         self._cache = ActivationCache(self._advance, self._embed, cache_bytes)
-        self._forward.give_back = self._give_back
 
     @property
     def micro_batch_tokens(self) -> int:

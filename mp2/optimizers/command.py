@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mp2.errors import UsageError
-from mp2.optimizers.config import BbtConfig, LayerConfig, RouterConfig
+from mp2.optimizers.config import BbtConfig, Kind, LayerConfig, RouterConfig
 from mp2.optimizers.report import SeriesProgress
 from mp2.optimizers.series import find_runs, resume_series, start_series
 
 if TYPE_CHECKING:
-    from mp2.optimizers.config import Kind
     from mp2.optimizers.explain import Plan
 
 _WITH_RESUME = {"resume", "as_json"}

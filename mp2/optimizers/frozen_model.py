@@ -53,8 +53,10 @@ class FrozenModel:
 
     def space(self) -> Space:
         """The prompts as what is searched."""
+        from mp2.prompts import hard_router
+
         n_layers, n_modules, n_dims = self.prompts.z.shape
-        warm = (self.prompts.routers > 0).cpu().numpy().reshape(-1, n_layers, n_modules)
+        warm = hard_router(self.prompts.routers).cpu().numpy().reshape(-1, n_layers, n_modules)
         return Space(
             kind=self.kind, n_layers=n_layers, n_modules=n_modules, n_dims=n_dims, fuse=self.fuse, warm=warm
         )

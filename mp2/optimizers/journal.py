@@ -198,9 +198,8 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
-_Rule = tuple[
-    Callable[[Any], bool], str, bool
-]  # what a field must be, in words, and whether it must be there
+# what a field must be, the same in words, and whether it must be there
+_Rule = tuple[Callable[[Any], bool], str, bool]
 _LOSS: _Rule = (lambda value: value is None or _is_number(value), "a number, or null where not finite", True)
 _SECONDS: _Rule = (_is_number, "a number of seconds", False)
 _TIMES = dict.fromkeys(("forward_s", "suggest_s", "hidden_s", "journal_s", "other_s", "seconds"), _SECONDS)

@@ -39,13 +39,13 @@ _FIELDS: dict[str, Any] = {
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
-    """The result of a run that has ended: ``result.json`` and the tuned prompt are there; else None.
+    """The result of a run that has ended; None: there is none yet.
 
     Raises:
-        FormatError: one of the two is there and cannot be read; the message names file and field.
+        FormatError: it, or the tuned prompt, cannot be read; the message names file and field.
     """
     path = run_dir / "result.json"
-    if not path.exists() or not (run_dir / "prompt.safetensors").exists():
+    if not path.exists():
         return None
     if path.is_dir():
         raise FormatError("is a folder, expected the run's result, a JSON file", path=path)

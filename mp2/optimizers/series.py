@@ -128,8 +128,6 @@ def _ended(run_dir: Path) -> dict[str, Any] | None:
         result, damage = read_result(run_dir), None
     except FormatError as error:
         result, damage = None, str(error)
-    if result is None and damage is None and (run_dir / "result.json").exists():
-        damage = f"{run_dir / 'prompt.safetensors'}: no such file"
     if result is None and (run_dir / "tune.json").exists():
         raise UsageError(f"{damage or f'{run_dir} has no result'}; {how_to_end(run_dir)}")
     if damage is not None:

@@ -20,6 +20,8 @@ from torch import nn
 from mp2.errors import FormatError, RunLockedError
 from mp2.whole_files import write_tensors
 
+LOCK = "lock"  # in every training folder
+
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
@@ -31,7 +33,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock", timeout=0)
+    lock = FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout:

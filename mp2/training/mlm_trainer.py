@@ -255,9 +255,7 @@ def _tokenizer(
     source = {"vocab_size": config.vocab_size, "files": [list(digest) for digest in digests]}
     if vocab_file.is_file():
         made_here = source_file.is_file()
-        if (out / CHECKPOINT).is_file() or (
-            made_here and json.loads(source_file.read_text("utf-8")) == source
-        ):
+        if (out / CHECKPOINT).is_file() or (made_here and _says(source_file, source)):
             return Tokenizer.from_folder(out)  # a checkpoint of another vocabulary is refused when it is read
         if not made_here or (out / "model.safetensors").is_file():
             raise UsageError(
@@ -270,6 +268,13 @@ def _tokenizer(
     tokenizer = Tokenizer.from_vocab(build_vocab(files, config.vocab_size))
     write_text(vocab_file, "\n".join(tokenizer.tokens()) + "\n")
     return tokenizer
+
+
+def _says(file: Path, values: dict[str, Any]) -> bool:
+    try:
+        return bool(json.loads(file.read_text("utf-8")) == values)
+    except ValueError:  # damaged
+        return False
 
 
 def _shape(name: str, config: MlmConfig, tokenizer: Tokenizer) -> BackboneConfig:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mp2.errors import UsageError
+from mp2.training.checkpoint import LOCK
 
 
 class Preparation:
@@ -22,16 +23,18 @@ class Preparation:
     def undone(self) -> Iterator[None]:
         """On a ``UsageError``, take out what the block put into the folder, and the folders made for it.
 
-        The folder must be this process's alone: nobody else's files may have come since.
+        Enter with the folder's lock held. What another process put there before it was ours stays.
         """
+        theirs = {path for path in self._folder.iterdir() if path.name != LOCK}
+        keep = self._before | theirs
         try:
             yield
         except UsageError:
-            for path in set(self._folder.iterdir()) - self._before:
+            for path in set(self._folder.iterdir()) - keep:
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
                     path.unlink()
-            for folder in self._missing:  # the deepest first
+            for folder in [] if theirs else self._missing:  # the deepest first
                 folder.rmdir()
             raise

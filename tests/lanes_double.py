@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from mp2.engine.cuda_graphs import Graph, Recorder
-from mp2.engine.cuda_lanes import Arrival, Lane, Lanes
+from mp2.engine.cuda.graphs import Graph, Recorder
+from mp2.engine.cuda.lanes import Arrival, Lane, Lanes
 
 
 class Recorded:

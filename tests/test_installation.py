@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mp2.engine.onnx.providers import Provider
 from mp2.errors import MissingDependencyError
-from mp2.export.onnx_providers import Provider
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]

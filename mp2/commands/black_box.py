@@ -66,11 +66,11 @@ from mp2.commands.printing import as_json_text, given, note
 @click.pass_context
 def bbt(ctx: click.Context, /, **options: Any) -> None:
     """Tune prompts for a task without gradients: search the router, then CMA-ES layer by layer."""
-    from mp2.optimizers.command import asks_for_many, bbt_plan, bbt_results
-    from mp2.optimizers.report import result_table, series_table
+    from mp2.runs.command import asks_for_many, bbt_plan, bbt_results
+    from mp2.runs.report import result_table, series_table
 
     if options.pop("explain"):
-        from mp2.optimizers.explain import plan_table
+        from mp2.runs.explain import plan_table
 
         plan, n_seeds = bbt_plan(options, given(ctx))
         click.echo(as_json_text(plan.as_dict()) if options["as_json"] else plan_table(plan, n_seeds))
@@ -102,7 +102,7 @@ def bbt(ctx: click.Context, /, **options: Any) -> None:
 @click.option("--device", help="As of 'mp2 bbt'.  [default: the run's, if it is here]")
 def predict(run_dir: str, source: str, **options: str | None) -> None:
     """Label new text with a tuned prompt; a JSON line each, with its probability."""
-    from mp2.optimizers.predict import predict_file
+    from mp2.runs.predict import predict_file
 
     for found in predict_file(Path(run_dir), source, sys.stdin.buffer, **options, note=note):
         click.echo(json.dumps(found, ensure_ascii=False))

@@ -163,7 +163,7 @@ def scratch(backbone: str, like: str, seed: int, out: str) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (a list with --seeds).")
 def tune(**options: Any) -> None:
     """Tune prompts for a task by gradient: the router, then the prompts it selects (two-stage, Adam)."""
-    from mp2.optimizers.report import result_table, series_table
+    from mp2.runs.report import result_table, series_table
     from mp2.training.tune_run import tune_results
 
     results = []

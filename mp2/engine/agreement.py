@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from mp2.backbone import Backbone
+from mp2.engine.cpu.runtime import TorchRuntime
 from mp2.engine.runtime import Runtime, is_out_of_memory
 from mp2.engine.select import create_objective
-from mp2.engine.torch_runtime import TorchRuntime
 from mp2.errors import OutOfMemoryError
 from mp2.prompts import PromptSet
 

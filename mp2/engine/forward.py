@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from mp2.backbone import Backbone, BackboneConfig, Layer, add_to_rows
 from mp2.engine.batches import Bucket, pieces
-from mp2.engine.cuda_projector import DeviceProjector
-from mp2.engine.int8_runtime import Int8Runtime
+from mp2.engine.cpu.int8_runtime import Int8Runtime
+from mp2.engine.cuda.projector import DeviceProjector
 from mp2.engine.runtime import Prefix, Runtime, is_out_of_memory
 from mp2.errors import OutOfMemoryError
 from mp2.prompts import PrefixProjector, PromptSet

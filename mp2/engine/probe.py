@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from mp2.backbone import Backbone
-from mp2.engine.cuda_pack import make_packs
-from mp2.engine.cuda_runtime import CudaRuntime
+from mp2.engine.cuda.pack import make_packs
+from mp2.engine.cuda.runtime import CudaRuntime
 from mp2.engine.runtime import Runtime
 
 _TOKENS = 512  # of a candidate: enough to show a layer's rate

@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING
 import torch
 
 from mp2.backbone import Backbone, resolve_device
-from mp2.engine.cuda_objective import CudaObjective
-from mp2.engine.cuda_runtime import CUDA_PRECISIONS, CudaRuntime
-from mp2.engine.int8_runtime import Int8Runtime
+from mp2.engine.cpu.int8_runtime import Int8Runtime
+from mp2.engine.cpu.runtime import TorchRuntime
+from mp2.engine.cuda.objective import CudaObjective
+from mp2.engine.cuda.runtime import CUDA_PRECISIONS, CudaRuntime
+from mp2.engine.folder import MANIFEST, EngineFolder, layer_file, read_manifest
 from mp2.engine.objective import Objective
-from mp2.engine.onnx_runtime import OnnxRuntime
+from mp2.engine.onnx.runtime import OnnxRuntime
 from mp2.engine.probe import Probe, layer_seconds, middle_layer
 from mp2.engine.runtime import PRECISIONS, Runtime
-from mp2.engine.torch_runtime import TorchRuntime
+from mp2.engine.tensorrt.plans import SHAPES, read_shapes
 from mp2.errors import FormatError, Mp2Error, UnknownNameError, UsageError
-from mp2.export.folder import MANIFEST, EngineFolder, layer_file, read_manifest
 from mp2.export.tensorrt.graphs import plain_layer_file
-from mp2.export.tensorrt.plans import SHAPES, read_shapes
 from mp2.limits import check_threads
 from mp2.prompts import PromptSet
 
 if TYPE_CHECKING:
-    from mp2.engine.tensorrt_runtime import TensorRTRuntime
+    from mp2.engine.tensorrt.runtime import TensorRTRuntime
     from mp2.tasks import MrcInput
 
 AnyObjective = Objective | CudaObjective
@@ -139,9 +139,9 @@ class _Asked:
         )
 
     def on_tensorrt(self, device: str) -> TensorRTRuntime:
-        from mp2.engine.tensorrt_runtime import TensorRTRuntime
+        from mp2.engine.tensorrt.library import load_tensorrt
+        from mp2.engine.tensorrt.runtime import TensorRTRuntime
         from mp2.export.tensorrt.graphs import PRECISIONS as TYPED
-        from mp2.export.tensorrt.library import load_tensorrt
 
         load_tensorrt()
         precision = "fp16" if self.folder is None else self._folder_precision(self.folder)

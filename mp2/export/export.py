@@ -14,9 +14,7 @@ import torch
 
 from mp2 import __version__
 from mp2.backbone import Backbone, Layer
-from mp2.errors import Mp2Error, UsageError
-from mp2.export import graphs
-from mp2.export.folder import (
+from mp2.engine.folder import (
     MANIFEST,
     SCHEMA_VERSION,
     BackboneEntry,
@@ -26,6 +24,8 @@ from mp2.export.folder import (
     layer_file,
     looks_exported,
 )
+from mp2.errors import Mp2Error, UsageError
+from mp2.export import graphs
 from mp2.export.parity import Comparison, compare_folder, failed
 from mp2.export.weights import WeightStore
 from mp2.limits import check_new_folder

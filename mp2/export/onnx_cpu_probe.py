@@ -11,9 +11,9 @@ import torch
 from onnx import numpy_helper
 
 from mp2.backbone import BackboneConfig
+from mp2.engine.onnx.session import OnnxSession
 from mp2.export.graphs import layer_model
 from mp2.export.onnx_cpu_graphs import CpuGraphBuilder, cpu_layer
-from mp2.export.onnx_session import OnnxSession
 
 _TOLERANCE = 1e-4
 _P, _N, _T, _M = 3, 2, 7, 4  # candidates, examples, tokens, prompt rows

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from mp2.backbone import Backbone
-from mp2.export.folder import layer_file
-from mp2.export.onnx_session import OnnxSession
+from mp2.engine.folder import layer_file
+from mp2.engine.onnx.session import OnnxSession
 
 STAGE_TOLERANCE = 2e-5
 WHOLE_TOLERANCE = 1e-4

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mp2.optimizers.config import LayerConfig
-from mp2.optimizers.quiet import quiet
+from mp2.runs.config import LayerConfig
+from mp2.runs.quiet import quiet
 
 Floats = NDArray[np.float64]
 

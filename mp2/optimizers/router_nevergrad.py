@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from mp2.errors import MissingDependencyError, UnknownNameError, UsageError
-from mp2.optimizers.quiet import quiet
 from mp2.optimizers.routers import Losses, Routers
+from mp2.runs.quiet import quiet
 
 BOX = 5.0
 _TRIALS = 3

@@ -1,7 +1,7 @@
 """The two stages (paper section 3.3): search the router, fuse, then move the fused prompts layer by layer.
 
 The driver knows the backbone only as a function from candidates to losses (:class:`Objective`), and
-evaluates only through a :class:`~mp2.optimizers.recorder.Recorder`, so that a resumed run replays its
+evaluates only through a :class:`~mp2.runs.recorder.Recorder`, so that a resumed run replays its
 journal and goes on.
 
 *Iterations* are candidates evaluated on the whole few-shot training set. The first is the untuned prompt
@@ -26,12 +26,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mp2.engine.pending import Pending
 from mp2.optimizers.cma_layers import LayerSearches, import_cma
-from mp2.optimizers.config import BbtConfig, Kind
-from mp2.optimizers.recorder import Recorder, Scores
 from mp2.optimizers.router_search import create_router_search, stage_one_iterations
 from mp2.optimizers.routers import Routers, RouterSearch
-from mp2.pending import Pending
+from mp2.runs.config import BbtConfig, Kind
+from mp2.runs.recorder import Recorder, Scores
 
 Prompt = NDArray[np.float32]  # fused intrinsic prompts z, [L', d]
 Losses = NDArray[np.float64]

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mp2.backbone.load import Backbone
 from mp2.errors import FormatError, MismatchError, UnknownNameError, UsageError
+from mp2.files import write_tensors
 from mp2.prompts.bernoulli import inference_weights
-from mp2.whole_files import write_tensors
 
 SCHEMA_VERSION = 1
 EMBEDDED = {

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from mp2.errors import FormatError, RunLockedError
-from mp2.whole_files import write_tensors
+from mp2.files import write_tensors
 
 LOCK = "lock"  # in every training folder
 

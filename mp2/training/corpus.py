@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mp2.backbone.tokenizer import SPECIAL_TOKENS, Tokenizer
 from mp2.errors import FormatError, UsageError
-from mp2.whole_files import whole_file
+from mp2.files import whole_file
 
 _ALWAYS = (
     "abcdefghijklmnopqrstuvwxyz0123456789，。！？：；、“”‘’（）《》【】…—·,.!?:;'\"()<>[]{}-_/\\@#$%&*+=~^|` "

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from mp2.whole_files import write_text
+from mp2.files import write_text
 
 
 def cut_back(path: Path, step: int, expected: Iterable[int], log: Callable[[str], None]) -> None:

@@ -20,6 +20,7 @@ from mp2.backbone.config import BackboneConfig
 from mp2.backbone.load import Backbone, freeze, save_backbone
 from mp2.backbone.tokenizer import Tokenizer
 from mp2.errors import UsageError
+from mp2.files import write_json, write_text
 from mp2.limits import check_new_folder, check_threads
 from mp2.training.checkpoint import alone_in
 from mp2.training.corpus import build_vocab, corpus_files, file_digests, pack, ppmi_embeddings
@@ -30,7 +31,6 @@ from mp2.training.outputs import draw_curves
 from mp2.training.preparation import Preparation
 from mp2.training.ranks import Ranks, joined
 from mp2.training.trainer import Trainer
-from mp2.whole_files import write_json, write_text
 
 CHECKPOINT = "mlm_checkpoint.safetensors"
 Tensors = tuple[Tensor, ...]

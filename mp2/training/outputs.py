@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from mp2.backbone.load import Backbone
+from mp2.files import whole_file, write_json, write_text
 from mp2.prompts import PromptSet
 from mp2.training.config import PretrainConfig
 from mp2.training.mixture import MixtureTask
 from mp2.training.model_card import prompts_card
 from mp2.training.pretrain_result import PretrainResult
 from mp2.training.ranks import Ranks
-from mp2.whole_files import whole_file, write_json, write_text
 
 
 def write_outputs(

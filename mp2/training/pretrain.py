@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from mp2.backbone.load import Backbone, freeze, save_backbone, weights_sha256
 from mp2.errors import MismatchError
+from mp2.files import write_json
 from mp2.prompts import ModularPrompts, PromptMeta, PromptSet, new_meta, save_prompts
 from mp2.training.checkpoint import alone_in
 from mp2.training.config import PretrainConfig
@@ -36,7 +37,6 @@ from mp2.training.outputs import write_outputs
 from mp2.training.pretrain_result import PretrainResult
 from mp2.training.ranks import Ranks
 from mp2.training.trainer import Trainer
-from mp2.whole_files import write_json
 
 
 class Pretrainer(Trainer[Batch]):

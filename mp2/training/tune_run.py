@@ -14,23 +14,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mp2.errors import UsageError
+from mp2.files import write_json, write_text
 from mp2.limits import check_new_folder
 from mp2.optimizers import Progress
-from mp2.optimizers.command import read_seeds
-from mp2.optimizers.config import BbtConfig, RouterConfig
-from mp2.optimizers.few_shot_problem import FewShotProblem
-from mp2.optimizers.frozen_model import FrozenModel, load_model, resolve_paths
-from mp2.optimizers.journal import finite_or_none
-from mp2.optimizers.provenance import config_file, identity, versions
-from mp2.optimizers.report import ProgressLine, draw_curve
-from mp2.optimizers.result import engine_facts, router_text, stage_scores
-from mp2.optimizers.run_folder import OWN_PROMPTS, locked, new_folder
-from mp2.optimizers.tuned import TunedMeta, save_tuned
 from mp2.optimizers.two_stage import Checkpoint
 from mp2.prompts import save_prompts
+from mp2.runs.command import read_seeds
+from mp2.runs.config import BbtConfig, RouterConfig
+from mp2.runs.few_shot_problem import FewShotProblem
+from mp2.runs.frozen_model import FrozenModel, load_model, resolve_paths
+from mp2.runs.journal import finite_or_none
+from mp2.runs.provenance import config_file, identity, versions
+from mp2.runs.report import ProgressLine, draw_curve
+from mp2.runs.result import engine_facts, router_text, stage_scores
+from mp2.runs.run_folder import OWN_PROMPTS, locked, new_folder
+from mp2.runs.tuned import TunedMeta, save_tuned
 from mp2.tasks import load_card
 from mp2.training.tune import GradientTuner, TuneConfig, TuneOutcome
-from mp2.whole_files import write_json, write_text
 
 Observe = Callable[[Progress], None]
 

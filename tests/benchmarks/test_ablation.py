@@ -10,7 +10,7 @@ import pytest
 from training.toy_tasks import lively_backbone, write_tasks
 from tuning_world import make_world
 
-from benchmarks import ablation
+from benchmarks.paper import ablation
 from mp2.backbone import save_backbone
 from mp2.prompts import load_prompts
 
@@ -29,7 +29,7 @@ def test_one_command_pre_trains_tunes_and_answers_and_then_only_prints(
         *("--epochs", "4", "--test-limit", "3", "--max-tokens", "60", "--work", str(tmp_path / "work")),
         *("--methods", "gradient", "gradient-inline", "gradient-sum", "--out", str(tmp_path / "out.json")),
     ]
-    monkeypatch.setattr(sys, "argv", ["benchmarks.ablation", *arguments])
+    monkeypatch.setattr(sys, "argv", ["benchmarks.paper.ablation", *arguments])
     monkeypatch.setattr(ablation, "provenance", dict)
     ablation.main()
     shown = capsys.readouterr()
@@ -65,7 +65,7 @@ def test_nothing_new_is_begun_after_the_minutes(
         *("--upstream-tasks", *(str(card.path) for card in cards), "--steps", "2", "--minutes", "1e-9"),
         *("--prompt-tokens", "3", "--intrinsic-dim", "4", "--work", str(tmp_path / "work")),
     ]
-    monkeypatch.setattr(sys, "argv", ["benchmarks.ablation", *arguments])
+    monkeypatch.setattr(sys, "argv", ["benchmarks.paper.ablation", *arguments])
     monkeypatch.setattr(ablation, "provenance", dict)
     with pytest.raises(SystemExit) as stopped:
         ablation.main()

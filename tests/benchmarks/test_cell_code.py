@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.cell_code import code_line, codes, made_by, mixed
+from benchmarks.paper.cell_code import code_line, codes, made_by, mixed
 
 OLD = {"commit": "aaa", "dirty": False, "time": "1", "command": "x", "sgemm_gflops": 80.0}
 SNAPSHOT = {"commit": "", "dirty": None, "source_sha256": "5555", "time": "2", "command": "y"}

@@ -64,9 +64,9 @@ def test_every_benchmark_ends_so(name: str) -> None:
 def test_the_tensorrt_benchmark_without_a_gpu_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["benchmarks.tensorrt_engine", "--work", str(tmp_path / "work")])
+    monkeypatch.setattr(sys, "argv", ["benchmarks.speed.tensorrt_engine", "--work", str(tmp_path / "work")])
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module("benchmarks.tensorrt_engine").main()
+        importlib.import_module("benchmarks.speed.tensorrt_engine").main()
     assert ended.value.code == 2
     assert "sees no CUDA device" in capsys.readouterr().err
     assert not (tmp_path / "work").exists()

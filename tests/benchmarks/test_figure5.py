@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import figure5
+from benchmarks.paper import figure5
 from mp2.backbone import Backbone
 from mp2.errors import UsageError
 from mp2.prompts import random_prompts, save_prompts

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tuning_world import make_world
 
-from benchmarks import position_shift
+from benchmarks.paper import position_shift
 from mp2.backbone import Backbone
 
 
@@ -36,7 +36,7 @@ def test_without_rows_nothing_moves_and_the_command_writes_its_scores(
         *("--data", str(world.data), "--backbone", str(world.backbone), "--prompts", str(world.deep)),
         *("--tasks", str(world.card), "--rows", "0", "--max-tokens", "60", "--out", str(tmp_path / "o.json")),
     ]
-    monkeypatch.setattr(sys, "argv", ["benchmarks.position_shift", *arguments])
+    monkeypatch.setattr(sys, "argv", ["benchmarks.paper.position_shift", *arguments])
     monkeypatch.setattr(position_shift, "provenance", dict)
     position_shift.main()
     found = json.loads((tmp_path / "o.json").read_text())

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import pretrain_speed
-from benchmarks.engine_work import shaped_backbone
-from benchmarks.plain_training import PlainTraining
-from benchmarks.pretrain_speed import measure
+from benchmarks.speed import pretrain_speed
+from benchmarks.speed.engine_work import shaped_backbone
+from benchmarks.speed.plain_training import PlainTraining
+from benchmarks.speed.pretrain_speed import measure
 from mp2.tasks import load_card
 from mp2.training import Pretrainer
 from mp2.training.mixture import Batch, load_mixture

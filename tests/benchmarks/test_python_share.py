@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 
-from benchmarks.forward_parts import CUSTOM, measured
-from benchmarks.python_share import outside
-from mp2.engine import attention, native
+from benchmarks.speed.forward_parts import CUSTOM, measured
+from benchmarks.speed.python_share import outside
+from mp2.engine.cpu import attention, native
 
 
 def test_parts_hold_the_operators_time_and_not_the_python_between() -> None:

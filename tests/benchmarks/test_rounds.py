@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import rounds
-from benchmarks.rounds import Pieces, check_rounds, ranged, spread, verdict
+from benchmarks.speed import rounds
+from benchmarks.speed.rounds import Pieces, check_rounds, ranged, spread, verdict
 from mp2.errors import UsageError
 
 

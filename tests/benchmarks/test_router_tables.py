@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.router_tables import cost_table, quality_table, summary, task_table
+from benchmarks.paper.router_tables import cost_table, quality_table, summary, task_table
 
 
 def cell(task: str, seed: int, method: str, loss: float) -> dict[str, object]:

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, table4
-from benchmarks.plain_loop import PlainLoop
+from benchmarks.speed import gpu, table4
+from benchmarks.speed.plain_loop import PlainLoop
 from mp2.backbone import Backbone, BackboneConfig, random_backbone
 from mp2.engine import TorchRuntime
-from mp2.optimizers.config import BbtConfig
-from mp2.optimizers.frozen_model import FrozenModel
 from mp2.prompts import random_prompts
+from mp2.runs.config import BbtConfig
+from mp2.runs.frozen_model import FrozenModel
 from mp2.tasks import MrcInput
 
 
@@ -89,7 +89,7 @@ def test_without_a_gpu_it_says_so_and_exits_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu"])
+    monkeypatch.setattr(sys, "argv", ["benchmarks.speed.gpu"])
     with pytest.raises(SystemExit) as stopped:
         gpu.main()
     assert stopped.value.code == 2

@@ -12,8 +12,8 @@ import torch
 from scipy.stats import spearmanr
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import throughput, throughput_growth, throughput_rounds
-from benchmarks.engine_work import (
+from benchmarks.speed import throughput, throughput_growth, throughput_rounds
+from benchmarks.speed.engine_work import (
     TRAINED_PROJECTION,
     TRAINED_Z,
     Engine,
@@ -22,8 +22,8 @@ from benchmarks.engine_work import (
     necessary_flops,
     shaped_backbone,
 )
-from benchmarks.throughput_rounds import Comparison, Record
-from benchmarks.throughput_rows import rows
+from benchmarks.speed.throughput_rounds import Comparison, Record
+from benchmarks.speed.throughput_rows import rows
 
 ENGINES = [Engine.parse("torch:fp32"), Engine.parse("torch:int8")]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from lanes_double import Device
 
-from benchmarks import together
+from benchmarks.speed import together
 from mp2.backbone import load_backbone
 from mp2.engine import TorchRuntime
-from mp2.engine.cuda_runtime import CudaRuntime
-from mp2.optimizers.config import BbtConfig, LayerConfig, RouterConfig
-from mp2.optimizers.frozen_model import FrozenModel
+from mp2.engine.cuda.runtime import CudaRuntime
 from mp2.prompts import random_prompts
+from mp2.runs.config import BbtConfig, LayerConfig, RouterConfig
+from mp2.runs.frozen_model import FrozenModel
 
 
 @pytest.mark.parametrize("launches", [True, False])

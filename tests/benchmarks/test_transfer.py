@@ -11,10 +11,10 @@ import pytest
 from filelock import FileLock
 from tuning_world import World, make_world
 
-from benchmarks import transfer
-from benchmarks.transfer_methods import Lab, Settings, prompts_key, random_start
-from benchmarks.transfer_render import markdown
-from benchmarks.transfer_table import answers, means, read_score, summarise
+from benchmarks.paper import transfer
+from benchmarks.paper.transfer_methods import Lab, Settings, prompts_key, random_start
+from benchmarks.paper.transfer_render import markdown
+from benchmarks.paper.transfer_table import answers, means, read_score, summarise
 from mp2.backbone import Backbone
 from mp2.errors import MismatchError, UnknownNameError, UsageError
 from mp2.prompts import load_prompts, save_prompts

@@ -47,7 +47,7 @@ def test_help_lists_the_commands_in_whole_lines() -> None:
         ("mp2.training.pseudo_tasks.make_pseudo_tasks", "pseudo-tasks --corpus x --out y"),
         ("mp2.export.export_command", "export --backbone mini --out y"),
         ("mp2.training.tune_run.start_tunes", "tune --task demo_sentiment"),
-        ("mp2.optimizers.predict.predict_file", "predict --run x --input y"),
+        ("mp2.runs.predict.predict_file", "predict --run x --input y"),
     ],
 )
 def test_ctrl_c_is_130_and_one_line(monkeypatch: pytest.MonkeyPatch, work: str, words: str) -> None:
@@ -66,7 +66,7 @@ def test_what_the_machine_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -
         def full(*_: object, **__: object) -> None:
             raise OSError(number, os.strerror(number), *file)
 
-        monkeypatch.setattr("mp2.optimizers.predict.predict_file", full)
+        monkeypatch.setattr("mp2.runs.predict.predict_file", full)
 
     words = ["predict", "--run", "x", "--input", "y"]
     for number in (errno.ENOSPC, errno.EACCES):

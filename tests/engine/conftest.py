@@ -57,7 +57,7 @@ def runtime(
 ) -> Runtime:
     if request.param.startswith("torch"):
         if request.param == "torch without C":
-            monkeypatch.setattr("mp2.engine.native.load", lambda: None)
+            monkeypatch.setattr("mp2.engine.cpu.native.load", lambda: None)
         return TorchRuntime(tiny_backbone)
     return OnnxRuntime(tiny_backbone, engine_dir, threads=1, fused=request.param == "onnxruntime")
 

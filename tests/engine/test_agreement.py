@@ -12,8 +12,8 @@ from scipy.stats import spearmanr
 from mp2.backbone import Backbone
 from mp2.engine import Objective, TorchRuntime, create_runtime
 from mp2.engine.agreement import Agreement, agreement, spearman
-from mp2.engine.cuda_runtime import CudaRuntime
-from mp2.engine.int8_runtime import int8_products_work
+from mp2.engine.cpu.int8_runtime import int8_products_work
+from mp2.engine.cuda.runtime import CudaRuntime
 from mp2.prompts import PromptSet
 from mp2.tasks import MrcInput
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.plain_loop import PlainLoop
+from benchmarks.speed.plain_loop import PlainLoop
 from mp2.backbone import Backbone
 from mp2.engine import Objective, TorchRuntime
-from mp2.engine.cuda_objective import CudaObjective
-from mp2.engine.cuda_runtime import CudaRuntime
-from mp2.engine.int8_runtime import Int8Runtime
+from mp2.engine.cpu.int8_runtime import Int8Runtime
+from mp2.engine.cuda.objective import CudaObjective
+from mp2.engine.cuda.runtime import CudaRuntime
 from mp2.errors import UsageError
 from mp2.prompts import PromptSet
 from mp2.tasks import MrcInput

@@ -323,7 +323,7 @@ def test_keys_and_values_are_made_on_the_device_where_there_is_one(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("mp2.engine.cuda_projector.DeviceProjector.__call__", full)
+    monkeypatch.setattr("mp2.engine.cuda.projector.DeviceProjector.__call__", full)
     assert there.prefix(1, z)[0].shape == expected[0].shape  # from the host, then
 
 

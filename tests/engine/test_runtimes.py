@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from mp2.backbone import Backbone
 from mp2.engine import OnnxRuntime, Runtime, TorchRuntime, create_runtime
-from mp2.engine.cuda_runtime import CudaRuntime
-from mp2.engine.linear import FastLinear, activate, onednn_works
+from mp2.engine.cpu.linear import FastLinear, activate, onednn_works
+from mp2.engine.cuda.runtime import CudaRuntime
 from mp2.engine.probe import Probe, layer_seconds
 from mp2.errors import MismatchError, MissingDependencyError, UnknownNameError, UsageError
 from mp2.export import export_engine
@@ -95,7 +95,7 @@ def test_without_onednn_the_plain_way_gives_the_same(
 ) -> None:
     hidden, prefix = parts(tiny_backbone, "P prefixes on one text")
     fast = TorchRuntime(tiny_backbone).layer(0, hidden, None, prefix)
-    monkeypatch.setattr("mp2.engine.linear.onednn_works", lambda: False)
+    monkeypatch.setattr("mp2.engine.cpu.linear.onednn_works", lambda: False)
     plain = TorchRuntime(tiny_backbone).layer(0, hidden, None, prefix)
     torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
 

@@ -17,11 +17,12 @@ import torch
 from mp2.backbone import Backbone, random_backbone
 from mp2.doctor import as_text, examine
 from mp2.engine import OnnxRuntime, create_runtime
-from mp2.export import export_engine, onnx_cpu_graphs, onnx_cpu_probe, onnx_session
-from mp2.export.folder import layer_file
+from mp2.engine.folder import layer_file
+from mp2.engine.onnx import session as onnx_session
+from mp2.engine.onnx.session import WEIGHTS_FOLDER, OnnxSession
+from mp2.export import export_engine, onnx_cpu_graphs, onnx_cpu_probe
 from mp2.export.onnx_cpu_graphs import cpu_layer_model, roomy
 from mp2.export.onnx_cpu_probe import cpu_graphs_problem
-from mp2.export.onnx_session import WEIGHTS_FOLDER, OnnxSession
 
 P, N, T, M = 3, 2, 11, 5
 GPU = ["CUDAExecutionProvider", "TensorrtExecutionProvider"]
@@ -152,7 +153,7 @@ def test_blocks_of_rows_give_the_same(
     tiny_backbone: Backbone, engine_dir: Path, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
     whole = OnnxRuntime(tiny_backbone, engine_dir, threads=1)
-    monkeypatch.setattr("mp2.engine.onnx_runtime._BLOCK_ROWS", rows // 2)
+    monkeypatch.setattr("mp2.engine.onnx.runtime._BLOCK_ROWS", rows // 2)
     sizes: list[int] = []
     real = OnnxSession.run
 

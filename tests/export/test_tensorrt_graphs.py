@@ -14,6 +14,8 @@ from onnx import TensorProto, numpy_helper
 from tiny_words import tiny_vocab
 
 from mp2.backbone import Backbone, BackboneConfig, random_backbone
+from mp2.engine.tensorrt.plans import read_shapes
+from mp2.engine.tensorrt.profiles import grown
 from mp2.errors import FormatError, Mp2Error, UnknownNameError, UsageError
 from mp2.export import EngineFolder
 from mp2.export.tensorrt import TaskShapes
@@ -22,8 +24,6 @@ from mp2.export.tensorrt.calibration import calibration_inputs, input_maxima, ra
 from mp2.export.tensorrt.emulate import emulated
 from mp2.export.tensorrt.export import export_typed
 from mp2.export.tensorrt.graphs import PRECISIONS
-from mp2.export.tensorrt.plans import read_shapes
-from mp2.export.tensorrt.profiles import grown
 from mp2.export.tensorrt.weights import FP8_MAX, fp8_scale, quantize
 
 TABLE = json.loads(Path(__file__).with_name("tensorrt_operators.json").read_text())

@@ -8,7 +8,7 @@ import pytest
 
 from mp2.errors import UsageError
 from mp2.optimizers.cma_layers import LayerCma, LayerSearches
-from mp2.optimizers.config import LayerConfig
+from mp2.runs.config import LayerConfig
 
 
 def sphere(offsets: np.ndarray) -> np.ndarray:

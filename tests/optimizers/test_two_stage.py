@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from mp2.errors import LossError, MismatchError, Mp2Error
-from mp2.optimizers.config import BbtConfig, LayerConfig, RouterConfig
-from mp2.optimizers.journal import Journal, open_journal, read_journal
-from mp2.optimizers.recorder import NonFiniteLossWarning, Recorder, Scores
 from mp2.optimizers.two_stage import Outcome, TwoStage
+from mp2.runs.config import BbtConfig, LayerConfig, RouterConfig
+from mp2.runs.journal import Journal, open_journal, read_journal
+from mp2.runs.recorder import NonFiniteLossWarning, Recorder, Scores
 
 from .hidden_prompt import HiddenPrompt
 

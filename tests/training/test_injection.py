@@ -12,7 +12,7 @@ import torch
 from command_line import mp2, mp2_json, predicted_accuracy
 from tuning_world import make_world
 
-from benchmarks.plain_loop import PlainLoop
+from benchmarks.speed.plain_loop import PlainLoop
 from mp2.backbone import Backbone
 from mp2.errors import FormatError, MismatchError, UsageError
 from mp2.prompts import ModularPrompts, fuse, load_prompts, new_meta, random_prompts, save_prompts

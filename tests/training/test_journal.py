@@ -52,7 +52,7 @@ def test_a_journal_that_cannot_be_replaced_stays_as_it_was(
     def full(*_: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("mp2.whole_files.os.replace", full)
+    monkeypatch.setattr("mp2.files.os.replace", full)
     with pytest.raises(OSError, match="No space left"):
         cut_back(path, 1, range(1, 2), lambda _: None)
     assert steps(path) == [1, 2, 3]

@@ -13,8 +13,8 @@ from tuning_world import World, make_world
 from mp2.backbone import Backbone
 from mp2.cli import main
 from mp2.errors import MismatchError
-from mp2.optimizers import LayerConfig
 from mp2.prompts import PromptSet, random_prompts
+from mp2.runs import LayerConfig
 from mp2.training.scratch import scratch_prompts
 
 

@@ -17,10 +17,10 @@ from tuning_world import World, make_world
 
 from mp2.backbone import Backbone
 from mp2.errors import UsageError
-from mp2.optimizers import BbtConfig
-from mp2.optimizers.few_shot_problem import FewShotProblem
-from mp2.optimizers.frozen_model import load_model
 from mp2.prompts import fuse, load_prompts, random_prompts
+from mp2.runs import BbtConfig
+from mp2.runs.few_shot_problem import FewShotProblem
+from mp2.runs.frozen_model import load_model
 from mp2.tasks import load_card
 from mp2.training.tune import Batch, GradientTuner, TuneConfig, as_soft_prompts
 from mp2.training.tune_run import start_tune

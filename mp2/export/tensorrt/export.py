@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mp2.backbone import Backbone
+from mp2.engine.folder import MANIFEST, EngineFolder
+from mp2.engine.tensorrt.plans import SHAPES
+from mp2.engine.tensorrt.profiles import TaskShapes
 from mp2.errors import Mp2Error, UnknownNameError
 from mp2.export.export import (
     check_target,
@@ -19,7 +22,6 @@ from mp2.export.export import (
     store_embeddings,
     write_graphs,
 )
-from mp2.export.folder import MANIFEST, EngineFolder
 from mp2.export.parity import Comparison, failed
 from mp2.export.tensorrt.calibration import calibration_inputs, input_maxima
 from mp2.export.tensorrt.graphs import (
@@ -29,8 +31,6 @@ from mp2.export.tensorrt.graphs import (
     plain_layer_model,
 )
 from mp2.export.tensorrt.parity import compare_runtime
-from mp2.export.tensorrt.plans import SHAPES
-from mp2.export.tensorrt.profiles import TaskShapes
 from mp2.export.tensorrt.weights import store_layer
 from mp2.export.weights import WeightStore
 
@@ -91,7 +91,7 @@ def build_plans(
 
     Raises MissingDependencyError (TensorRT, CUDA), Mp2Error (TensorRT's refusal, an output out of tolerance).
     """
-    from mp2.engine.tensorrt_runtime import TensorRTRuntime
+    from mp2.engine.tensorrt.runtime import TensorRTRuntime
 
     runtime = TensorRTRuntime(backbone, folder.path, device=device, precision=folder.manifest.precision)
     runtime.prepare()
@@ -117,7 +117,7 @@ def precision_cost(
 
 def emulated_runtime(backbone: Backbone, folder: Path, precision: str) -> Runtime:
     """Return the CPU's emulation of the graphs in ``folder``."""
-    from mp2.engine.emulated_runtime import EmulatedRuntime
+    from mp2.engine.tensorrt.emulated_runtime import EmulatedRuntime
 
     return EmulatedRuntime(backbone, folder, precision)
 

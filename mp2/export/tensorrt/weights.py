@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from mp2.backbone import Backbone, Layer
-from mp2.export.folder import layer_file
+from mp2.engine.folder import layer_file
 from mp2.export.weights import WeightStore
 
 FP8_MAX = 448.0  # largest finite float8 e4m3fn

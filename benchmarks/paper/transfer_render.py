@@ -1,0 +1,87 @@
+"""The transfer benchmark's table and answers as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from benchmarks.paper.transfer_table import TRACKS, Row, columns_of, counts, means
+
+
+def markdown(
+    rows: Sequence[Row],
+    found: dict[str, Any],
+    settings: dict[str, Any],
+    upstream: Collection[str] | None,
+    code: str,
+) -> str:
+    """The table (mean ± sd over seeds, test score in per cent), then the answers, then what was not run.
+
+    Below the tasks the `means`; below the table ``code``, the line that says what made the cells.
+    """
+    columns = columns_of(rows)
+    lines = [f"| task | metric | {' | '.join(columns)} |", "| --- |" + " --- |" * (len(columns) + 1)]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    track = None
+    for task in tasks:
+        about = next(row for row in rows if row["task"] == task)
+        if about["track"] != track:
+            track = about["track"]
+            lines.append(f"| *{TRACKS[track]}* |" + " |" * (len(columns) + 1))
+        lines.append(f"| {task} | {about['metric']} | {' | '.join(_cell(rows, task, c) for c in columns)} |")
+    for name, own in means(rows, upstream).items():
+        about = f"mean of {len(own['tasks'])}" + ("" if name == "all" else f" {name}")
+        lines.append(f"| {about} | | {' | '.join(f'{own[c]:.1f}' for c in columns)} |")
+    lines += ["", _footnote(rows, settings), "", code, ""]
+    if upstream is None:
+        lines.append("- which tasks the prompts were pre-trained on is not known: their files are gone")
+    for question, answer in found.items():
+        if "gap" in answer:
+            lines.append(f"- {question}: {_sentence(answer)}")
+    for wanted, verdict in found.get("wanted", {}).items():
+        lines.append(f"- wanted: {wanted}: {'yes' if verdict['met'] else 'no'} ({verdict['because']})")
+    for column, tasks_below in found.get("not better than majority", {}).items():
+        which = ", ".join(tasks_below) if tasks_below else "none"
+        lines.append(f"- not better than majority, {column}: {which}")
+    refused: dict[str, str] = {r["task"]: r["refused"] for r in rows if "refused" in r}
+    lines += [f"- {task} does not fit and was not run: {why}" for task, why in refused.items()]
+    return "\n".join(lines)
+
+
+def _sentence(answer: dict[str, Any]) -> str:
+    error = "" if answer["gap_se"] is None else f" ± {answer['gap_se']:.1f}"
+    clear = (
+        f"; beyond two standard errors: better on {answer['clear_better']}, worse on {answer['clear_worse']} "
+        f"of {answer['paired']}"
+        if answer["paired"]
+        else ""
+    )
+    return (
+        f"{counts(answer)}, within 2 points on {answer['within_2']}, "
+        f"mean gap {answer['gap']:+.1f}{error} points{clear}"
+    )
+
+
+def _footnote(rows: Sequence[Row], settings: dict[str, Any]) -> str:
+    seeds_of = sorted({row["n"] for row in rows if "n" in row})
+    seeds = f"{seeds_of[0]}" if len(seeds_of) == 1 else f"{seeds_of[0]} to {seeds_of[-1]}"
+    return (
+        f"Test score, mean ± standard deviation over {seeds} seeds; the first {settings['test_limit']} test "
+        f"examples; backbone {settings['backbone']}; {settings['iters']} iterations (black-box), "
+        f"{settings['epochs']} epochs (gradient); at most {settings['max_tokens']} tokens. Majority: the "
+        "test set's most frequent label or option; in extraction tasks the whole context as the answer. What "
+        "is from scratch, BBT and BBTv2 too, has the span head of the pre-trained prompts."
+    )
+
+
+def _cell(rows: Sequence[Row], task: str, column: str) -> str:
+    row = next((r for r in rows if r["task"] == task and r["column"] == column), None)
+    if row is None:
+        return ""
+    if "refused" in row:
+        return "does not fit"
+    return (
+        f"{row['mean']:.1f}"
+        if row["n"] == 1 or column == "majority"
+        else f"{row['mean']:.1f} ± {row['sd']:.1f}"
+    )

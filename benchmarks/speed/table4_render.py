@@ -1,0 +1,62 @@
+"""Table 4 of the paper: its numbers, and how `benchmarks.speed.table4` puts ours beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+TASKS = ["thucnews", "bq", "tnews", "lcqmc"]
+KINDS = ["deep", "shallow"]
+PAPER = {  # Table 4: minutes, only stage I and two-stage
+    "shallow": {"thucnews": (1.26, 14.46), "bq": (1.10, 7.74), "tnews": (1.61, 25.20), "lcqmc": (1.11, 6.70)},
+    "deep": {"thucnews": (2.62, 7.88), "bq": (2.90, 5.57), "tnews": (8.20, 17.44), "lcqmc": (2.28, 4.51)},
+}
+PUBLISHED = {"shallow": 7800, "deep": 2880}  # stage II evaluations that the paper's minutes stand for
+STATED = {"shallow": 7800, "deep": 7900}
+
+
+def table(cells: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a block a kind, a column a task."""
+    lines = []
+    for kind in KINDS:
+        row = {c["task"]: c for c in cells if c["kind"] == kind}
+        tasks = [task for task in TASKS if task in row]
+        if not tasks:
+            continue
+        one = row[tasks[0]]
+        what = f"{one['device']}, {one['runtime']}, {one['precision']}"
+        lines += [
+            f"{kind} prompts, {one['n_layers']} layers; ours and the plain loop: {what}; paper: an RTX 3090",
+            "",
+            "| " + " | ".join(["", "whose", *tasks]) + " |",
+            "| --- | --- |" + " ---: |" * len(tasks),
+        ]
+        lines.append(
+            "| examples, mean tokens | |"
+            + "".join(f" {row[t]['n_examples']} x {row[t]['mean_tokens']:.0f} |" for t in tasks)
+        )
+        metrics = [
+            ("ms an evaluation, stage II", "evaluation_ms"),
+            ("minutes, only stage I", "stage1_minutes"),
+            (f"minutes, two-stage ({PUBLISHED[kind]:,} evaluations in stage II)", "two_stage_minutes"),
+        ]
+        if STATED[kind] != PUBLISHED[kind]:
+            metrics.append((f"minutes, two-stage ({STATED[kind]:,}, as the paper states)", "stated_minutes"))
+        for title, name in metrics:
+            for whose in ("paper", "plain", "ours"):
+                found = [row[t][whose].get(name) for t in tasks]
+                if all(x is None for x in found):
+                    continue
+                marks = ["" if row[t][whose].get("how") != "extrapolated" else " *" for t in tasks]
+                texts = [f" {_number(x)}{mark} |" for x, mark in zip(found, marks, strict=True)]
+                lines.append(f"| {title} | {whose} |" + "".join(texts))
+                title = ""
+        ratios = [row[t]["plain"]["evaluation_ms"] / row[t]["ours"]["evaluation_ms"] for t in tasks]
+        lines.append("| plain / ours, an evaluation | |" + "".join(f" {x:.2f} |" for x in ratios))
+        lines.append("")
+    lines.append("\\* extrapolated from timed iterations")
+    return "\n".join(lines)
+
+
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"

@@ -1,0 +1,167 @@
+"""One round of `benchmarks.speed.throughput`: every engine and the plain loop by turns, layer by layer.
+
+A round visits every layer in stage II's way with a population of its own, steps of the paper's first sizes
+around the incumbent (5e-2 at layer 0, 1e-2 at the others), the same for every engine; so what is timed also
+says how losses agree. Before each layer's visits the plain loop evaluates one candidate (a call of it is one
+candidate, whatever the population); stage I comes last, for each engine beside a matrix product in its own
+precision. In every other round all turns are in the opposite order. The first call of everything is left out
+(it packs weights and compiles).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.speed.engine_work import (
+    MINI_PAPER,
+    SHAPES,
+    Engine,
+    make_backbone,
+    make_prompts,
+    matrix_dtype,
+    matrix_rate,
+    necessary_flops,
+    peak_memory_mb,
+    reset_peak_memory,
+    seconds,
+    task_inputs,
+)
+from benchmarks.speed.plain_loop import PlainLoop
+from mp2.engine.select import AnyObjective
+from mp2.runs.config import LayerConfig
+
+POPULATION = 20
+Record = dict[str, Any]
+
+
+class Subject:
+    """One engine under measurement."""
+
+    def __init__(self, objective: AnyObjective, device: str) -> None:
+        self.objective = objective
+        self.device = device
+        self.peak_mb = 0.0
+
+    def visit(self, layer: int, candidates: np.ndarray, incumbent: np.ndarray) -> tuple[float, np.ndarray]:
+        """Seconds of one population at ``layer`` and of committing its incumbent; losses [P]."""
+        losses = np.empty(0)
+
+        def work() -> None:
+            nonlocal losses
+            losses = self.objective.layer_losses(layer, candidates)
+            self.objective.commit(layer, incumbent)
+
+        reset_peak_memory(self.device)
+        spent = seconds(work)
+        self.peak_mb = max(self.peak_mb, peak_memory_mb(self.device))
+        return spent, losses
+
+
+class Comparison:
+    """Engines and the plain loop on one backbone shape and task."""
+
+    def __init__(
+        self,
+        shape: str,
+        task: str,
+        engines: Sequence[Engine],
+        device: str,
+        data: Path | None,
+        folder: Path,
+        *,
+        population: int = POPULATION,
+    ) -> None:
+        """Make all of them and run each once."""
+        self.device, self.population = device, population
+        backbone = make_backbone(shape)
+        prompts = make_prompts(shape, backbone)
+        limit = None if shape in ("mini", MINI_PAPER) else SHAPES[shape][3]
+        inputs = task_inputs(task, backbone, data, limit)
+        config = LayerConfig()
+        self.sigmas = [config.sigma(layer, "deep") for layer in range(backbone.config.n_layers)]
+        self.z = prompts.fuse(torch.ones(prompts.z.shape[:2], dtype=torch.bool)).numpy()
+        self.routers = np.random.default_rng(0).random((population, *prompts.z.shape[:2])) < 0.5
+        self.plain = PlainLoop(backbone, prompts, inputs, device)
+        self.subjects = {
+            str(engine): Subject(engine.objective(backbone, prompts, inputs, device, folder), device)
+            for engine in engines
+        }
+        lengths = [x.n_tokens for x in inputs]
+        self.facts: Record = {
+            "shape": shape,
+            "layers": backbone.config.n_layers,
+            "hidden": backbone.config.hidden,
+            "prompt_tokens": prompts.meta.prompt_tokens,
+            "intrinsic_dim": prompts.meta.intrinsic_dim,
+            "task": task,
+            "device": device,
+            "population": population,
+            "lengths": lengths,
+            "visit_flops": [
+                necessary_flops(
+                    backbone.config, lengths, backbone.config.n_layers - layer, prompts.meta.prompt_tokens
+                )
+                for layer in range(backbone.config.n_layers)
+            ],
+        }
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        candidates = self.populations(0)
+        self.plain.loss(self.z)
+        for subject in self.subjects.values():
+            subject.objective.set_incumbent(self.z)
+            if self.device == "cpu":  # from layer 0 every layer is prepared
+                subject.objective.layer_losses(0, candidates[0])
+                continue
+            for _ in range(2):  # the second time records CUDA graphs
+                for layer, population in enumerate(candidates):
+                    subject.visit(layer, population, self.z[layer])
+                subject.objective.router_losses(self.routers)
+
+    def populations(self, number: int) -> np.ndarray:
+        """Candidates [L, P, d] of round ``number``."""
+        rng = np.random.default_rng([1, number])
+        moves = rng.standard_normal((len(self.z), self.population, self.z.shape[1]))
+        steps: np.ndarray = moves * np.array(self.sigmas)[:, None, None]
+        return (self.z[:, None] + steps).astype(np.float32)
+
+    def round(self, number: int) -> Record:
+        """Measure once: seconds and losses by engine, JSON values."""
+        found: dict[str, Record] = {
+            name: {
+                "precision": subject.objective.runtime.precision,
+                "runtime": subject.objective.runtime.name,
+                "stage2_s": [],
+                "losses": [],
+            }
+            for name, subject in self.subjects.items()
+        }
+        plain_s: list[float] = []
+        turns = [None, *self.subjects]
+        if number % 2:
+            turns.reverse()
+        for layer, population in enumerate(self.populations(number)):
+            for name in turns:
+                if name is None:
+                    plain_s.append(seconds(lambda: self.plain.loss(self.z)))
+                    continue
+                spent, losses = self.subjects[name].visit(layer, population, self.z[layer])
+                found[name]["stage2_s"].append(spent)
+                found[name]["losses"].append(losses.tolist())
+        for name in turns:
+            if name is None:
+                plain_s.append(seconds(lambda: self.plain.loss(self.z)))
+                continue
+            subject, own = self.subjects[name], found[name]
+            own["matrix_dtype"] = str(matrix_dtype(self.device, own["precision"])).removeprefix("torch.")
+            own["matrix_rate"] = matrix_rate(self.device, own["precision"])
+            own["stage1_s"] = seconds(lambda s=subject: s.objective.router_losses(self.routers))  # type: ignore[misc]
+            own["peak_mb"] = subject.peak_mb
+        return {**self.facts, "plain_s": mean(plain_s), "engines": found}

@@ -1,0 +1,194 @@
+"""What precision "int8" does between its matrix products: in C where it compiles, else in torch.
+
+Shapes as in ``native/int8.c``: blocks [1 + P, R, K] of a reference's rows and P candidates' rows; ``q`` int8
+[P * R, K] with ``scale`` [P * R] holds the candidates' differences from the reference; a `Product` is what
+comes out of q times int8 weights.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from mp2.engine.cpu import native
+from mp2.engine.cpu.linear import activate
+
+MAX_ROW = 16384  # the longest row that the kernels hold
+_ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Candidates' rows minus the reference's: about ``q * scale``, with at most half a step of error."""
+
+    q: torch.Tensor  # [P * R, K] int8
+    scale: torch.Tensor  # [P * R] float32
+
+
+@dataclass(frozen=True)
+class Product:
+    """A difference times int8 weights: ``y * scale * channel`` is what it adds to the reference's product."""
+
+    y: torch.Tensor  # [P * R, N] int32
+    scale: torch.Tensor  # [P * R]
+    channel: torch.Tensor  # [N], the weights' scale of each output channel
+
+    def dense(self, n_rows: int) -> torch.Tensor:
+        """Return it in float32, [P, R, N] for R = ``n_rows``."""
+        scaled = self.y.float().mul_(self.channel).mul_(self.scale.unsqueeze(1))
+        return scaled.view(-1, n_rows, self.y.shape[1])
+
+
+class Int8Linear:
+    """The int8 weights of a linear layer; its bias is in the reference's product."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """Round ``weight`` [out, in] to int8 with one scale an output channel."""
+        channel = weight.abs().amax(1).clamp_min(1e-30) / 127
+        self.channel = channel.contiguous()
+        self._q = (weight / channel.unsqueeze(1)).round().to(torch.int8).t().contiguous()
+
+    def __call__(self, difference: Difference) -> Product:
+        """Multiply."""
+        return Product(torch._int_mm(difference.q, self._q), difference.scale, self.channel)
+
+
+@functools.cache
+def int8_products_work() -> bool:
+    """Tell whether torch multiplies int8 matrices on this CPU (an operator without a public name)."""
+    a, b = torch.arange(-20, 20, dtype=torch.int8).view(5, 8), torch.arange(24, dtype=torch.int8).view(8, 3)
+    try:
+        return torch.equal(torch._int_mm(a, b), a.int() @ b.int())
+    except (RuntimeError, AttributeError, TypeError):
+        return False
+
+
+class TorchSteps:
+    """The steps in plain torch: anywhere, and the reference of `NativeSteps`."""
+
+    name = "torch"
+
+    def difference(self, x: torch.Tensor) -> Difference:
+        """Return block ``x`` [1 + P, R, K] relative to its reference."""
+        return _quantise((x[1:] - x[0]).view(-1, x.shape[2]))
+
+    def add(self, product: Product, out: torch.Tensor) -> None:
+        """Fill the candidates' rows of ``out`` [1 + P, R, N] from the reference's, which are there."""
+        torch.add(out[0], product.dense(out.shape[1]), out=out[1:])
+
+    def add_norm(
+        self,
+        product: Product,
+        reference: torch.Tensor,
+        residual: torch.Tensor,
+        norm: tuple[torch.Tensor, torch.Tensor],
+        eps: float,
+        out: torch.Tensor,
+        *,
+        difference: bool,
+    ) -> Difference | None:
+        """LayerNorm(``reference`` [R, N] + product + ``residual`` [1 + P or 1, R, N]) into ``out``.
+
+        The reference's rows of ``out`` [1 + P, R, N] are there. With ``difference``, also returns out's.
+        """
+        total = product.dense(out.shape[1]).add_(reference)
+        total += residual if len(residual) == 1 else residual[1:]
+        out[1:] = torch.nn.functional.layer_norm(total, (out.shape[2],), *norm, eps)
+        return self.difference(out) if difference else None
+
+    def add_activate(
+        self, product: Product, reference: torch.Tensor, active: torch.Tensor, activation: str
+    ) -> Difference:
+        """Return activation(``reference`` [R, N] + product) relative to ``active``, the reference's."""
+        total = activate(product.dense(len(reference)).add_(reference), activation)
+        return _quantise(total.sub_(active).view(-1, active.shape[1]))
+
+
+def _quantise(rows: torch.Tensor) -> Difference:
+    top = rows.abs().amax(1)
+    q = rows.mul_((127 / top.clamp_min(1e-30)).unsqueeze(1)).round_()
+    return Difference(q.to(torch.int8), top / 127)
+
+
+class NativeSteps(TorchSteps):
+    """The steps in C: each reads and writes a row once."""
+
+    name = "C"
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        """Call ``library``, made from ``native/int8.c``."""
+        self._library = library
+
+    def difference(self, x: torch.Tensor) -> Difference:
+        """See `TorchSteps.difference`."""
+        p, r, k = len(x) - 1, x.shape[1], x.shape[2]
+        made = _empty(p * r, k)
+        self._call("mp2_difference", x, made.q, made.scale, p, r, k)
+        return made
+
+    def add(self, product: Product, out: torch.Tensor) -> None:
+        """See `TorchSteps.add`."""
+        self._call("mp2_add", *_parts(product), out, len(out) - 1, *out.shape[1:])
+
+    def add_norm(
+        self,
+        product: Product,
+        reference: torch.Tensor,
+        residual: torch.Tensor,
+        norm: tuple[torch.Tensor, torch.Tensor],
+        eps: float,
+        out: torch.Tensor,
+        *,
+        difference: bool,
+    ) -> Difference | None:
+        """See `TorchSteps.add_norm`."""
+        p, r, n = len(out) - 1, out.shape[1], out.shape[2]
+        made = _empty(p * r, n) if difference else None
+        q, scale = (None, None) if made is None else (made.q, made.scale)
+        shared = ctypes.c_int(len(residual) == 1)
+        self._call(
+            "mp2_add_norm",
+            *(*_parts(product), reference, residual, shared, *norm, ctypes.c_float(eps), out, q, scale),
+            *(p, r, n),
+        )
+        return made
+
+    def add_activate(
+        self, product: Product, reference: torch.Tensor, active: torch.Tensor, activation: str
+    ) -> Difference:
+        """See `TorchSteps.add_activate`."""
+        r, n = active.shape
+        made = _empty(len(product.y), n)
+        kind = ctypes.c_int(_ACTIVATIONS[activation])
+        self._call(
+            "mp2_add_activate",
+            *(*_parts(product), reference, active, kind, made.q, made.scale, len(product.y) // r, r, n),
+        )
+        return made
+
+    def _call(self, name: str, *arguments: torch.Tensor | ctypes.c_int | ctypes.c_float | int | None) -> None:
+        converted: list[object] = []
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor):
+                assert argument.is_contiguous()
+                converted.append(ctypes.c_void_p(argument.data_ptr()))
+            else:
+                converted.append(ctypes.c_long(argument) if isinstance(argument, int) else argument)
+        getattr(self._library, name)(*converted, ctypes.c_int(torch.get_num_threads()))
+
+
+def _empty(rows: int, width: int) -> Difference:
+    return Difference(torch.empty(rows, width, dtype=torch.int8), torch.empty(rows))
+
+
+def _parts(product: Product) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return product.y, product.scale, product.channel
+
+
+def make_steps() -> TorchSteps:
+    """Return the C steps if they can be had, else torch's."""
+    library = native.load()
+    return TorchSteps() if library is None else NativeSteps(library)

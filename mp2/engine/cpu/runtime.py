@@ -1,0 +1,150 @@
+"""The torch runtime: the reference on any device and the fast path on CPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from mp2.backbone import Backbone, Layer, resolve_device
+from mp2.engine.cpu import native
+from mp2.engine.cpu.attention import attend, attend_shared_text
+from mp2.engine.cpu.linear import FastLinear
+from mp2.engine.cpu.second_half import SecondHalf, make_second_half
+from mp2.engine.runtime import Prefix, check_positions
+from mp2.errors import UnknownNameError
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's prepared weights."""
+
+    qkv: FastLinear  # query, key and value in one product
+    attention_output: FastLinear
+    intermediate: FastLinear
+    output: FastLinear
+    attention_norm: tuple[torch.Tensor, torch.Tensor]
+    output_norm: tuple[torch.Tensor, torch.Tensor]
+    second_half: SecondHalf | None  # all after attention in one
+
+
+class TorchRuntime:
+    """`Runtime` on torch; layers are prepared when they are first used."""
+
+    name = "torch"
+
+    def __init__(
+        self, backbone: Backbone, *, device: str = "cpu", precision: str = "fp32", reason: str = ""
+    ) -> None:
+        """Prepare for ``device`` ("cpu", "cuda", "cuda:1") in ``precision`` ("fp32" or "bf16").
+
+        bf16 keeps weights and activations in bf16; LayerNorm statistics, softmax, logits and losses stay in
+        float32.
+        """
+        if precision not in _DTYPES:
+            raise UnknownNameError("precision", precision, tuple(_DTYPES))
+        resolve_device(device)
+        self.device = device
+        self.precision = precision
+        self.reason = reason or "asked for"
+        self._dtype = _DTYPES[precision]
+        if self._exact_on_cpu and (problem := native.problem()):
+            self.reason += f"; no C kernels: {problem}"
+        self._config = backbone.config
+        self._encoder = backbone.encoder
+        self._layers: dict[int, _Layer] = {}
+
+    @torch.inference_mode()
+    def embed(self, input_ids: torch.Tensor, n_inline: int = 0) -> torch.Tensor:
+        """See `Runtime.embed`."""
+        check_positions(input_ids.shape[1], n_inline, self._config.max_positions)
+        home = self._encoder.word_embeddings.weight.device
+        hidden = self._encoder.embed(input_ids.to(home), n_inline)
+        return hidden.to(self.device, self._dtype).unsqueeze(0)
+
+    @torch.inference_mode()
+    def embed_inline(self, prompts: torch.Tensor) -> torch.Tensor:
+        """See `Runtime.embed_inline`."""
+        home = self._encoder.word_embeddings.weight.device
+        return self._encoder.embed_inline(prompts.to(home)).to(self.device, self._dtype).unsqueeze(1)
+
+    @torch.inference_mode()
+    def layer(
+        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefix | None
+    ) -> torch.Tensor:
+        """See `Runtime.layer`."""
+        layer = self._layers.get(index) or self._prepare(index)
+        config = self._config
+        _, n, t, width = hidden.shape
+        x = hidden.reshape(-1, width)
+        qkv = layer.qkv(x).view(hidden.shape[0], n, t, 3, config.n_heads, config.head_size)
+        if prefix is not None:
+            prefix = (prefix[0].to(self._dtype), prefix[1].to(self._dtype))
+        shared = False
+        if prefix is not None and hidden.shape[0] == 1 and prefix[0].shape[0] > 1:
+            shared = True
+            context = attend_shared_text(qkv[0], mask, prefix)
+        else:
+            context = attend(qkv, mask, prefix)
+        if layer.second_half is not None:
+            return layer.second_half(context.reshape(-1, width), x).view(-1, n, t, width)
+        if shared:
+            y = layer.attention_output(context.reshape(-1, width)).view(-1, n, t, width).add_(hidden)
+            y = y.view(-1, width)
+        else:
+            y = layer.attention_output.plus(context.reshape(-1, width), x)
+        y = self._norm(y, layer.attention_norm)
+        y = self._norm(
+            layer.output.plus(layer.intermediate(y, config.activation), y),
+            layer.output_norm,
+        )
+        return y.view(-1, n, t, width)
+
+    @torch.inference_mode()
+    def head(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """See `Runtime.head`."""
+        return F.linear(hidden.float(), weight.to(self.device), bias.to(self.device))
+
+    @property
+    def _exact_on_cpu(self) -> bool:
+        return self._dtype == torch.float32 and torch.device(self.device).type == "cpu"
+
+    def _norm(self, x: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return F.layer_norm(x, (self._config.hidden,), norm[0], norm[1], self._config.layer_norm_eps)
+
+    def _prepare(self, index: int) -> _Layer:
+        source = self._encoder.layers[index]
+        assert isinstance(source, Layer)
+
+        def place(x: torch.Tensor) -> torch.Tensor:
+            return x.detach().to(self.device, self._dtype)
+
+        def linear(name: str) -> FastLinear:
+            module = getattr(source, name)
+            return FastLinear(place(module.weight), place(module.bias))
+
+        def norm(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+            module = getattr(source, name)
+            return place(module.weight), place(module.bias)
+
+        parts = [source.query, source.key, source.value]
+        self._layers[index] = _Layer(
+            qkv=FastLinear(
+                place(torch.cat([part.weight for part in parts])),
+                place(torch.cat([part.bias for part in parts])),
+            ),
+            attention_output=linear("attention_output"),
+            intermediate=linear("intermediate"),
+            output=linear("output"),
+            attention_norm=norm("attention_norm"),
+            output_norm=norm("output_norm"),
+            second_half=(
+                make_second_half(source, self._config.activation, self._config.layer_norm_eps)
+                if self._exact_on_cpu
+                else None
+            ),
+        )
+        return self._layers[index]

@@ -1,0 +1,232 @@
+"""The torch runtime on CUDA: packed rows, flash attention, half precision or fp8 weights.
+
+The same code runs on a CPU in fp32 (plain attention, nothing compiled), which is how its losses are tested.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
+
+import torch
+import torch.nn.functional as F
+
+from mp2.backbone import Backbone, resolve_device
+from mp2.engine.cpu.runtime import TorchRuntime
+from mp2.engine.cuda.attention import attend, choose_kernels
+from mp2.engine.cuda.lanes import CudaLane, HostLane, Lane, Lanes
+from mp2.engine.cuda.linear import Fp8Linear, Fused, HalfLinear, Linear
+from mp2.engine.cuda.pack import Pack, Spans
+from mp2.engine.cuda.projector import DeviceProjector
+from mp2.engine.runtime import Prefix
+from mp2.errors import MissingDependencyError, UnknownNameError
+from mp2.prompts import PromptSet
+
+CUDA_PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+_FP8_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0)
+MOST_TOKENS = 65536  # a batch: more is no faster, products are at full rate long before
+_MEMORY_SHARE = 0.6  # of the free memory may hold a batch's activations; the rest is for caches and graphs
+_COPIES = 2  # of a lane's activations: its graphs' pool and what the allocator keeps of plain runs
+_WIDTHS = 16.0  # hidden-sized rows alive at once inside a layer, per token: qkv, contexts, feed-forward twice
+
+
+@dataclass(frozen=True)
+class _PackedLayer:
+    qkv: Linear  # query, key and value in one product
+    attention_output: Linear
+    intermediate: Linear
+    output: Linear
+    attention_norm: tuple[torch.Tensor, torch.Tensor]
+    output_norm: tuple[torch.Tensor, torch.Tensor]
+
+
+class CudaRuntime(TorchRuntime):
+    """`Runtime` with a second set of stages over packs, which `CudaObjective` uses."""
+
+    def __init__(
+        self, backbone: Backbone, *, device: str = "cuda", precision: str = "bf16", reason: str = ""
+    ) -> None:
+        """Put the backbone on ``device`` in ``precision`` (one of ``CUDA_PRECISIONS``).
+
+        fp16 and bf16 keep weights and activations in that type; norms, softmax, logits and losses stay in
+        float32. fp8 does all matrix products of the layers in e4m3 with row-wise scales, the rest as bf16.
+
+        Raises UnknownNameError (precision), MissingDependencyError (no such device, or no fp8 on it).
+        """
+        if precision not in CUDA_PRECISIONS:
+            raise UnknownNameError("precision", precision, CUDA_PRECISIONS)
+        place = resolve_device(device)
+        if place.type == "cuda" and precision == "fp8":
+            capability = torch.cuda.get_device_capability(place)
+            if capability < _FP8_CAPABILITY:
+                raise MissingDependencyError(
+                    f"device '{device}' has compute capability {capability[0]}.{capability[1]}, "
+                    "fp8 needs at least 8.9; use --precision bf16"
+                )
+        super().__init__(
+            backbone, device=device, precision="fp32" if precision == "fp32" else "bf16", reason=reason
+        )
+        self.precision = precision
+        self.dtype = self._dtype = _DTYPES[precision]
+        self._place = place
+        self.kernels, not_flash = choose_kernels(
+            place, self.dtype, backbone.config.n_heads, backbone.config.head_size
+        )
+        self.fused = Fused(backbone.config.activation, place, self.dtype, fp8=precision == "fp8")
+        notes = [f"attention {self.kernels.name}" + (f" ({not_flash})" if not_flash else "")]
+        if self.fused.reason:
+            notes.append(self.fused.reason)
+        self.notes = "; ".join(notes)
+        self._packed: dict[int, _PackedLayer] = {}
+        self._spans: dict[tuple[bytes, int], Spans] = {}
+        encoder = backbone.encoder
+        self._tables = tuple(
+            table.weight.detach().to(place, torch.float32)
+            for table in (
+                encoder.word_embeddings,
+                encoder.position_embeddings,
+                encoder.token_type_embeddings,
+                encoder.embedding_norm,
+            )
+        )
+        self._embedding_bias = encoder.embedding_norm.bias.detach().to(place, torch.float32)
+        self._projectors: WeakValueDictionary[tuple[int, int], DeviceProjector] = WeakValueDictionary()
+        self.lanes = Lanes(self._make_lane, self._free_memory)
+        self.settle()
+
+    def projector(self, backbone: Backbone, prompts: PromptSet) -> DeviceProjector:
+        """Return the projector of ``prompts``, the same one as long as somebody uses it."""
+        key = (id(backbone.encoder), id(prompts))  # a projector keeps both, so that ids stay theirs
+        found = self._projectors.get(key)
+        if found is None:
+            found = DeviceProjector(backbone, prompts, self._place, self.dtype, self.settle)
+            self._projectors[key] = found
+        return found
+
+    def settle(self) -> None:
+        """Complete what was queued here: what was made by it may now be read on any lane."""
+        if self._place.type == "cuda":
+            torch.cuda.current_stream(self._place).synchronize()
+
+    def _make_lane(self) -> Lane:
+        return CudaLane(self._place) if self._place.type == "cuda" else HostLane()
+
+    def _free_memory(self) -> None:
+        if self._place.type == "cuda":
+            torch.cuda.synchronize(self._place)
+            torch.cuda.empty_cache()
+
+    def most_lanes(self, batch_tokens: int) -> int:
+        """Return how many lanes may compute batches of ``batch_tokens`` side by side in the free memory.
+
+        At least 1; on a CPU, whose cores one batch fills, 1.
+        """
+        if self._place.type != "cuda":
+            return 1
+        free, _ = torch.cuda.mem_get_info(self._place)
+        return lanes_that_fit(free, batch_tokens, self._config.hidden, self._config.ffn, self.dtype.itemsize)
+
+    def most_tokens(self) -> int:
+        """Tokens that a batch may hold: as many as are useful, or as fit the memory that is free now."""
+        if self._place.type != "cuda":
+            return MOST_TOKENS
+        free, _ = torch.cuda.mem_get_info(self._place)
+        return tokens_that_fit(free, self._config.hidden, self._config.ffn, self.dtype.itemsize)
+
+    def spans(self, pack: Pack, n_rows: int) -> Spans:
+        """The spans of ``n_rows`` rows of the pack, made once."""
+        key = (pack.slots.tobytes(), n_rows)
+        if key not in self._spans:
+            self._spans[key] = Spans(pack.slots, n_rows, self._place)
+        return self._spans[key]
+
+    @torch.inference_mode()
+    def embed_pack(self, pack: Pack, prompts: torch.Tensor | None = None) -> torch.Tensor:
+        """Return what enters layer 0, [1 or P, S, H], with inline ``prompts`` [P, m, H] in their slots."""
+        words, positions, types, _ = self._tables
+        text = self._embedding_norm(words[pack.input_ids] + positions[pack.positions] + types[0])
+        n_rows = 1 if prompts is None else len(prompts)
+        hidden = text.new_empty(n_rows, pack.n_slots, text.shape[-1])
+        hidden[:, pack.text_slots] = text
+        if prompts is not None:
+            m = prompts.shape[1]
+            rows = self._embedding_norm(prompts.to(self._place) + positions[1 : m + 1] + types[0])
+            hidden[:, pack.prompt_slots] = rows.repeat(1, len(pack.lengths), 1)
+        return hidden.to(self.dtype)
+
+    @torch.inference_mode()
+    def packed_layer(
+        self, index: int, hidden: torch.Tensor, pack: Pack, prefix: Prefix | None
+    ) -> torch.Tensor:
+        """Return layer ``index``'s output [P, S, H].
+
+        ``hidden`` is [B, S, H], ``prefix`` keys and values [C, h, m, d_h] in the runtime's type; B = C = P,
+        or one of both is 1.
+        """
+        layer = self._packed.get(index) or self._prepare_packed(index)
+        config, eps = self._config, self._config.layer_norm_eps
+        b, s, width = hidden.shape
+        qkv = layer.qkv(hidden.reshape(b * s, width)).view(b, s, 3, config.n_heads, config.head_size)
+        context = attend(self.kernels, qkv, self.spans(pack, b), prefix)
+        p = context.shape[0]
+        mixed = layer.attention_output(context.reshape(p * s, width)).view(p, s, width)
+        residual = hidden.expand(p, -1, -1)
+        y = self.fused.add_norm(mixed, residual, *layer.attention_norm, eps).reshape(p * s, width)
+        inner = self.fused.activate(layer.intermediate(y))
+        return self.fused.add_norm(layer.output(inner), y, *layer.output_norm, eps).view(p, s, width)
+
+    @torch.inference_mode()
+    def packed_log_probs(
+        self, hidden: torch.Tensor, pack: Pack, weight: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        """Return float64 log-probabilities [P, n, longest, 2] of the text; -inf after an example's end."""
+        logits = F.linear(hidden.float(), weight, bias).double()
+        return torch.log_softmax(pack.to_grid(logits, float("-inf")), 2)
+
+    def _embedding_norm(self, x: torch.Tensor) -> torch.Tensor:
+        gain = self._tables[3]
+        return F.layer_norm(x, gain.shape, gain, self._embedding_bias, self._config.layer_norm_eps)
+
+    def _prepare_packed(self, index: int) -> _PackedLayer:
+        source = self._encoder.body(index)
+
+        def linear(*names: str) -> Linear:
+            modules = [getattr(source, name) for name in names]
+            weight = torch.cat([m.weight.detach().to(self._place) for m in modules])
+            bias = torch.cat([m.bias.detach().to(self._place) for m in modules])
+            if self.precision == "fp8":
+                return Fp8Linear(weight, bias, self.fused.quantize)
+            return HalfLinear(weight.to(self.dtype), bias.to(self.dtype))
+
+        def norm(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+            module = getattr(source, name)
+            return tuple(x.detach().to(self._place, torch.float32) for x in (module.weight, module.bias))  # type: ignore[return-value]
+
+        packed = _PackedLayer(
+            qkv=linear("query", "key", "value"),
+            attention_output=linear("attention_output"),
+            intermediate=linear("intermediate"),
+            output=linear("output"),
+            attention_norm=norm("attention_norm"),
+            output_norm=norm("output_norm"),
+        )
+        self.settle()
+        self._packed[index] = packed
+        return packed
+
+
+def tokens_that_fit(free_bytes: int, hidden: int, ffn: int, itemsize: int) -> int:
+    """Tokens of a batch whose activations fit ``free_bytes``, at most ``MOST_TOKENS``, at least 1."""
+    a_token = _token_bytes(hidden, ffn, itemsize)
+    return int(max(1, min(MOST_TOKENS, _MEMORY_SHARE * free_bytes / a_token)))
+
+
+def lanes_that_fit(free_bytes: int, batch_tokens: int, hidden: int, ffn: int, itemsize: int) -> int:
+    """Lanes whose batches fit ``free_bytes`` together, at least 1."""
+    a_lane = _COPIES * batch_tokens * _token_bytes(hidden, ffn, itemsize)
+    return int(max(1, _MEMORY_SHARE * free_bytes / a_lane))
+
+
+def _token_bytes(hidden: int, ffn: int, itemsize: int) -> float:
+    return itemsize * (_WIDTHS * hidden + 2 * ffn)

@@ -1,0 +1,142 @@
+"""``mp2 export``: load by name, write the engine folder of a runtime, report how it compares with torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from mp2.backbone import load_backbone, resolve_device
+from mp2.engine.folder import EngineFolder
+from mp2.engine.tensorrt.library import NOT_RUN, load_tensorrt
+from mp2.engine.tensorrt.profiles import TaskShapes
+from mp2.errors import UnknownNameError, UsageError
+from mp2.export.export import check_target, export_engine
+from mp2.export.parity import REPORT_HEADER, Comparison
+from mp2.export.tensorrt.calibration import calibration_inputs, task_inputs
+from mp2.export.tensorrt.export import build_plans, emulated_runtime, export_typed, precision_cost
+from mp2.export.tensorrt.graphs import PRECISIONS
+
+if TYPE_CHECKING:
+    from mp2.backbone import Backbone
+    from mp2.prompts import PromptSet
+    from mp2.tasks import MrcInput
+
+EXPORT_RUNTIMES = ("onnxruntime", "tensorrt")
+
+
+def export_command(
+    backbone: str,
+    out: str,
+    prompts: str | None = None,
+    runtime: str = "onnxruntime",
+    precision: str | None = None,
+    *,
+    task: str | None = None,
+    data: str | None = None,
+    popsize: int | None = None,
+    graphs_only: bool = False,
+    show: Callable[[str], None] = lambda line: None,
+) -> dict[str, object]:
+    """Do what ``mp2 export`` does, ``show`` the report line by line, and return it as JSON values.
+
+    ``precision`` is fp32 for onnxruntime and fp16 (default), bf16 or fp8 for tensorrt, whose plans are tuned
+    for populations of ``popsize`` (None: 20) on the few-shot set of ``task``. With ``graphs_only`` no plan is
+    built: `TensorRTRuntime` builds what it misses.
+    """
+    if runtime not in EXPORT_RUNTIMES:
+        raise UnknownNameError("runtime", runtime, EXPORT_RUNTIMES)
+    typed = runtime == "tensorrt"
+    known = PRECISIONS if typed else ("fp32",)
+    precision = precision or known[0]
+    if precision not in known:
+        raise UnknownNameError("precision", precision, known, f"runtime '{runtime}' has {', '.join(known)}")
+    if not typed and (graphs_only or task is not None or popsize is not None):
+        raise UsageError("--graphs-only, --task and --popsize are for --runtime tensorrt")
+    if data is not None and task is None:
+        raise UsageError("--data is read for a --task only; give both")
+    popsize = 20 if popsize is None else popsize
+    if popsize < 1:
+        raise UsageError(f"popsize is {popsize}, expected at least 1")
+    if typed and not graphs_only:  # before any work
+        load_tensorrt()
+        resolve_device("cuda")
+    check_target(out)
+    loaded = load_backbone(backbone)
+    prompt_set = None
+    if prompts is not None:
+        from mp2.prompts import load_prompts
+
+        prompt_set = load_prompts(prompts, loaded)
+        if prompt_set.kind == "deep" and prompt_set.meta.injection != "prefix":
+            raise UsageError(
+                f"the deep prompts in {prompts} were trained with inline injection, the graphs have prefixes "
+                "only: export without --prompts, or give prompts trained with --injection prefix"
+            )
+    comparisons: list[Comparison] = []
+
+    def report(comparison: Comparison) -> None:
+        if not comparisons:
+            show(REPORT_HEADER)
+        comparisons.append(comparison)
+        show(comparison.line())
+
+    summary: dict[str, object] = {}
+    if typed:
+        inputs = calibration_inputs(loaded) if task is None else task_inputs(loaded, task, data)
+        shapes = _shapes(loaded, prompt_set, inputs if task else None, popsize)
+        folder = export_typed(
+            loaded, out, precision=precision, prompts=prompt_set, shapes=shapes, report=report
+        )
+        summary = _cost(loaded, folder, prompt_set, inputs, graphs_only, report, show)
+    else:
+        folder = export_engine(loaded, out, prompts=prompt_set, report=report)
+    n_bytes = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
+    show(
+        f"{len(comparisons)} outputs equal torch's within tolerance; "
+        f"engine of '{loaded.config.name}' in {folder.path} "
+        f"({len(folder.manifest.files)} files, {n_bytes / 1e6:.1f} MB)"
+    )
+    return {
+        "out": str(folder.path),
+        "bytes": n_bytes,
+        "manifest": json.loads(folder.manifest.to_json()),
+        "parity": [{**asdict(c), "ok": c.ok} for c in comparisons],
+        **summary,
+    }
+
+
+def _shapes(
+    backbone: Backbone, prompts: PromptSet | None, inputs: Sequence[MrcInput] | None, popsize: int
+) -> TaskShapes:
+    """Return the shapes of a task's ``inputs``; None: for any task."""
+    m = 50 if prompts is None else prompts.meta.prompt_tokens
+    shallow = prompts is not None and prompts.kind == "shallow"
+    if inputs is None:
+        top = backbone.config.max_positions
+        lengths = tuple(sorted({min(length, top) for length in (64, 128, 256)}))
+        return TaskShapes(candidates=popsize, lengths=lengths, prompt_tokens=m, shallow=shallow)
+    own = [item.n_tokens for item in inputs]
+    return TaskShapes.of_lengths(own, candidates=popsize, prompt_tokens=m, shallow=shallow)
+
+
+def _cost(
+    backbone: Backbone,
+    folder: EngineFolder,
+    prompts: PromptSet | None,
+    inputs: Sequence[MrcInput],
+    graphs_only: bool,
+    report: Callable[[Comparison], None],
+    show: Callable[[str], None],
+) -> dict[str, object]:
+    """Show and return what the precision costs, emulated or, with plans, measured on the GPU."""
+    precision = folder.manifest.precision
+    if graphs_only:
+        cost = precision_cost(emulated_runtime(backbone, folder.path, precision), backbone, prompts, inputs)
+        show(f"{precision}, emulated on the CPU: {cost.line()}")
+        show(f"graphs only: plans are built on the first use on a GPU. Note: {NOT_RUN}")
+        return {"emulated_agreement": cost.as_dict()}
+    cost = precision_cost(build_plans(backbone, folder, report=report), backbone, prompts, inputs)
+    show(f"{precision}, on this GPU: {cost.line()}")
+    return {"agreement": cost.as_dict()}

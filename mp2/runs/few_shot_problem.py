@@ -1,0 +1,117 @@
+"""What a run optimises: a task's few-shot training set under a frozen backbone and its modular prompts.
+
+Everything that can be wrong with the input is found here, before a run folder exists and before any forward.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mp2.engine.pending import Pending, settled, then
+from mp2.optimizers.router_search import stage_one_iterations
+from mp2.optimizers.two_stage import Prompt
+from mp2.runs.config import BbtConfig
+from mp2.runs.frozen_model import FrozenModel
+from mp2.runs.recorder import Scores
+from mp2.runs.task_data import TaskData
+
+if TYPE_CHECKING:
+    from mp2.engine import Objective
+    from mp2.engine.cuda.launches import Launches
+    from mp2.engine.cuda.objective import LogProbs
+    from mp2.engine.select import AnyObjective
+    from mp2.tasks import Example, MrcInput, TaskCard
+
+
+class FewShotProblem:
+    """Few-shot train and dev of one task and seed, formatted; the training loss; scores on any split."""
+
+    def __init__(
+        self, config: BbtConfig, card: TaskCard, model: FrozenModel, data: TaskData | None = None
+    ) -> None:
+        """``data``: the task's, where another seed has read it already."""
+        from mp2.engine import create_objective
+        from mp2.tasks import few_shot_split
+
+        self.config, self.card, self.model = config, card, model
+        space = model.space()
+        shape = (space.n_layers, space.n_modules)
+        stage_one_iterations(config.router.method, config.router.iterations, model.kind, shape, config.iters)
+        self.data = data or TaskData(config, card, model)
+        self.max_tokens = self.data.max_tokens
+        split = few_shot_split(card, self.data.pool, config.seed, config.shots)
+        self._dev = split.dev
+        self.train_inputs = [self.data.formatter.training_input(e, i) for i, e in enumerate(split.train)]
+        self.dev_inputs = self.data.inputs(split.dev)
+        self.n_train, self.n_dev = len(self.train_inputs), len(split.dev)
+        if config.test:
+            _ = self.data.fitting_tests  # what is wrong with them is said now, not when all is tuned
+        self.data_sha256 = _inputs_sha256([*self.train_inputs, *self.dev_inputs])
+        self.objective: AnyObjective = create_objective(
+            model.runtime, model.backbone, model.prompts, self.train_inputs
+        )
+
+    @property
+    def launching(self) -> Objective | Launches:
+        """The objective, its evaluations only launched where the runtime can do that."""
+        from mp2.engine.cuda.launches import launching
+
+        return launching(self.objective)
+
+    def dev_scores(self, z: Prompt) -> Scores:
+        """Score and loss of z [L', d] on the few-shot dev set; the loss is the mean over its sequences."""
+        return settled(self.launch_dev_scores(z))
+
+    def launch_dev_scores(self, z: Prompt) -> Scores | Pending[Scores]:
+        """`dev_scores`; what is launched is decoded by whoever fetches it."""
+        return self._scores(z, self._dev, self.dev_inputs)
+
+    def test_scores(self, z: Prompt) -> Scores:
+        """Score and loss of z [L', d] on the test set; examples that do not fit count as wrong."""
+        return settled(self.launch_test_scores(z))
+
+    def launch_test_scores(self, z: Prompt) -> Scores | Pending[Scores]:
+        """`test_scores`; what is launched is decoded by whoever fetches it."""
+        fitting = self.data.fitting_tests
+        share = len(fitting) / self.n_test
+        return then(
+            self._scores(z, fitting, self.data.test_inputs),
+            lambda scores: replace(scores, score=scores.score * share),
+        )
+
+    def test_inputs(self) -> list[MrcInput]:
+        """The sequences that a test evaluation runs."""
+        return self.data.test_inputs
+
+    @property
+    def n_test(self) -> int:
+        """Test examples that are scored."""
+        return len(self.data.tests)
+
+    def _scores(
+        self, z: Prompt, examples: Sequence[Example], inputs: Sequence[MrcInput]
+    ) -> Scores | Pending[Scores]:
+        from mp2.tasks import decode, score
+
+        def scores(log_probs: LogProbs) -> Scores:
+            start, end = log_probs
+            losses = [
+                -(float(s[i.start]) + float(e[i.end])) / 2 for i, s, e in zip(inputs, start, end, strict=True)
+            ]
+            predictions = decode(self.card, examples, inputs, start, end)
+            return Scores(float(score(self.card, predictions, examples)), float(np.mean(losses)))
+
+        return then(self.launching.log_probs(z, inputs), scores)
+
+
+def _inputs_sha256(inputs: Sequence[MrcInput]) -> str:
+    h = hashlib.sha256()
+    for item in inputs:
+        h.update(np.asarray(item.input_ids, dtype="<i8").tobytes())
+        h.update(f"{item.start} {item.end};".encode())
+    return h.hexdigest()

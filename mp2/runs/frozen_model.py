@@ -1,0 +1,143 @@
+"""What stays as it is while prompts are tuned: backbone, modular prompts and the runtime, found by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mp2.errors import MismatchError, UsageError
+from mp2.optimizers.router_search import check_method
+from mp2.optimizers.routers import Routers
+from mp2.optimizers.two_stage import Prompt, Space
+from mp2.runs.config import BbtConfig, Kind
+
+if TYPE_CHECKING:
+    from mp2.backbone import Backbone
+    from mp2.engine import Runtime
+    from mp2.prompts import PromptSet
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """Backbone, modular prompts and the runtime that runs them; shared by the seeds of a series."""
+
+    backbone: Backbone
+    prompts: PromptSet
+    runtime: Runtime
+
+    @property
+    def kind(self) -> Kind:
+        """Deep or shallow."""
+        return "shallow" if self.prompts.kind == "shallow" else "deep"
+
+    def max_tokens(self, requested: int | None) -> int:
+        """Tokens that a sequence may have; inline prompts take positions of their own."""
+        meta = self.prompts.meta
+        room = self.backbone.config.max_positions - meta.n_inline
+        if requested is not None and requested > room:
+            kind = f"{self.kind} inline" if self.kind == "deep" and meta.n_inline else self.kind
+            raise UsageError(f"max_tokens is {requested}, expected at most {room} with {kind} prompts")
+        return requested or room
+
+    def fuse(self, router: Routers) -> Prompt:
+        """Fused intrinsic prompts [L', d] of a router [L', K] (eq. 1)."""
+        import torch
+
+        z = self.prompts.fuse(torch.from_numpy(np.ascontiguousarray(router)))
+        return np.ascontiguousarray(z.detach().cpu().numpy(), dtype=np.float32)
+
+    def space(self) -> Space:
+        """The prompts as what is searched."""
+        from mp2.prompts import hard_router
+
+        n_layers, n_modules, n_dims = self.prompts.z.shape
+        warm = hard_router(self.prompts.routers).cpu().numpy().reshape(-1, n_layers, n_modules)
+        return Space(
+            kind=self.kind, n_layers=n_layers, n_modules=n_modules, n_dims=n_dims, fuse=self.fuse, warm=warm
+        )
+
+
+def default_prompts(config: BbtConfig) -> str:
+    """The prompt file's name: what was asked for, or the embedded one of the backbone.
+
+    Raises:
+        UnknownNameError: no such backbone.
+        UsageError: a backbone without embedded prompts.
+    """
+    from mp2.backbone.load import check_backbone_name
+
+    if config.prompts is not None:
+        return config.prompts
+    if config.backbone != "mini":
+        check_backbone_name(config.backbone)
+        raise UsageError(
+            f"no prompts were named for backbone '{config.backbone}': give --prompts FILE "
+            "(mp2 pretrain makes one); only 'mini' has embedded ones"
+        )
+    return "mini-shallow" if config.kind == "shallow" else "mini-deep"
+
+
+def resolve_paths(config: BbtConfig) -> BbtConfig:
+    """The config with absolute paths, MP2_DATA and full method names: it can be run again from anywhere."""
+    import torch
+
+    from mp2.backbone.load import EMBEDDED as BACKBONES
+    from mp2.prompts.prompt_set import EMBEDDED as PROMPTS
+
+    data = config.data or os.environ.get("MP2_DATA") or None
+    if data and not config.data and not Path(data).is_dir():
+        raise UsageError(f"MP2_DATA: there is no folder {data}")
+    prompts = default_prompts(config)
+    return replace(
+        config,
+        task=_absolute(config.task) if config.task.endswith(".toml") else config.task,
+        data=_absolute(data) if data else None,
+        backbone=_absolute(config.backbone, BACKBONES),
+        prompts=_absolute(prompts, PROMPTS),
+        engine=_absolute(config.engine) if config.engine else None,
+        router=replace(config.router, method=check_method(config.router.method)),
+        threads=config.threads or torch.get_num_threads(),  # sums depend on it in their last bits
+    )
+
+
+def _absolute(name: str, embedded: Collection[str] = ()) -> str:
+    """A path if there is something there, else the name as it is; a name of the package's own stays one."""
+    return str(Path(name).resolve()) if name not in embedded and Path(name).exists() else name
+
+
+def load_model(config: BbtConfig) -> FrozenModel:
+    """Load what a run needs besides data.
+
+    Raises:
+        UsageError: unknown names, missing packages, files that do not fit each other.
+    """
+    from mp2.backbone import load_backbone
+    from mp2.engine import create_runtime
+    from mp2.engine.folder import MANIFEST
+    from mp2.prompts import load_prompts
+
+    if config.engine and not (Path(config.engine) / MANIFEST).is_file():
+        raise UsageError(
+            f"--engine {config.engine}: no {MANIFEST} there; give a folder that mp2 export wrote"
+        )
+    backbone = load_backbone(config.backbone)
+    prompts = load_prompts(default_prompts(config), backbone)
+    if config.kind not in ("auto", prompts.kind):
+        raise MismatchError(
+            f"the prompts of {default_prompts(config)} are {prompts.kind}, expected {config.kind}: "
+            f"drop --{config.kind} or give other --prompts"
+        )
+    runtime = create_runtime(
+        config.runtime,
+        backbone,
+        engine_dir=Path(config.engine) if config.engine else None,
+        device=config.device,
+        threads=config.threads,
+        precision=config.precision,
+    )
+    return FrozenModel(backbone, prompts, runtime)

@@ -1,0 +1,186 @@
+"""What a run found: scores on test, ``result.json``, the metadata of its tuned prompt; a result read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mp2.errors import FormatError
+from mp2.optimizers.routers import Routers
+from mp2.optimizers.two_stage import Checkpoint, Outcome
+from mp2.runs.config import BbtConfig
+from mp2.runs.journal import finite_or_none
+from mp2.runs.provenance import identity, versions
+from mp2.runs.recorder import Recorder
+from mp2.runs.tuned import TunedMeta, load_tuned
+from mp2.tasks.problems import shown
+
+if TYPE_CHECKING:
+    from mp2.runs.few_shot_problem import FewShotProblem
+    from mp2.runs.frozen_model import FrozenModel
+
+
+# what everybody who reads a result relies on; a dictionary under "*" is of each value, whatever its name
+_NUMBER, _SCORE = (int, float), (int, float, type(None))
+_WORDS = {dict: "an object", str: "a text", int: "a number", float: "a number", type(None): "null"}
+_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("task", "method", "backbone", "metric", "run_dir", "router_search"), str),
+    **dict.fromkeys(("seed", "iterations", "non_finite_losses"), int),
+    **{"train_loss": _SCORE, "dev_score": _NUMBER, "test_score": _SCORE},
+    "seconds": dict.fromkeys(
+        ("stage1", "stage2", "forward", "suggest", "journal", "other", "dev", "test"), _NUMBER
+    ),
+    "engine": dict.fromkeys(("runtime", "precision", "device"), str),
+    "selected": {"at": str},
+    "stages": {"*": {"train_loss": _SCORE, "dev_score": _NUMBER, "test_score": _SCORE}},
+}
+
+
+def read_result(run_dir: Path) -> dict[str, Any] | None:
+    """The result of a run that has ended; None: there is none yet.
+
+    Raises:
+        FormatError: it, or the tuned prompt, cannot be read; the message names file and field.
+    """
+    path = run_dir / "result.json"
+    if not path.exists():
+        return None
+    if path.is_dir():
+        raise FormatError("is a folder, expected the run's result, a JSON file", path=path)
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"not JSON: {error}", path=path) from error
+    _check(result, _FIELDS, path, "")
+    load_tuned(run_dir / "prompt.safetensors")
+    return dict(result)
+
+
+def _check(value: Any, expected: Any, path: Path, field: str) -> None:
+    """Raise ``FormatError`` for the first field of a result that is not there, or of another kind."""
+    kinds = dict if isinstance(expected, dict) else expected
+    if not isinstance(value, kinds):
+        words = dict.fromkeys(_WORDS[kind] for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+        raise FormatError(f"is {shown(value)}, expected {' or '.join(words)}", path=path, field=field or None)
+    if not isinstance(expected, dict):
+        return
+    for name in value if "*" in expected else expected:
+        where = f"{field}.{name}".lstrip(".")
+        if name not in value:
+            raise FormatError("missing", path=path, field=where)
+        _check(value[name], expected.get("*", expected.get(name)), path, where)
+
+
+def score_tests(problem: FewShotProblem, outcome: Outcome, recorder: Recorder) -> dict[str, float]:
+    """Test score of each stage's prompt, each prompt once; empty with ``--no-test``."""
+    if not problem.config.test:
+        return {}
+    scores: dict[str, float] = {}
+    known: dict[bytes, float] = {}
+    for name, checkpoint in _stages(problem.config, outcome).items():
+        key = checkpoint.z.tobytes()
+        if key not in known:
+            z = checkpoint.z
+            known[key] = recorder.scores("test", name, z, lambda z=z: problem.launch_test_scores(z)).score  # type: ignore[misc]
+        scores[name] = known[key]
+    return scores
+
+
+def _stages(config: BbtConfig, outcome: Outcome) -> dict[str, Checkpoint]:
+    stages = {"untuned": outcome.untuned, "stage1": outcome.stage1}
+    return stages if config.router_only else {**stages, "stage2": outcome.final}
+
+
+def run_result(
+    run_dir: Path, problem: FewShotProblem, outcome: Outcome, recorder: Recorder, tests: dict[str, float]
+) -> dict[str, Any]:
+    """What ``result.json`` holds."""
+    config, model, final = problem.config, problem.model, outcome.final
+    stages = _stages(config, outcome)
+    final_test = next((tests[name] for name, c in stages.items() if c is final and tests), None)
+    return {
+        "task": problem.card.task,
+        "method": config.method(model.kind),
+        "seed": config.seed,
+        "backbone": model.backbone.config.name,
+        "iterations": recorder.iteration,
+        "train_loss": final.train_loss,
+        "dev_score": final.dev.score,
+        "test_score": final_test,
+        "metric": problem.card.metric,
+        "seconds": run_seconds(recorder.seconds),
+        "engine": engine_facts(model),
+        "run_dir": str(run_dir),
+        "router_search": config.router.method,
+        "router": router_text(final.router),
+        "best_train_loss": outcome.incumbent_loss,
+        "selected": {"at": final.at, "iteration": final.iteration},
+        "stages": stage_scores(stages, tests),
+        "evaluations": dict(recorder.counts),
+        "examples": {"train": problem.n_train, "dev": problem.n_dev, "test": problem.n_test if tests else 0},
+        "non_finite_losses": recorder.n_non_finite,
+        "provenance": {**identity(problem), "versions": versions()},
+    }
+
+
+def run_seconds(seconds: dict[str, float]) -> dict[str, float]:
+    """The result's seconds from the recorder's: what each stage took, and what for.
+
+    ``stage1`` + ``stage2`` = ``forward`` + ``suggest`` + ``journal`` + ``other``; these, ``dev`` and ``test``
+    make up the run's time. ``suggest`` is what was waited for, ``suggest_hidden`` ran beside forwards;
+    ``waited`` is time that other runs of a series had the engine, ``load`` what came before the first
+    evaluation of the last session.
+    """
+    wall = ("forward", "suggest", "journal", "other")
+    stages = {f"stage{stage}": sum(seconds[f"{name}{stage}"] for name in wall) for stage in (1, 2)}
+    parts = {name: seconds[f"{name}1"] + seconds[f"{name}2"] for name in wall}
+    hidden = seconds["hidden1"] + seconds["hidden2"]
+    rest = {name: seconds[name] for name in ("dev", "test", "waited", "load")}
+    return {**stages, **parts, "suggest_hidden": hidden, **rest}
+
+
+def engine_facts(model: FrozenModel) -> dict[str, str]:
+    """What computed the losses."""
+    runtime = model.runtime
+    return {"runtime": runtime.name, "precision": runtime.precision, "device": str(runtime.device)}
+
+
+def stage_scores(stages: Mapping[str, Checkpoint], tests: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    """Losses, scores and router of each stage's prompt; ``tests`` has the test scores that are known."""
+    return {
+        name: {
+            "iteration": c.iteration,
+            "train_loss": finite_or_none(c.train_loss),
+            "dev_score": c.dev.score,
+            "dev_loss": finite_or_none(c.dev.loss),
+            "test_score": tests.get(name),
+            "router": router_text(c.router),
+        }
+        for name, c in stages.items()
+    }
+
+
+def router_text(router: Routers) -> list[str]:
+    """A router bool [L, K] as a text of 0 and 1 a layer."""
+    return ["".join("1" if bit else "0" for bit in layer) for layer in router]
+
+
+def tuned_meta(problem: FewShotProblem, outcome: Outcome) -> TunedMeta:
+    """Where the selected prompt comes from."""
+    model = problem.model
+    return TunedMeta(
+        task=problem.card.task,
+        kind=model.kind,
+        backbone=model.backbone.config.name,
+        backbone_sha256=model.backbone.sha256,
+        prompts=str(problem.config.prompts),
+        prompts_sha256=model.prompts.sha256,
+        router=router_text(outcome.final.router),
+        card=Path(problem.card.path).read_text(encoding="utf-8"),
+        max_tokens=problem.max_tokens,
+        at=outcome.final.at,
+        iteration=outcome.final.iteration,
+        seed=problem.config.seed,
+    )

@@ -1,0 +1,224 @@
+"""Runs started and resumed, alone or several as one: seeds and tasks that share the engine."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from mp2.errors import FormatError, LossError, Mp2Error, UsageError
+from mp2.limits import check_new_folder
+from mp2.runs.config import BbtConfig
+from mp2.runs.few_shot_problem import FewShotProblem
+from mp2.runs.frozen_model import FrozenModel, load_model, resolve_paths
+from mp2.runs.result import read_result
+from mp2.runs.run import Observe, Run, make_problem
+from mp2.runs.run_folder import how_to_end, locked, new_folder, read_config, resume_command
+from mp2.runs.session import one_blas_thread, sigterm_exits
+from mp2.runs.task_data import TaskData
+from mp2.runs.together import AT_ONCE, Server, timed
+
+_MODEL_FIELDS = ("backbone", "prompts", "kind", "runtime", "precision", "device", "threads", "engine")
+
+
+def start_run(
+    config: BbtConfig, out: str | Path, observe: Observe = lambda p: None, model: FrozenModel | None = None
+) -> dict[str, Any]:
+    """Tune in a new folder under ``out``; returns the result, as ``result.json`` has it (docs/api.md).
+
+    ``observe`` is told of the progress after each generation. ``model`` is one that was loaded before.
+
+    Raises:
+        UsageError: bad names, files or data; nothing was made.
+        LossError: no candidate of a generation had a finite loss.
+    """
+    (result,) = start_series([config], out, lambda: observe, model)
+    return result
+
+
+def start_runs(
+    config: BbtConfig, seeds: list[int], out: str | Path, observe: Callable[[], Observe]
+) -> Iterator[dict[str, Any]]:
+    """One run a seed, all of them as one; yields the results in the seeds' order."""
+    yield from start_series([replace(config, seed=seed) for seed in seeds], out, observe)
+
+
+def start_series(
+    configs: Sequence[BbtConfig],
+    out: str | Path,
+    observe: Callable[[], Observe] = lambda: lambda p: None,
+    model: FrozenModel | None = None,
+    check: Callable[[FrozenModel], None] = lambda model: None,
+) -> Iterator[dict[str, Any]]:
+    """Tune in new folders under ``out``, all with one engine; yields the results in the configs' order.
+
+    The configs may differ in task, seed and everything that does not choose the engine. Each result is the
+    one that the run would have alone, bit for bit on CPUs in float32. Nothing is made before everything that
+    can be wrong was looked at; ``check`` may refuse the model that was loaded.
+    """
+    from mp2.runs.explain import announce
+    from mp2.runs.precision import precision_agreement
+
+    started = time.perf_counter()
+    out = Path(out)
+    check_new_folder(out)
+    model = model or load_model(resolve_paths(configs[0]))
+    check(model)
+    problems = _problems(configs, model)
+    agreements = [precision_agreement(problem) for problem in problems]
+    announce(problems, agreements)
+    with ExitStack() as locks:
+        runs = []
+        for problem, agreement in zip(problems, agreements, strict=True):
+            method = problem.config.method(model.kind)
+            run_dir = new_folder(out, f"{problem.card.task}-{method}-seed{problem.config.seed}")
+            locks.enter_context(locked(run_dir))
+            runs.append(Run(run_dir, problem, observe(), started))
+            runs[-1].write_beginning(agreement)
+        del problems, problem
+        yield from _tune(runs)
+
+
+def resume_run(run_dir: str | Path, observe: Observe = lambda p: None) -> dict[str, Any]:
+    """Go on with a run that was cut off; the result of one that has ended is read back.
+
+    A run has ended if its result and its tuned prompt are there and readable: what is missing or damaged is
+    written again from the journal.
+
+    Raises:
+        UsageError: no run there, another process works on it, or what it depends on has changed.
+    """
+    (result,) = resume_series([Path(run_dir)], lambda: observe)
+    return result
+
+
+def resume_series(
+    run_dirs: Sequence[Path], observe: Callable[[], Observe] = lambda: lambda p: None
+) -> Iterator[dict[str, Any]]:
+    """Go on with several runs as one; neighbours in the list share the engine where they have the same."""
+
+    def engine(pair: tuple[Path, BbtConfig]) -> tuple[Any, ...]:
+        return tuple(getattr(pair[1], name) for name in _MODEL_FIELDS)
+
+    pairs = [(run_dir, read_config(run_dir)) for run_dir in run_dirs]
+    for _, group in groupby(pairs, engine):
+        members = dict(group)
+        with ExitStack() as locks:
+            for run_dir in members:
+                locks.enter_context(locked(run_dir))
+            found = {run_dir: _ended(run_dir) for run_dir in members}
+            open_dirs = [run_dir for run_dir, result in found.items() if result is None]
+            going_on = _go_on({run_dir: members[run_dir] for run_dir in open_dirs}, observe)
+            for result in found.values():
+                yield next(going_on) if result is None else result
+
+
+def _ended(run_dir: Path) -> dict[str, Any] | None:
+    """The result of a run that has ended; None: it goes on, or what it left is made again by a replay.
+
+    Raises:
+        UsageError: a run of ``mp2 tune``, which has no journal.
+    """
+    try:
+        result, damage = read_result(run_dir), None
+    except FormatError as error:
+        result, damage = None, str(error)
+    if result is None and (run_dir / "tune.json").exists():
+        raise UsageError(f"{damage or f'{run_dir} has no result'}; {how_to_end(run_dir)}")
+    if damage is not None:
+        print(f"mp2: {damage}; replaying the run's journal to write it again", file=sys.stderr)
+    return result
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The folder itself if it is a run's, else the run folders in it.
+
+    Raises:
+        UsageError: there are none.
+    """
+    if (folder / "config.json").exists() or not folder.is_dir():
+        return [folder]
+    found = sorted(path.parent for path in folder.glob("*/config.json"))
+    if not found:
+        raise UsageError(f"{folder} is not a run folder: there is no config.json in it, nor one folder down")
+    return found
+
+
+def _go_on(configs: dict[Path, BbtConfig], observe: Callable[[], Observe]) -> Iterator[dict[str, Any]]:
+    from mp2.tasks import load_card
+
+    if not configs:
+        return
+    started = time.perf_counter()
+    model = load_model(next(iter(configs.values())))
+    runs = []
+    for run_dir, config in configs.items():
+        problem = FewShotProblem(config, load_card(run_dir / "card.toml"), model)
+        runs.append(Run(run_dir, problem, observe(), started))
+    yield from _tune(runs)
+
+
+def _problems(configs: Sequence[BbtConfig], model: FrozenModel) -> list[FewShotProblem]:
+    """The problems, with each task's data read once."""
+    known: dict[tuple[Any, ...], TaskData] = {}
+    problems = []
+    for config in configs:
+        key = (config.task, config.data, config.max_tokens, config.test_limit)
+        problems.append(make_problem(config, model, known.get(key)))
+        known[key] = problems[-1].data
+    return problems
+
+
+def _tune(runs: list[Run]) -> Iterator[dict[str, Any]]:
+    """Drive the runs, together if there are several; yields their results in order."""
+    try:
+        with sigterm_exits(), one_blas_thread():
+            if len(runs) > 1:
+                _share_device(runs)
+                server = Server()
+                works = [lambda run=run: run.drive(server.timed) for run in runs]  # type: ignore[misc]
+                yield from _in_order((n, runs[n].finish(found)) for n, found in server.run(works))
+                return
+            result = runs[0].finish(runs[0].drive(timed))
+        yield result
+    except (KeyboardInterrupt, SystemExit, LossError):
+        for run in runs:
+            run.close_progress()
+        left = [run for run in runs if not run.ended]
+        where = f"at iteration {left[0].iteration}" if len(runs) == 1 else f"{len(left)} of {len(runs)} runs"
+        command = resume_command(*(run.run_dir for run in left))
+        print(f"mp2: stopped {where}; go on with: {command}", file=sys.stderr)
+        raise
+
+
+def _share_device(runs: Sequence[Run]) -> None:
+    """Let the runs compute side by side where the device can, and say so."""
+    from mp2.engine.cuda.launches import spread
+
+    n_lanes = spread([run.objective for run in runs], min(len(runs), AT_ONCE))
+    if n_lanes > 1:
+        print(
+            f"mp2: {len(runs)} runs share the device; {n_lanes} side by side, each on its own CUDA stream",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _in_order(finished: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """The results by number, each as soon as those before it are there; an error comes after all of them."""
+    held: dict[int, dict[str, Any]] = {}
+    n_yielded = 0
+    try:
+        for number, result in finished:
+            held[number] = result
+            while n_yielded in held:
+                yield held.pop(n_yielded)
+                n_yielded += 1
+    except Mp2Error:
+        yield from (held[number] for number in sorted(held))
+        raise

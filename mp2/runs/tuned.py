@@ -1,0 +1,83 @@
+"""The tuned prompt: one fused intrinsic prompt a layer, with what is needed to use it again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mp2.errors import FormatError, MismatchError
+from mp2.files import write_bytes
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TunedMeta:
+    """Where a tuned prompt comes from and what it fits."""
+
+    task: str
+    kind: str
+    backbone: str
+    backbone_sha256: str
+    prompts: str
+    prompts_sha256: str
+    router: list[str]  # a string of 0 and 1 for each layer
+    card: str  # the task card's text
+    max_tokens: int
+    at: str  # untuned | stage1 | stage2
+    iteration: int
+    seed: int
+    schema_version: int = SCHEMA_VERSION
+
+
+def save_tuned(path: Path, z: NDArray[np.float32], meta: TunedMeta) -> None:
+    """Write z [L', d] and its metadata; the same values always give the same bytes."""
+    from safetensors.numpy import save
+
+    # One key: safetensors keeps metadata in a hash map, whose order would vary from run to run.
+    data = save(
+        {"z": np.ascontiguousarray(z)}, {"mp2": json.dumps(asdict(meta), ensure_ascii=False, sort_keys=True)}
+    )
+    write_bytes(path, data)
+
+
+def load_tuned(path: Path) -> tuple[NDArray[np.float32], TunedMeta]:
+    """Read a tuned prompt; raises ``FormatError`` if the file is not one."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        raise FormatError("no such file: the run has not ended, or lost it", path=path)
+    if path.is_dir():
+        raise FormatError("is a folder, expected the tuned prompt of the run, a file", path=path)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            text = (file.metadata() or {}).get("mp2")
+            if text is None or "z" not in file.keys():  # noqa: SIM118 - not a dict
+                raise FormatError("expected a tuned prompt (tensor z, metadata mp2)", path=path)
+            z = file.get_tensor("z")
+    except SafetensorError as error:
+        raise FormatError(f"not a safetensors file: {error}", path=path) from error
+    try:
+        meta = TunedMeta(**json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"metadata is not a tuned prompt's: {error}", path=path, field="mp2") from error
+    if meta.schema_version != SCHEMA_VERSION:
+        raise FormatError(f"schema_version {meta.schema_version}, expected {SCHEMA_VERSION}", path=path)
+    if z.ndim != 2 or z.dtype != np.float32:
+        raise FormatError(f"{z.dtype} of shape {z.shape}, expected float32 [L', d]", path=path, field="z")
+    return z, meta
+
+
+def check_fits(meta: TunedMeta, *, backbone_sha256: str, prompts_sha256: str) -> None:
+    """Raise ``MismatchError`` unless the backbone and the modular prompts are those it was tuned on."""
+    pairs = (("backbone", meta.backbone, meta.backbone_sha256, backbone_sha256),)
+    for what, name, expected, got in (*pairs, ("prompts", meta.prompts, meta.prompts_sha256, prompts_sha256)):
+        if expected != got:
+            raise MismatchError(
+                f"the prompt was tuned on {what} '{name}' with sha256 {expected[:12]}, got sha256 {got[:12]};"
+                f" give the {what} that the run's config.json names"
+            )

@@ -150,7 +150,7 @@ def write_results(work: Path, out: Path) -> str:
         raise UsageError(f"there are no cells in {work} yet")
     settings = json.loads((work / "settings.json").read_text())
     upstream = upstream_tasks(settings)
-    settings["backbone"] = Path(settings["backbone"]).name  # where it lies is nobody else's business
+    settings["backbone"] = Path(settings["backbone"]).name  # its name, not the folder of this machine
     settings["prompts"] = [Path(prompts).name for prompts in settings["prompts"]]
     rows = summarise(cells)
     found = answers(rows)

@@ -1,9 +1,9 @@
 """Table 4 of the paper: minutes of the two stages of black-box tuning, at the shape of CPT-large.
 
-The paper (Sun et al., ACL 2023 Findings, Table 4; "training time (in minutes)", an NVIDIA RTX 3090, appendix
-A.2) against mp2 and against a plain PyTorch loop (``benchmarks/plain_loop.py``), both on this machine in this
-run. Weights are random (24 layers, 1024 wide, 16 heads, the vocabulary's size of CPT); time does not depend
-on their values.
+The paper (Sun et al., ACL 2023, Table 4; "training time (in minutes)", an NVIDIA RTX 3090, appendix
+A.2) against mp2 and against a plain PyTorch loop (``benchmarks/speed/plain_loop.py``), both on this machine,
+in this run. Weights are random (24 layers, 1024 wide, 16 heads, the vocabulary's size of CPT); time does not
+depend on their values.
 
 What the paper's deep minutes stand for: stage II minutes divided by 7,800 iterations (shallow: 8,000 less
 200) and by 2,880 (deep) give the same milliseconds an evaluation, task by task, and 2,880 evaluations are

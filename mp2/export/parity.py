@@ -204,7 +204,7 @@ def _compare_heads(
 def _compare(
     name: str, got: torch.Tensor, expected: torch.Tensor, tolerance: float, mask: torch.Tensor | None = None
 ) -> Comparison:
-    """Compare over real tokens; what stands on padding is nobody's business."""
+    """Compare over real tokens: what stands at padding is never read."""
     if mask is not None:
         where = mask if expected.dim() == 2 else mask.unsqueeze(-1)
         got, expected = (torch.where(where, x, torch.zeros(())) for x in (got, expected))

@@ -1,4 +1,4 @@
-"""Stage II: CMA-ES on the fused intrinsic prompt of each layer, divide and conquer (paper section 3.3).
+"""Stage II: CMA-ES on the fused intrinsic prompt of each layer, divide and conquer (paper 3.4, A.2).
 
 A layer has one CMA-ES (library ``cma``) on the *offset* from its fused intrinsic prompt z^(l): mean 0,
 population 20. Layers are visited in turn, a visit is one generation, and the layer then keeps the best

@@ -1,4 +1,6 @@
-"""Stage I as the paper does it (section 3.3): Gaussian process, UCB with kappa = 2, on the box [-5,5]^(L'*K).
+"""Stage I as the paper does it (section 3.4, appendix A.2): Gaussian process, UCB with kappa = 2.
+
+The paper does not name the box; [-5, 5]^(L'*K) and the 20 random first points are those of the authors' code.
 
 Works with bayes_opt 1.4 and 2 to 3, whose interfaces differ. Slow by nature: seconds a suggestion at 192
 dimensions. One candidate an ask, after a first population of random ones.
@@ -14,9 +16,9 @@ from numpy.typing import NDArray
 
 from mp2.optimizers.routers import Losses, Routers
 
-BOX = 5.0  # section 3.3
-KAPPA = 2.0  # section 4.1
-N_RANDOM = 20
+BOX = 5.0  # the authors' code
+KAPPA = 2.0  # appendix A.2
+N_RANDOM = 20  # the authors' code
 
 
 class BayesSearch:

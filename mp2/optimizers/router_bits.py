@@ -5,11 +5,11 @@
 2. *Model*. Losses are free of noise and a smooth function of the fused prompts: a Gaussian process for the
    logarithm of the loss (:mod:`mp2.optimizers.router_model`). Losses far above the median count as not that
    far: where it is bad need not be known well.
-3. *Suggestions*. Local search by single flips for the largest expected improvement, from the best routers
-   and from random ones. The next ones of a population take the model's expectation for the loss of those
-   before; the last ones are mutants of the best router, the most promising of many by the model, with
-   heavy-tailed numbers of flips (as in fast genetic algorithms, Doerr et al. 2017): they find what the
-   model has no idea of.
+3. *Suggestions*. Local search by single flips for the largest expected improvement (its logarithm, LogEI,
+   Ament et al. 2023), from the best routers and from random ones. The next ones of a population take the
+   model's expectation for the loss of those before; the last ones are mutants of the best router, the most
+   promising of many by the model, with heavy-tailed numbers of flips (as in fast genetic algorithms, Doerr
+   et al. 2017): they reach routers that the model, which has seen none like them, would not suggest.
 
 The paper's Bayesian optimisation has the same ingredients on [-5,5]^(L'*K), of which only signs matter: its
 points cluster at corners, its kernel sees distances that mean nothing, and it takes seconds a suggestion. No

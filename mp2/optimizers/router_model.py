@@ -91,7 +91,7 @@ class RouterModel:
         return RouterModel(np.vstack([self._routers, router]), np.append(self._losses, expected), self._basis)
 
     def worth(self, routers: NDArray[np.bool_]) -> Floats:
-        """Logarithm of the expected improvement [c] at routers [c, D]."""
+        """Logarithm of the expected improvement (LogEI, Ament et al. 2023) [c] at routers [c, D]."""
         return self._worth(np.exp(-self._distances(routers @ self._basis)))
 
     def worth_of_flips(self, router: NDArray[np.bool_]) -> Floats:
@@ -130,7 +130,11 @@ def _solve(kernel: Floats, losses: Floats) -> tuple[Floats, Floats, float]:
 
 
 def _log_improvement(z: Floats) -> Floats:
-    """log(z Phi(z) + phi(z)), also where both are tiny: far below 0 it is about log(phi(z) / z^2)."""
+    """log h(z), h(z) = z Phi(z) + phi(z), also where h underflows: far below 0 it is about log(phi(z) / z^2).
+
+    Ament et al. (NeurIPS 2023), "Unexpected Improvements to Expected Improvement for Bayesian Optimization":
+    the logarithm keeps candidates in order where the expected improvement itself is 0 in floating point.
+    """
     z = np.minimum(z, 30.0)
     log_density = -z * z / 2 - np.log(2 * np.pi) / 2
     near = np.maximum(z, -25.0)

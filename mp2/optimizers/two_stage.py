@@ -1,4 +1,6 @@
-"""The two stages (paper section 3.3): search the router, fuse, then move the fused prompts layer by layer.
+"""The two stages (paper, section 3.4 and appendix A.2).
+
+Search the router, fuse, then move the fused prompts layer by layer.
 
 The driver knows the backbone only as a function from candidates to losses (:class:`Objective`), and
 evaluates only through a :class:`~mp2.runs.recorder.Recorder`, so that a resumed run replays its

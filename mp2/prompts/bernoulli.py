@@ -22,8 +22,8 @@ def relaxed_bernoulli(logits: Tensor, temperature: float, generator: torch.Gener
 
 
 def hard_router(logits: Tensor) -> Tensor:
-    """Inference: a module is on where its logit is positive (paper, after eq. 5). Bool, same shape."""
-    return logits > 0
+    """Inference: a module is on where its logit is positive. Bool, same shape."""
+    return logits > 0  # section 3.2, after eq. 5
 
 
 def inference_weights(logits: Tensor, how: str) -> Tensor:

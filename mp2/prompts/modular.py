@@ -61,8 +61,8 @@ class ModularPrompts(nn.Module):
         In the parameters' precision, under autocast too.
         """
         with _full_precision(weights):
-            z = fuse(self.z, weights, self.meta.router_normalisation)
-            flat = torch.einsum("ld,ldx->lx", z, self.projection)
+            z = fuse(self.z, weights, self.meta.router_normalisation)  # eq. 1
+            flat = torch.einsum("ld,ldx->lx", z, self.projection)  # p = z A, section 3.2
         return flat.view(-1, self.meta.prompt_tokens, self.meta.hidden)
 
     def forward(

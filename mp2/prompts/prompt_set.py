@@ -175,9 +175,9 @@ def fuse(z: Tensor, router: Tensor, normalisation: str) -> Tensor:
     """
     weights = router.to(z.dtype)
     if normalisation == "count":
-        weights = weights / z.shape[-2]
+        weights = weights / z.shape[-2]  # eq. 1
     else:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-12)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-12)  # the authors' code
     return torch.einsum("...lk,lkd->...ld", weights, z)
 
 

@@ -23,7 +23,7 @@ MAX_POPSIZE = 10_000  # a population is drawn and evaluated at once
 class RouterConfig:
     """Stage I: the search for the router."""
 
-    method: str = "bits"  # ours; the paper's is "bo" (section 3.3)
+    method: str = "bits"  # ours; the paper's is "bo" (section 3.4)
     iterations: int | None = None  # None: 200 shallow, 100 deep (appendix A.2); exhaustive: all 2^K
 
     def __post_init__(self) -> None:

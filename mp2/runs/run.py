@@ -1,8 +1,8 @@
 """One run in its folder: driven through its journal, finished with its result.
 
 ``config.json`` (with what was resolved and the versions), ``card.toml`` (the task card as it was),
-``journal.jsonl``, and at the end ``prompt.safetensors``, ``result.json``, ``curve.png``. See design
-sections 7 and 8; :mod:`mp2.runs.series` makes, locks and resumes the folders.
+``journal.jsonl``, and at the end ``prompt.safetensors``, ``result.json``, ``curve.png``. The journal is also
+the checkpoint (``docs/concepts.md``); :mod:`mp2.runs.series` makes, locks and resumes the folders.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ these go into one queue, and are taken from it in the order asked for, by exactl
 would make: so each result has the same bits as alone.
 
 On a CPU an evaluation is computed before the next is taken: it has all cores. While one run's forwards are
-computed, the others suggest, hash and journal: the engine waits for nobody as long as two runs are under way.
+computed, the others suggest, hash and journal: the engine never waits as long as two runs are under way.
 
 On a GPU an evaluation is only launched (`mp2.engine.pending.Pending`), and the run that asked for it waits
 for it in its own thread. The serving thread waits for no result, so whatever several runs ask for is on the

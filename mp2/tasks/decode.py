@@ -1,4 +1,4 @@
-"""From span log-probabilities to predictions (design section 4).
+"""From span log-probabilities to predictions (paper, section 3.1).
 
 Classification and multiple choice: the option whose span maximises log p_start + log p_end. Extraction: the
 best span inside the context with start <= end and at most ``max_answer_tokens`` tokens, over all windows;

@@ -166,13 +166,13 @@ def pad(inputs: Sequence[MrcInput], pad_id: int) -> tuple[NDArray[np.int64], NDA
 def sample_batch(
     tasks: Sequence[MixtureTask], step: int, *, batch_size: int, seed: int, pad_id: int
 ) -> Batch:
-    """The batch of a step, on the CPU: a task drawn uniformly, then examples of it (paper section 3.3).
+    """The batch of a step, on the CPU: a task drawn uniformly, then examples of it.
 
     Depends on (seed, step) alone, so that a resumed run draws what the unbroken one would have. A pool of
     four batches is drawn and split by length; every example has the same chance.
     """
     rng = np.random.default_rng([seed, 3, step])
-    task = int(rng.integers(len(tasks)))
+    task = int(rng.integers(len(tasks)))  # section 3.3: tasks, not examples, are drawn uniformly
     train = tasks[task].train
     size = min(batch_size, len(train))
     n_parts = min(_POOL, len(train) // size)

@@ -185,7 +185,7 @@ def _same_place(sidecar: Path, origin: dict[str, Any]) -> bool:
         found = json.loads(sidecar.read_text(encoding="utf-8"))["origin"]
         return all(found[name] == origin[name] for name in ("tensorrt", "gpu", "precision"))
     except (OSError, ValueError, KeyError, TypeError):
-        return True  # nobody can use it
+        return True  # a plan without a readable description is never loaded: it can go
 
 
 def _short(value: object) -> str:

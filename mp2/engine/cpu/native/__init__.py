@@ -1,6 +1,6 @@
 """Compile the package's C kernels with the machine's own compiler, once, for exactly its processor.
 
-A compiler is a wish, not a need: without one (or with ``MP2_NATIVE=0``) the callers do the same in torch,
+The kernels are optional: without a compiler (or with ``MP2_NATIVE=0``) the callers compute the same in torch,
 more slowly, and `mp2 doctor` and the runtime's reason say so. The library is kept in the user's cache folder
 under a name made from source, flags, compiler and processor, so that none of these can change unnoticed.
 """

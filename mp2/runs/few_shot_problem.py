@@ -64,7 +64,7 @@ class FewShotProblem:
         return launching(self.objective)
 
     def dev_scores(self, z: Prompt) -> Scores:
-        """Score and loss of z [L', d] on the few-shot dev set; the loss is the mean over its sequences."""
+        """Score and loss of z [L', d] on the few-shot dev set; the loss is the mean over `has_gold`."""
         return settled(self.launch_dev_scores(z))
 
     def launch_dev_scores(self, z: Prompt) -> Scores | Pending[Scores]:
@@ -101,12 +101,26 @@ class FewShotProblem:
         def scores(log_probs: LogProbs) -> Scores:
             start, end = log_probs
             losses = [
-                -(float(s[i.start]) + float(e[i.end])) / 2 for i, s, e in zip(inputs, start, end, strict=True)
+                -(float(s[i.start]) + float(e[i.end])) / 2
+                for i, s, e, counts in zip(inputs, start, end, has_gold(self.card, inputs), strict=True)
+                if counts
             ]
             predictions = decode(self.card, examples, inputs, start, end)
             return Scores(float(score(self.card, predictions, examples)), float(np.mean(losses)))
 
         return then(self.launching.log_probs(z, inputs), scores)
+
+
+def has_gold(card: TaskCard, inputs: Sequence[MrcInput]) -> list[bool]:
+    """Which inputs a mean loss is over: those with a gold span.
+
+    A window of a long context that does not hold the answer points at [CLS]; there are several for each that
+    does, and their losses say little of the answers. They count only where [CLS] is the answer: for examples
+    without one, if the card has such.
+    """
+    answered = {item.example for item in inputs if item.start > 0}
+    counted = [item.start > 0 or (card.unanswerable and item.example not in answered) for item in inputs]
+    return counted if any(counted) else [True] * len(inputs)
 
 
 def _inputs_sha256(inputs: Sequence[MrcInput]) -> str:

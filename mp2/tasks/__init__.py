@@ -6,7 +6,7 @@ from mp2.tasks.data import load_examples, parse_lines, read_examples
 from mp2.tasks.decode import decode
 from mp2.tasks.example import Answer, Example
 from mp2.tasks.fewshot import FewShotSplit, few_shot_split
-from mp2.tasks.metrics import accuracy, character_f1, score
+from mp2.tasks.metrics import accuracy, character_f1, exact_match, score
 from mp2.tasks.mrc import MrcFormatter, MrcInput, filled_template
 from mp2.tasks.problems import AllProblems, FirstProblem, Problem
 
@@ -27,6 +27,7 @@ __all__ = [
     "character_f1",
     "check_task",
     "decode",
+    "exact_match",
     "few_shot_split",
     "filled_template",
     "list_cards",

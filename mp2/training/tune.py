@@ -10,8 +10,10 @@ soft prompts, so that training, the engine's dev and test scores and the prompt 
 
 *Selection* is as in black-box tuning: dev is scored for the untuned prompt (every module on) and every
 ``dev_every`` epochs, the best score wins, ties go to the lower dev loss, then to the earlier checkpoint.
-Stage II starts from the router that stage I's best checkpoint had. ``router_epochs = 0`` leaves stage I out:
-every module is on, and with one module (``mp2 scratch``) that is plain prompt tuning. An *iteration* is an
+Stage II starts from the router that stage I's best checkpoint had. A layer in which hard inference would
+switch every module off keeps the one of the highest logit: nothing could be trained there otherwise.
+``router_epochs = 0`` leaves stage I out: every module is on, and with one module (``mp2 scratch``) that is
+plain prompt tuning, from a random start. An *iteration* is an
 epoch: one pass over the few-shot training set (here forward and backward).
 """
 
@@ -36,7 +38,7 @@ from mp2.optimizers import Outcome, Progress
 from mp2.optimizers.two_stage import Checkpoint, Prompt
 from mp2.prompts import ModularPrompts, PromptSet
 from mp2.runs import Scores
-from mp2.runs.config import BbtConfig, Kind
+from mp2.runs.config import BbtConfig, Kind, LayerConfig
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.tasks import MrcInput
 from mp2.training.mixture import pad
@@ -116,6 +118,28 @@ def as_soft_prompts(prompts: PromptSet, task: str) -> PromptSet:
     )
 
 
+def started(prompts: PromptSet, seed: int) -> PromptSet:
+    """The prompts, with a random z where a layer has none but zeros, as ``mp2 scratch`` makes them.
+
+    Under z = 0 the m rows of a soft prompt are equal, get equal gradients and stay equal: m rows that do the
+    work of one. The start drawn for such a layer is N(0, sigma^2), sigma the first step of ``mp2 bbt``: what
+    its first population would have held.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    z = prompts.z.clone()
+    for layer, modules in enumerate(z):
+        if not modules.any():
+            sigma = LayerConfig().sigma(layer, "deep" if prompts.kind == "deep" else "shallow")
+            modules.normal_(0.0, sigma, generator=generator)
+    return replace(prompts, z=z)
+
+
+def never_empty(weights: Tensor, logits: Tensor) -> Tensor:
+    """Router weights [L', K], with the module of the highest logit on in every layer where none is."""
+    highest = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(weights.dtype)
+    return torch.where(weights.any(-1, keepdim=True), weights, highest)
+
+
 @dataclass
 class TuneOutcome:
     """What tuning found: the stages as black-box tuning reports them, and the selected soft prompts."""
@@ -137,7 +161,7 @@ class GradientTuner:
     ) -> None:
         self.config, self.problem, self._observe = config, problem, observe
         self._device = torch.device(problem.model.runtime.device)
-        self._start = as_soft_prompts(problem.model.prompts, problem.card.task)
+        self._start = as_soft_prompts(started(problem.model.prompts, config.run.seed), problem.card.task)
         generator = torch.Generator().manual_seed(config.run.seed)
         self._model = ModularPrompts(self._start.meta, generator)  # a random router, U(+-1e-3)
         with torch.no_grad():
@@ -227,9 +251,13 @@ class GradientTuner:
             self._seconds[stage] += time.perf_counter() - begun
             if self._epoch % self.config.dev_every == 0 or self._epoch == until:
                 prompts = self._model.to_set() if stage == "stage2" else self._start
-                inference = frozen if frozen is not None else self._model.router_weights(0).detach().cpu()
+                inference = frozen if frozen is not None else self._inference_weights()
                 self._check(stage, prompts, inference)
         parameter.requires_grad_(False)
+
+    def _inference_weights(self) -> Tensor:
+        weights = self._model.router_weights(0).detach().cpu()
+        return never_empty(weights, self._model.routers[0].detach().cpu())
 
     def _sampled_weights(self) -> Tensor:
         return self._model.router_weights(0, temperature=self.config.temperature, generator=self._noise)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mp2.tasks import Answer, Example, accuracy, character_f1, load_card, score
+from mp2.tasks import Answer, Example, accuracy, character_f1, exact_match, load_card, score
 from mp2.tasks.metrics import longest_common_run, segments
 
 
@@ -33,11 +33,15 @@ def test_accuracy_of_three_right_in_four() -> None:
         ("bert", "BERT", 1.0),
         # 3.5 | 米 against 3.5 | 公 | 里
         ("3.5米", "3.5公里", 0.4),
-        ("", "", 1.0),
+        ("", "", 0.0),  # the script: no common run
         ("", "北京", 0.0),
         ("北京", "", 0.0),
-        ("，", "，", 1.0),
+        ("，", "，", 0.0),  # nothing is left of either
         ("，", "。", 0.0),
+        # the ellipsis stays, a run of them is one segment: 2 common of 2 and 3 segments
+        ("等等", "等等……", 0.8),
+        ("等等…", "等等……", 2 / 3),  # two runs that differ
+        ("等等……", "等等……", 1.0),
     ],
 )
 def test_character_f1_equals_the_hand_computed(prediction: str, reference: str, expected: float) -> None:
@@ -60,6 +64,30 @@ def test_no_answer_counts_where_there_is_none() -> None:
     card = load_card("dureader_checklist")
     example = Example({"context": "北京", "question": "?"}, None)
     assert score(card, ["", "北"], [example, example]) == 0.5
+    assert exact_match(["", "北"], [example, example]) == 0.5
+    answered = Example({"context": "北京", "question": "?"}, None, (), (Answer("北", 0),))
+    assert score(card, [""], [answered]) == exact_match([""], [answered]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "expected"),
+    [
+        ("北京大学", ["北京大学"], 1.0),
+        ("北京", ["北京大学"], 0.0),
+        ("《红楼梦》", ["红楼梦"], 1.0),  # punctuation is removed from both
+        (" BERT", ["bert "], 1.0),
+        ("3.5米", ["3．5米"], 0.0),  # the full-width point is not in the script's list, nor is the other
+        ("等等", ["等等……"], 0.0),  # the script keeps the ellipsis
+        ("北京 大学", ["北京大学"], 0.0),  # blanks inside count
+        ("上海", ["北京", "上海"], 1.0),  # any of the references
+        ("，", ["。"], 1.0),  # nothing is left of either: the script's rule
+    ],
+)
+def test_exact_match_equals_the_hand_computed(
+    prediction: str, references: list[str], expected: float
+) -> None:
+    example = Example({"context": "x"}, None, (), tuple(Answer(text, 0) for text in references))
+    assert exact_match([prediction], [example]) == expected
 
 
 def test_score_of_classification_and_choice_is_accuracy() -> None:
@@ -88,4 +116,4 @@ def test_longest_common_run_equals_brute_force(a: list[str], b: list[str]) -> No
 def test_character_f1_is_symmetric_and_in_range(a: str, b: str) -> None:
     assert 0.0 <= character_f1(a, b) <= 1.0
     assert character_f1(a, b) == character_f1(b, a)
-    assert character_f1(a, a) == 1.0
+    assert character_f1(a, a) == float(bool(segments(a)))

@@ -22,7 +22,8 @@ from mp2.runs import BbtConfig
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.runs.frozen_model import load_model
 from mp2.tasks import load_card
-from mp2.training.tune import Batch, GradientTuner, TuneConfig, as_soft_prompts
+from mp2.training.scratch import scratch_prompts
+from mp2.training.tune import Batch, GradientTuner, TuneConfig, as_soft_prompts, never_empty, started
 from mp2.training.tune_run import start_tune
 
 
@@ -69,6 +70,54 @@ def test_losses_of_untuned_prompts_are_those_of_black_box_tuning(world: World, k
     z = fuse(tuner.problem.model.prompts.z, every, meta.router_normalisation).numpy()
     expected = tuner.problem.objective.full_losses(z[None])[0]
     assert tuner.run().stages.untuned.train_loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["deep", "shallow"])
+def test_prompts_from_scratch_are_trained_to_rows_that_differ(
+    world: World, tiny_backbone: Backbone, kind: str
+) -> None:
+    """From z = 0 all rows of a layer would get one gradient."""
+    scratch = scratch_prompts(
+        tiny_backbone, load_prompts(str(world.deep if kind == "deep" else world.shallow))
+    )
+    tuner = tuner_of(world, kind)
+    problem = tuner.problem
+    problem.model = replace(problem.model, prompts=scratch)
+    config = replace(tuner.config, router_epochs=0, router_lr=None)
+    outcome = GradientTuner(config, problem).run()
+    meta = outcome.prompts.meta
+    rows = outcome.prompts.projection.view(-1, meta.prompt_tokens, meta.hidden)
+    for layer in rows:
+        assert (torch.cdist(layer, layer) + torch.eye(len(layer))).min() > 1e-4
+    assert started(scratch, 1).z.std() > 0
+    assert torch.equal(started(scratch, 1).z, started(scratch, 1).z)
+    pretrained = load_prompts(str(world.deep))
+    assert torch.equal(started(pretrained, 1).z, pretrained.z)  # only what is zero
+
+
+def test_a_layer_without_a_module_keeps_the_one_of_the_highest_logit() -> None:
+    logits = torch.tensor([[-0.3, -0.1, -2.0], [0.5, -1.0, 0.2]])
+    expected = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
+    assert torch.equal(never_empty((logits > 0).float(), logits), expected)
+    soft = torch.sigmoid(logits)
+    assert torch.equal(never_empty(soft, logits), soft)
+
+
+@pytest.mark.parametrize("kind", ["deep", "shallow"])
+def test_stage_two_trains_prompts_after_a_stage_one_that_switched_all_off(world: World, kind: str) -> None:
+    tuner = tuner_of(world, kind, router_epochs=6, router_lr=1e-9)
+    with torch.no_grad():
+        tuner._model.routers.fill_(-1.0)
+        tuner._model.routers[..., 2] = -0.5
+    before = tuner._model.projection.detach().clone()
+    tuner._best = None  # whatever the untuned prompt scores: stage I's checkpoint is to be the best
+    tuner._train("stage1", tuner._model.routers, 1e-9, 6)
+    assert tuner._best is not None
+    _, _, weights = tuner._best
+    assert torch.equal(weights.nonzero()[:, 1], torch.full((len(weights),), 2))
+    tuner._train("stage2", tuner._model.projection, 0.05, 12, weights)
+    changed = (tuner._model.projection != before).flatten(2).any(-1)
+    assert changed[:, 2].all()
 
 
 @pytest.mark.parametrize("trained", ["routers", "projection"])

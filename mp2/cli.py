@@ -12,6 +12,7 @@ import sys
 import click
 
 from mp2 import __version__
+from mp2.commands.baselines import baselines
 from mp2.commands.black_box import bbt, predict
 from mp2.commands.gradient import pretrain, pretrain_backbone, pseudo_tasks, scratch, tune
 from mp2.commands.machine import doctor, export
@@ -57,6 +58,7 @@ def main() -> None:
 
 for command in (
     tasks,
+    baselines,
     bbt,
     predict,
     tune,

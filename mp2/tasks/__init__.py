@@ -2,7 +2,7 @@
 
 from mp2.tasks.card import Source, TaskCard, card_names, list_cards, load_card
 from mp2.tasks.check import CheckReport, check_task
-from mp2.tasks.data import load_examples, parse_lines, read_examples
+from mp2.tasks.data import has_split, load_examples, parse_lines, read_examples
 from mp2.tasks.decode import decode
 from mp2.tasks.example import Answer, Example
 from mp2.tasks.fewshot import FewShotSplit, few_shot_split
@@ -30,6 +30,7 @@ __all__ = [
     "exact_match",
     "few_shot_split",
     "filled_template",
+    "has_split",
     "list_cards",
     "load_card",
     "load_examples",

@@ -96,9 +96,9 @@ def data_folder(card: TaskCard, data: str | Path | None = None) -> Path | None:
 
 
 def has_split(card: TaskCard, split: str, data: str | Path | None = None) -> bool:
-    """Tell whether the data folder (``data`` or MP2_DATA) holds a split of the task."""
-    root = data if data is not None else os.environ.get("MP2_DATA")
-    return bool(root) and (Path(str(root)) / card.task / f"{split}.jsonl").is_file()
+    """Tell whether the task's data folder (``data``, MP2_DATA or the embedded demo's) holds a split."""
+    folder = data_folder(card, data)
+    return folder is not None and (folder / f"{split}.jsonl").is_file()
 
 
 def read_examples(

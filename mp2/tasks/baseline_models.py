@@ -44,7 +44,7 @@ class TfIdf:
 
 
 class Similarity:
-    """Cosines of texts by TF-IDF of character 1- to 3-grams; those that no training text has weigh the most."""
+    """Cosines of texts by TF-IDF of character 1- to 3-grams; those unknown in training weigh the most."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer

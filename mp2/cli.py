@@ -58,9 +58,9 @@ def main() -> None:
 
 for command in (
     tasks,
-    baselines,
     bbt,
     predict,
+    baselines,
     tune,
     pretrain,
     pretrain_backbone,

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from mp2.backbone import Backbone
 from mp2.engine import Objective, TorchRuntime, create_runtime
 from mp2.engine.agreement import Agreement, agreement, spearman
-from mp2.engine.cpu.int8_runtime import int8_products_work
+from mp2.engine.cpu.int8_steps import int8_problem
 from mp2.engine.cuda.runtime import CudaRuntime
 from mp2.prompts import PromptSet
 from mp2.tasks import MrcInput
@@ -41,7 +41,7 @@ def test_float32_agrees_with_itself(
 def test_a_low_precisions_error_is_that_of_the_losses(
     tiny_backbone: Backbone, deep: PromptSet, train: list[MrcInput], precision: str
 ) -> None:
-    if precision == "int8" and not int8_products_work():
+    if precision == "int8" and int8_problem():
         pytest.skip("no int8 products on this CPU")
     runtime = create_runtime("torch", tiny_backbone, precision=precision)
     found = agreement(runtime, tiny_backbone, deep, train, 2, sigma=0.1, n_candidates=8)

@@ -18,7 +18,7 @@ import torch
 
 from mp2.backbone import Backbone
 from mp2.engine.cpu.attention import attend, attend_shared_text
-from mp2.engine.cpu.int8_steps import MAX_ROW, Int8Linear, int8_products_work, make_steps
+from mp2.engine.cpu.int8_steps import MAX_ROW, Int8Linear, int8_problem, make_steps
 from mp2.engine.cpu.linear import activate
 from mp2.engine.cpu.runtime import TorchRuntime
 from mp2.engine.runtime import Prefix
@@ -39,8 +39,8 @@ class Int8Runtime(TorchRuntime):
     def __init__(self, backbone: Backbone, *, reason: str = "") -> None:
         """Prepare for the CPU; layers are rounded when they are first used."""
         super().__init__(backbone, device="cpu", precision="fp32", reason=reason)
-        if not int8_products_work():
-            raise UsageError("this torch has no int8 matrix product for this CPU; use --precision fp32")
+        if problem := int8_problem():
+            raise UsageError(f"precision int8: {problem}; use --precision fp32")
         if backbone.config.ffn > MAX_ROW:
             raise UsageError(f"feed-forward of {backbone.config.ffn}, precision int8 takes at most {MAX_ROW}")
         self.precision = "int8"

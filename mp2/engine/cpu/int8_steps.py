@@ -57,13 +57,25 @@ class Int8Linear:
 
 
 @functools.cache
-def int8_products_work() -> bool:
-    """Tell whether torch multiplies int8 matrices on this CPU (an operator without a public name)."""
-    a, b = torch.arange(-20, 20, dtype=torch.int8).view(5, 8), torch.arange(24, dtype=torch.int8).view(8, 3)
-    try:
-        return torch.equal(torch._int_mm(a, b), a.int() @ b.int())
-    except (RuntimeError, AttributeError, TypeError):
-        return False
+def int8_problem() -> str:
+    """Tell in a line why int8 matrix products cannot be had on this processor; "" where they are exact.
+
+    ``torch._int_mm`` has no public name, and on an x86 processor without VNNI or AMX it returns wrong sums
+    without a word: its kernels there add pairs of unsigned times signed products in 16 bits, which saturate
+    beyond 32,767. 2 x 127 x 127 is enough to reach that once a factor is shifted to be unsigned, so rows of
+    127 in all signs, in shapes with and without full tiles, tell such a kernel from an exact one.
+    """
+    for rows, inner, columns in ((5, 8, 3), (16, 64, 16), (61, 320, 48)):
+        row = torch.full((rows, inner), 127, dtype=torch.int8)
+        column = torch.full((inner, columns), 127, dtype=torch.int8)
+        for a, b in ((row, column), (row, -column), (-row, column), (-row - 1, column)):
+            try:
+                exact = torch.equal(torch._int_mm(a, b), a.int() @ b.int())
+            except (RuntimeError, AttributeError, TypeError):
+                return "this torch has no int8 matrix product for this processor"
+            if not exact:
+                return "int8 products saturate on this processor (no VNNI or AMX) and losses would be wrong"
+    return ""
 
 
 class TorchSteps:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 import torch.nn.functional as F
 
 from mp2.engine.cpu import native
+from mp2.engine.cpu.native.interface import MAX_HEAD
 from mp2.engine.runtime import Prefix
-
-_MAX_HEAD = 128  # the largest head that the kernel holds
 
 
 def attend(qkv: torch.Tensor, mask: torch.Tensor | None, prefix: Prefix | None) -> torch.Tensor:
@@ -71,7 +68,7 @@ def attend_shared_text(qkv: torch.Tensor, mask: torch.Tensor | None, prefix: Pre
 
 
 def _native(qkv: torch.Tensor) -> bool:
-    small = qkv.device.type == "cpu" and qkv.dtype == torch.float32 and qkv.shape[-1] <= _MAX_HEAD
+    small = qkv.device.type == "cpu" and qkv.dtype == torch.float32 and qkv.shape[-1] <= MAX_HEAD
     return small and native.load() is not None
 
 
@@ -106,16 +103,12 @@ def _call(
     p, n, t, h, d = out.shape
     keys, values = (qkv.new_empty(1, 1, h, 0, d),) * 2 if prefix is None else prefix
     tensors = [None if x is None else x.contiguous() for x in (qkv, keys, values, mask, text, text_total)]
-    address = [None if x is None else ctypes.c_void_p(x.data_ptr()) for x in [*tensors, out, total]]
-    flag, size = ctypes.c_int, ctypes.c_long
-    failed = library.mp2_attend(
-        *(address[0], flag(qkv.shape[0] == 1), address[1], address[2]),
-        *(flag(keys.shape[0] == 1), flag(keys.shape[1] == 1), *address[3:]),
-        *(size(x) for x in (p, n, t, h, d, keys.shape[3])),
-        flag(torch.get_num_threads()),
+    address = [None if x is None else x.data_ptr() for x in [*tensors, out, total]]
+    library.mp2_attend(
+        *(address[0], qkv.shape[0] == 1, address[1], address[2]),
+        *(keys.shape[0] == 1, keys.shape[1] == 1, *address[3:]),
+        *(p, n, t, h, d, keys.shape[3], torch.get_num_threads()),
     )
-    if failed:
-        raise MemoryError("attention: not enough memory for a thread's keys")
     return out
 
 

@@ -18,8 +18,9 @@ import torch
 
 from mp2.backbone import Backbone
 from mp2.engine.cpu.attention import attend, attend_shared_text
-from mp2.engine.cpu.int8_steps import MAX_ROW, Int8Linear, int8_problem, make_steps
+from mp2.engine.cpu.int8_steps import Int8Linear, int8_problem, make_steps
 from mp2.engine.cpu.linear import activate
+from mp2.engine.cpu.native.interface import MAX_ROW
 from mp2.engine.cpu.runtime import TorchRuntime
 from mp2.engine.runtime import Prefix
 from mp2.errors import UsageError

@@ -15,9 +15,7 @@ import torch
 
 from mp2.engine.cpu import native
 from mp2.engine.cpu.linear import activate
-
-MAX_ROW = 16384  # the longest row that the kernels hold
-_ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
+from mp2.engine.cpu.native.interface import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -160,10 +158,10 @@ class NativeSteps(TorchSteps):
         p, r, n = len(out) - 1, out.shape[1], out.shape[2]
         made = _empty(p * r, n) if difference else None
         q, scale = (None, None) if made is None else (made.q, made.scale)
-        shared = ctypes.c_int(len(residual) == 1)
+        shared = len(residual) == 1
         self._call(
             "mp2_add_norm",
-            *(*_parts(product), reference, residual, shared, *norm, ctypes.c_float(eps), out, q, scale),
+            *(*_parts(product), reference, residual, shared, *norm, eps, out, q, scale),
             *(p, r, n),
         )
         return made
@@ -174,22 +172,22 @@ class NativeSteps(TorchSteps):
         """See `TorchSteps.add_activate`."""
         r, n = active.shape
         made = _empty(len(product.y), n)
-        kind = ctypes.c_int(_ACTIVATIONS[activation])
+        kind = ACTIVATIONS[activation]
         self._call(
             "mp2_add_activate",
             *(*_parts(product), reference, active, kind, made.q, made.scale, len(product.y) // r, r, n),
         )
         return made
 
-    def _call(self, name: str, *arguments: torch.Tensor | ctypes.c_int | ctypes.c_float | int | None) -> None:
-        converted: list[object] = []
+    def _call(self, name: str, *arguments: torch.Tensor | float | None) -> None:
+        addresses: list[float | None] = []
         for argument in arguments:
             if isinstance(argument, torch.Tensor):
                 assert argument.is_contiguous()
-                converted.append(ctypes.c_void_p(argument.data_ptr()))
+                addresses.append(argument.data_ptr())
             else:
-                converted.append(ctypes.c_long(argument) if isinstance(argument, int) else argument)
-        getattr(self._library, name)(*converted, ctypes.c_int(torch.get_num_threads()))
+                addresses.append(argument)
+        getattr(self._library, name)(*addresses, torch.get_num_threads())
 
 
 def _empty(rows: int, width: int) -> Difference:

@@ -13,19 +13,9 @@ import torch
 
 from mp2.backbone import Layer
 from mp2.engine.cpu import native
+from mp2.engine.cpu.native.interface import ACTIVATIONS, Half
 
 _WIDEST_FFN = 1024  # beyond it oneDNN is as fast or faster
-_ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
-
-
-class _Weights(ctypes.Structure):
-    """``struct half`` of dense.c."""
-
-    _fields_ = tuple(
-        (f"{part}{kind}", ctypes.c_void_p)
-        for part, kinds in (("attention", ("", "_bias", "_gamma", "_beta")), ("up", ("", "_bias")))
-        for kind in kinds
-    ) + tuple((f"down{kind}", ctypes.c_void_p) for kind in ("", "_bias", "_gamma", "_beta"))
 
 
 class SecondHalf:
@@ -33,8 +23,8 @@ class SecondHalf:
 
     def __init__(self, library: ctypes.CDLL, layer: Layer, activation: str, eps: float) -> None:
         """Pack ``layer``'s weights for ``library``."""
-        self._eps = ctypes.c_float(eps)
-        self._kind = ctypes.c_int(_ACTIVATIONS[activation])
+        self._eps = eps
+        self._kind = ACTIVATIONS[activation]
         self._ffn, self._hidden = layer.intermediate.weight.shape
         tensors = [
             *(_packed(library, layer.attention_output.weight), layer.attention_output.bias),
@@ -44,7 +34,7 @@ class SecondHalf:
             *(layer.output_norm.weight, layer.output_norm.bias),
         ]
         self._kept = [x.detach().float().contiguous() for x in tensors]  # the addresses below are theirs
-        self._weights = _Weights(*(x.data_ptr() for x in self._kept))
+        self._weights = Half(*(x.data_ptr() for x in self._kept))
 
     def __call__(self, context: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Return the layer's output [rows, H] for ``context`` [rows, H] and its input ``residual``.
@@ -53,17 +43,14 @@ class SecondHalf:
         """
         context, residual = context.contiguous(), residual.contiguous()
         rows, width = context.shape
+        assert width == residual.shape[1] == self._hidden
         out = torch.empty_like(context)
         library = native.load()
         assert library is not None
-        size = ctypes.c_long
-        failed = library.mp2_second_half(
-            *(_address(context), _address(residual), size(len(residual)), ctypes.byref(self._weights)),
-            *(self._eps, self._kind, _address(out), size(rows), size(width), size(self._ffn)),
-            ctypes.c_int(torch.get_num_threads()),
+        library.mp2_second_half(
+            *(context.data_ptr(), residual.data_ptr(), len(residual), ctypes.byref(self._weights)),
+            *(self._eps, self._kind, out.data_ptr(), rows, width, self._ffn, torch.get_num_threads()),
         )
-        if failed:
-            raise MemoryError("second half of a layer: not enough memory for a thread's rows")
         return out
 
 
@@ -76,13 +63,9 @@ def make_second_half(layer: Layer, activation: str, eps: float) -> SecondHalf | 
     return SecondHalf(library, layer, activation, eps)
 
 
-def _address(x: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr())
-
-
 def _packed(library: ctypes.CDLL, weight: torch.Tensor) -> torch.Tensor:
     plain = weight.detach().float().contiguous()
     packed = torch.empty_like(plain)
     n, k = plain.shape
-    library.mp2_pack(_address(plain), _address(packed), ctypes.c_long(n), ctypes.c_long(k))
+    library.mp2_pack(plain.data_ptr(), packed.data_ptr(), n, k)
     return packed

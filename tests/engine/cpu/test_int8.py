@@ -184,7 +184,7 @@ def fresh() -> Iterator[None]:
 
 
 def saturating(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Multiply as AVX2 does: ``a`` is shifted to be unsigned, and sums of two products saturate in 16 bits."""
+    """Multiply as AVX2 does: ``a`` shifted to be unsigned, sums of two products saturating in 16 bits."""
     products = (a.int() + 128).unsqueeze(2) * b.int()  # [rows, inner, columns]
     pairs = (products[:, ::2] + products[:, 1::2]).clamp(-(2**15), 2**15 - 1)
     return pairs.sum(1, dtype=torch.int32) - 128 * b.int().sum(0)

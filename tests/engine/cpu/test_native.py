@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
+import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +11,10 @@ import pytest
 import torch
 from scipy.special import erf
 
-from mp2.backbone import Backbone
-from mp2.doctor import as_text, examine
-from mp2.engine import TorchRuntime
 from mp2.engine.cpu import attention, native
+from mp2.engine.cpu.native.interface import FUNCTIONS, MAX_HEAD, MAX_ROW, Half
 
 P, N, T = 3, 2, 11
-
-
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    native.load.cache_clear()
-    yield
-    native.load.cache_clear()
 
 
 needs_compiler = pytest.mark.skipif(native.load() is None, reason="no C compiler here")
@@ -70,67 +60,54 @@ def test_compiled_attention_survives_large_scores_and_keeps_nan() -> None:
     assert got[1, :, :, 1].isfinite().all()
 
 
-@pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize("way", ["switched off", "compiler missing", "compiler fails"])
-def test_without_a_compiler_there_is_no_library_and_no_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_backbone: Backbone, way: str
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    if way == "switched off":
-        monkeypatch.setenv("MP2_NATIVE", "0")
+@needs_compiler
+def test_heads_that_the_kernel_does_not_hold_take_torchs_way() -> None:
+    rng = torch.Generator().manual_seed(0)
+    qkv = torch.randn(2, 1, T, 3, 2, MAX_HEAD + 1, generator=rng)
+    expected = attention.attend(qkv.double(), None, None)
+    torch.testing.assert_close(attention.attend(qkv, None, None), expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("mp2_attend", MAX_HEAD + 1), ("mp2_attend", 0), ("mp2_difference", MAX_ROW + 1)],
+)
+def test_c_refuses_sizes_beyond_its_stack(name: str, size: int) -> None:
+    library = native.load()
+    assert library is not None
+    if name == "mp2_attend":
+        arguments = [None, 1, None, None, 1, 1, *[None] * 5, 1, 1, 1, 1, size, 0, 1]
     else:
-        monkeypatch.setenv("CC", "/nowhere/cc" if way == "compiler missing" else "false")
-    assert native.load() is None
-    assert not list(tmp_path.rglob("*.so"))
-    said = {"switched off": "MP2_NATIVE=0", "compiler missing": "/nowhere/cc", "compiler fails": "false"}[way]
-    assert said in native.problem()
-    assert f"; no C kernels: {native.problem()}" in TorchRuntime(tiny_backbone).reason
-    assert f"none: {native.problem()}" in as_text(examine())
+        arguments = [None, None, None, 1, 1, size, 1]
+    with pytest.raises(ValueError, match=f"{name}: sizes"):
+        getattr(library, name)(*arguments)
 
 
-@pytest.mark.usefixtures("fresh")
-def test_without_a_home_there_is_no_library_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nowhere() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", nowhere)
-    assert native.load() is None
-    assert native.problem() == (
-        "there is no cache folder (Could not determine home directory.): set XDG_CACHE_HOME"
-    )
-
-
-@needs_compiler
-@pytest.mark.usefixtures("fresh")
-def test_a_damaged_library_is_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    name = native._key(os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or "clang")
-    library = tmp_path / "mp2" / f"kernels-{name}.so"
-    library.parent.mkdir()
-    library.write_bytes(b"")
-    assert native.load() is not None
-    assert native.problem() == ""
-    assert library.stat().st_size > 1000
-    assert "C kernels" in as_text(examine())
+def test_every_c_function_is_declared_with_its_own_types() -> None:
+    kinds = {"long": ctypes.c_long, "int": ctypes.c_int, "float": ctypes.c_float}
+    found = {}
+    for path in Path(native.__file__).parent.glob("*.c"):
+        for name, arguments in re.findall(
+            r"^int (mp2_\w+)\(([^)]*)\) \{", path.read_text("utf-8"), re.MULTILINE
+        ):
+            found[name] = tuple(
+                ctypes.c_void_p if "*" in argument else kinds[argument.split()[0]]
+                for argument in arguments.split(",")
+            )
+    half = ctypes.POINTER(Half)
+    declared = {
+        name: tuple(ctypes.c_void_p if kind is half else kind for kind in types)
+        for name, types in FUNCTIONS.items()
+    }
+    assert declared == found
 
 
-@needs_compiler
-@pytest.mark.usefixtures("fresh")
-def test_library_is_made_once_and_again_for_other_flags(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert native.load() is not None
-    (made,) = tmp_path.rglob("*.so")
-    before = made.stat().st_mtime_ns
-    native.load.cache_clear()
-    assert native.load() is not None
-    assert made.stat().st_mtime_ns == before
-    native.load.cache_clear()
-    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-DANOTHER"))
-    assert native.load() is not None
-    assert len(list(tmp_path.rglob("*.so"))) == 2
+def test_the_struct_has_the_fields_of_the_c_file() -> None:
+    source = (Path(native.__file__).parent / "dense.c").read_text("utf-8")
+    body = re.search(r"struct half \{[^\n]*\n(.*?)\};", source, re.DOTALL)
+    assert body is not None
+    assert re.findall(r"\*(\w+)", body[1]) == [name for name, *_ in Half._fields_]
 
 
 @needs_compiler
@@ -142,9 +119,8 @@ def test_exponential_and_gelu_are_as_exact_as_their_comments_say(tmp_path: Path)
     )
     source, library = tmp_path / "all.c", tmp_path / "all.so"
     source.write_text("\n".join(['#include "vector_math.h"', *(loop.format(name) for name in names)]))
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or "clang"
     include = f"-I{Path(native.__file__).parent}"
-    command = [compiler, *native._FLAGS, include, str(source), "-o", str(library), "-lm"]
+    command = [*native.compiler(), *native.FLAGS, include, str(source), "-o", str(library), "-lm"]
     subprocess.run(command, check=True)
     compiled = ctypes.CDLL(str(library))
 

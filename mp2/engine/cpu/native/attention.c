@@ -80,7 +80,7 @@ static long pack(struct heads k, struct heads v, const uint8_t *mask, long n, lo
         for (int r = 0; r < ROWS; r++)                                                                      \
             for (int w = 0; w < wide; w++) *(vec *)(score + r * width + s + w * LANES) = sum[r][w];         \
     }
-static inline void scores(const float (*RESTRICT query)[128], const float *RESTRICT kt, long d, long count,
+static inline void scores(const float (*RESTRICT query)[MP2_MAX_HEAD], const float *RESTRICT kt, long d, long count,
                           long width, float *RESTRICT score) {
     long s = 0;
     for (; s + 2 * LANES <= count; s += 2 * LANES) SCORES(2)
@@ -89,7 +89,7 @@ static inline void scores(const float (*RESTRICT query)[128], const float *RESTR
 
 /* mixed[r] = sum over s of weight[r][s] value[s]; 2 * LANES columns at a time */
 static inline void mix(const float *RESTRICT weight, const float *RESTRICT vs, long n, long width, long dv,
-                       float (*RESTRICT mixed)[128]) {
+                       float (*RESTRICT mixed)[MP2_MAX_HEAD]) {
     for (long c = 0; c < dv; c += 2 * LANES) {
         vec sum[ROWS][2] = {{{0}}};
         for (long s = 0; s < n; s++) {
@@ -133,10 +133,11 @@ static inline float largest(const float *RESTRICT score, long n) {
 /* qkv [P or 1, N, T, 3, h, d]; keys, values [P or 1, N or 1, h, m, d] (m may be 0); mask [N, T] or NULL;
  * out [P, N, T, h, d]. With lse_out [N, T, h] (P = 1), also the log-sum-exp of every query's scores. With
  * text [N, T, h, d] and text_lse [N, T, h], the text's keys are not read: what they come to is that.
- * Returns 0, or 1 when memory ran out. Needs d <= 128. */
+ * Returns 0, MP2_NO_MEMORY or, where d is not 1 to MP2_MAX_HEAD, MP2_BAD_SIZE. */
 int mp2_attend(const float *qkv, int shared_qkv, const float *keys, const float *values, int shared_p, int shared_n,
                const uint8_t *mask, const float *text, const float *text_lse, float *out, float *lse_out, long p,
                long n, long t, long h, long d, long m, int threads) {
+    if (d < 1 || d > MP2_MAX_HEAD) return MP2_BAD_SIZE;
     /* an odd number of cache lines: columns of keys then lie in different sets of the nearest cache */
     long most = m + (text ? 0 : t), width = ((most + 15) / 16 | 1) * 16;
     long dv = (d + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
@@ -147,7 +148,7 @@ int mp2_attend(const float *qkv, int shared_qkv, const float *keys, const float 
         float *room = calloc((size_t)(width * (d + dv + ROWS)), sizeof(float));
         if (!room) {
 #pragma omp atomic write
-            failed = 1;
+            failed = MP2_NO_MEMORY;
         }
 #pragma omp barrier
         if (!failed) {
@@ -166,13 +167,13 @@ int mp2_attend(const float *qkv, int shared_qkv, const float *keys, const float 
                 if (!text) count = pack(tk, tv, mask ? mask + in * t : NULL, t, count, d, dv, width, kt, vs);
                 long padded = (count + LANES - 1) / LANES * LANES;
                 for (long first = 0; first < t; first += ROWS) {
-                    float query[ROWS][128], mixed[ROWS][128];
+                    float query[ROWS][MP2_MAX_HEAD], mixed[ROWS][MP2_MAX_HEAD];
                     long rows = t - first < ROWS ? t - first : ROWS;
                     for (long r = 0; r < ROWS; r++) { /* the last block repeats its last query */
                         const float *RESTRICT from = q + (first + (r < rows ? r : rows - 1)) * row;
                         for (long j = 0; j < d; j++) query[r][j] = from[j] * factor;
                     }
-                    scores((const float(*)[128])query, kt, d, padded, width, score);
+                    scores((const float(*)[MP2_MAX_HEAD])query, kt, d, padded, width, score);
                     for (long r = 0; r < rows; r++)
                         for (long s = count; s < padded; s++) score[r * width + s] = NOTHING;
                     float inverse[ROWS], rest[ROWS];

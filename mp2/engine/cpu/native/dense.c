@@ -24,10 +24,13 @@ typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 
 long mp2_panel_width(void) { return WIDTH; }
 
-/* packed [n / WIDTH, k, WIDTH] from weight [n, k]; here and below, sizes are multiples of WIDTH */
-void mp2_pack(const float *weight, float *packed, long n, long k) {
+/* packed [n / WIDTH, k, WIDTH] from weight [n, k]; here and below, sizes are multiples of WIDTH, or the
+ * function returns MP2_BAD_SIZE */
+int mp2_pack(const float *weight, float *packed, long n, long k) {
+    if (n % WIDTH) return MP2_BAD_SIZE;
     for (long i = 0; i < n; i++)
         for (long j = 0; j < k; j++) packed[(i / WIDTH * k + j) * WIDTH + i % WIDTH] = weight[i * k + j];
+    return 0;
 }
 
 /* n numbers on a cache line's boundary: sums over a row then never depend on where it lies */
@@ -67,11 +70,11 @@ static void product(const float *RESTRICT x, long k, const float *RESTRICT packe
             tile(x + i * ROWS * k, k, packed + c * k, bias + c, k, y + i * ROWS * n + c, n);
 }
 
-/* x in place; kind: 0 gelu (erf), 1 gelu (tanh), 2 relu */
+/* x in place; kind: MP2_GELU (erf), MP2_GELU_TANH or MP2_RELU */
 static inline void activate(float *RESTRICT x, long n, int kind) {
-    if (kind == 0)
+    if (kind == MP2_GELU)
         for (long j = 0; j < n; j++) x[j] = gelu_erf(x[j]);
-    else if (kind == 1)
+    else if (kind == MP2_GELU_TANH)
         for (long j = 0; j < n; j++) x[j] = gelu_tanh(x[j]);
     else
         for (long j = 0; j < n; j++) x[j] = x[j] < 0.0f ? 0.0f : x[j]; /* a NaN stays one */
@@ -98,16 +101,17 @@ struct half { /* the second half of a layer: packed weights, biases, LayerNorms 
 
 /* out [rows, h] from context [rows, h] and residual [residual_rows, h], which is repeated:
  *   y = LayerNorm(context A + a + residual), out = LayerNorm(activation(y U + u) D + d + y)
- * Returns 0, or 1 when memory ran out. */
+ * Returns 0, MP2_NO_MEMORY or MP2_BAD_SIZE. */
 int mp2_second_half(const float *context, const float *residual, long residual_rows, const struct half *w, float eps,
                     int kind, float *out, long rows, long h, long f, int threads) {
+    if (h % WIDTH || f % WIDTH || residual_rows < 1) return MP2_BAD_SIZE;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
         float *room = zeros(BLOCK * (3 * h + f));
         if (!room) {
 #pragma omp atomic write
-            failed = 1;
+            failed = MP2_NO_MEMORY;
         }
 #pragma omp barrier
         if (!failed) {

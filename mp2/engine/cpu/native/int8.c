@@ -8,10 +8,10 @@
  * The largest magnitude of a row is taken over the bits of |x|, as integers: this vectorises without
  * -ffinite-math-only, and a NaN or infinity (all greater than any number there) becomes the row's scale, so
  * that it spoils the row's result instead of vanishing in a conversion.
+ *
+ * The functions return 0, or MP2_BAD_SIZE for a row longer than MP2_MAX_ROW.
  */
 #include "vector_math.h"
-
-#define MAX_ROW 16384
 
 /* q, scale of row d [k]; d is scratch */
 static inline float quantise(const float *RESTRICT d, int8_t *RESTRICT q, long k) {
@@ -26,19 +26,21 @@ static inline float quantise(const float *RESTRICT d, int8_t *RESTRICT q, long k
     return top / 127.0f;
 }
 
-void mp2_difference(const float *x, int8_t *q, float *scale, long p, long r, long k, int threads) {
+int mp2_difference(const float *x, int8_t *q, float *scale, long p, long r, long k, int threads) {
+    if (k > MP2_MAX_ROW) return MP2_BAD_SIZE;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long i = 0; i < p * r; i++) {
-        float d[MAX_ROW];
+        float d[MP2_MAX_ROW];
         const float *RESTRICT own = x + (r + i) * k, *RESTRICT ref = x + (i % r) * k;
         for (long j = 0; j < k; j++) d[j] = own[j] - ref[j];
         scale[i] = quantise(d, q + i * k, k);
     }
+    return 0;
 }
 
 /* out [1 + P, R, N]: rows of the candidates = rows of the reference, which are there, + y */
-void mp2_add(const int32_t *y, const float *row_scale, const float *channel, float *out, long p, long r, long n,
-             int threads) {
+int mp2_add(const int32_t *y, const float *row_scale, const float *channel, float *out, long p, long r, long n,
+            int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long i = 0; i < p * r; i++) {
         float scale = row_scale[i];
@@ -47,16 +49,18 @@ void mp2_add(const int32_t *y, const float *row_scale, const float *channel, flo
         float *RESTRICT to = out + (r + i) * n;
         for (long j = 0; j < n; j++) to[j] = ref[j] + scale * channel[j] * (float)from[j];
     }
+    return 0;
 }
 
 /* out [1 + P, R, N]: rows of the candidates = LayerNorm(product [R, N] + y + residual [1 + P or 1, R, N]);
  * with q, also their difference from the reference's rows of out, which are there */
-void mp2_add_norm(const int32_t *y, const float *row_scale, const float *channel, const float *product,
-                  const float *residual, int shared_residual, const float *gamma, const float *beta, float eps,
-                  float *out, int8_t *q, float *scale, long p, long r, long n, int threads) {
+int mp2_add_norm(const int32_t *y, const float *row_scale, const float *channel, const float *product,
+                 const float *residual, int shared_residual, const float *gamma, const float *beta, float eps,
+                 float *out, int8_t *q, float *scale, long p, long r, long n, int threads) {
+    if (n > MP2_MAX_ROW) return MP2_BAD_SIZE;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long i = 0; i < p * r; i++) {
-        float v[MAX_ROW];
+        float v[MP2_MAX_ROW];
         float s = row_scale[i], sum = 0.0f, squares = 0.0f;
         const int32_t *RESTRICT from = y + i * n;
         const float *RESTRICT ref = product + (i % r) * n;
@@ -76,22 +80,24 @@ void mp2_add_norm(const int32_t *y, const float *row_scale, const float *channel
             scale[i] = quantise(v, q + i * n, n);
         }
     }
+    return 0;
 }
 
-/* q, scale: activation(product [R, N] + y) - active [R, N]; kind: 0 gelu (erf), 1 gelu (tanh), 2 relu */
-void mp2_add_activate(const int32_t *y, const float *row_scale, const float *channel, const float *product,
-                      const float *active, int kind, int8_t *q, float *scale, long p, long r, long n,
-                      int threads) {
+/* q, scale: activation(product [R, N] + y) - active [R, N]; kind: MP2_GELU (erf), MP2_GELU_TANH or MP2_RELU */
+int mp2_add_activate(const int32_t *y, const float *row_scale, const float *channel, const float *product,
+                     const float *active, int kind, int8_t *q, float *scale, long p, long r, long n,
+                     int threads) {
+    if (n > MP2_MAX_ROW) return MP2_BAD_SIZE;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long i = 0; i < p * r; i++) {
-        float v[MAX_ROW];
+        float v[MP2_MAX_ROW];
         float s = row_scale[i];
         const int32_t *RESTRICT from = y + i * n;
         const float *RESTRICT ref = product + (i % r) * n, *RESTRICT ref_out = active + (i % r) * n;
-        if (kind == 0)
+        if (kind == MP2_GELU)
             for (long j = 0; j < n; j++)
                 v[j] = gelu_erf(ref[j] + s * channel[j] * (float)from[j]) - ref_out[j];
-        else if (kind == 1)
+        else if (kind == MP2_GELU_TANH)
             for (long j = 0; j < n; j++)
                 v[j] = gelu_tanh(ref[j] + s * channel[j] * (float)from[j]) - ref_out[j];
         else
@@ -101,4 +107,5 @@ void mp2_add_activate(const int32_t *y, const float *row_scale, const float *cha
             }
         scale[i] = quantise(v, q + i * n, n);
     }
+    return 0;
 }

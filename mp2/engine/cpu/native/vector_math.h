@@ -7,6 +7,10 @@
 
 #define RESTRICT __restrict__
 
+#ifndef MP2_MAX_HEAD
+#error "compile through mp2.engine.cpu.native: the MP2_ macros are defined in interface.py"
+#endif
+
 static inline float from_bits(int32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 static inline int32_t to_bits(float x) { int32_t bits; memcpy(&bits, &x, 4); return bits; }
 

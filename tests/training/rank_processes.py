@@ -103,7 +103,7 @@ def _run(rank: int, port: int, words: list[str], log: Path, moment: Moment | Non
 
 def _arm(moment: Moment) -> None:
     """Make this process signal itself at ``moment``."""
-    from mp2 import whole_files
+    from mp2 import files
     from mp2.training.mlm_trainer import MlmTrainer
     from mp2.training.pretrain import Pretrainer
 
@@ -139,5 +139,5 @@ def _arm(moment: Moment) -> None:
 
     arm(MlmTrainer)
     arm(Pretrainer)
-    whole_files.os = SimpleNamespace(fsync=os.fsync, replace=put_in_place)  # type: ignore[assignment]
+    files.os = SimpleNamespace(fsync=os.fsync, replace=put_in_place)  # type: ignore[assignment]
     fire("start")

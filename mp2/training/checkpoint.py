@@ -1,14 +1,15 @@
-"""Training checkpoints: written whole or not at all, no pickles.
+"""A training folder: its lock, its checkpoint, its journals cut back to it, and the folder as it was.
 
-A checkpoint is one safetensors file: parameters, Adam's moments, and a JSON state (step, counters) in its
-metadata.
-Sampling needs no state: every random draw of step s comes from a generator seeded with (seed, s).
+A checkpoint is one safetensors file, written whole or not at all, no pickles: parameters, Adam's moments, and
+a JSON state (step, counters) in its metadata. Sampling needs no state: every random draw of step s comes from
+a generator seeded with (seed, s).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from mp2.errors import FormatError, RunLockedError
-from mp2.files import write_tensors
+from mp2.errors import FormatError, RunLockedError, UsageError
+from mp2.files import write_tensors, write_text
 
 LOCK = "lock"  # in every training folder
 
@@ -103,3 +104,60 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
                 for key, value in moments.items()
             }
     return state
+
+
+def cut_back(path: Path, step: int, expected: Iterable[int], log: Callable[[str], None]) -> None:
+    """Drop the lines of steps after ``step``, which are taken again, and a torn last line.
+
+    The file is replaced whole. ``log`` hears which of the ``expected`` steps have no line: a checkpoint does
+    not need them, but the curves will not have them either.
+    """
+    lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
+    found = [_step(line) for line in lines]
+    kept = [line for line, at in zip(lines, found, strict=True) if at is not None and at <= step]
+    if len(kept) < len(lines):
+        write_text(path, "".join(kept))
+    missing = sorted(set(expected) - set(found))
+    if missing:
+        log(
+            f"note: {path} lacks {len(missing):,} of the steps up to {step}, the first is {missing[0]}: "
+            "they are in no curve"
+        )
+
+
+def _step(line: str) -> int | None:
+    """The step of a whole line; None for a torn one."""
+    try:
+        step = json.loads(line)["step"] if line.endswith("\n") else None
+    except (ValueError, TypeError, KeyError):
+        return None
+    return step if isinstance(step, int) else None
+
+
+class Preparation:
+    """What a folder holds now, which may be nothing, or no folder at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.absolute()
+        self._missing = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
+        self._before = set() if self._missing else set(self._folder.iterdir())
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """On a ``UsageError``, take out what the block put into the folder, and the folders made for it.
+
+        Enter with the folder's lock held. What another process put there before it was ours stays.
+        """
+        theirs = {path for path in self._folder.iterdir() if path.name != LOCK}
+        keep = self._before | theirs
+        try:
+            yield
+        except UsageError:
+            for path in set(self._folder.iterdir()) - keep:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            for folder in [] if theirs else self._missing:  # the deepest first
+                folder.rmdir()
+            raise

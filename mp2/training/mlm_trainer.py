@@ -22,13 +22,12 @@ from mp2.backbone.tokenizer import Tokenizer
 from mp2.errors import UsageError
 from mp2.files import write_json, write_text
 from mp2.limits import check_new_folder, check_threads
-from mp2.training.checkpoint import alone_in
+from mp2.training.checkpoint import Preparation, alone_in
 from mp2.training.corpus import build_vocab, corpus_files, file_digests, pack, ppmi_embeddings
 from mp2.training.masking import mask_tokens
 from mp2.training.mlm import MaskedLanguageModel, MlmConfig, schedule
 from mp2.training.model_card import backbone_card
 from mp2.training.outputs import draw_curves
-from mp2.training.preparation import Preparation
 from mp2.training.ranks import Ranks, joined
 from mp2.training.trainer import Trainer
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mp2.backbone.load import Backbone
 from mp2.training.config import PretrainConfig
 from mp2.training.mixture import MixtureTask
-from mp2.training.pretrain_result import PretrainResult
 from mp2.training.ranks import Ranks
+
+if TYPE_CHECKING:
+    from mp2.training.outputs import PretrainResult
 
 _LICENCE = (
     "mp2's licence covers its code, not these weights. What may be done with them depends on the licences of "

@@ -1,10 +1,11 @@
-"""What a finished pre-training leaves beside the prompt file: scores, routers, curves, a model card."""
+"""What a finished pre-training gives back and leaves beside the prompt file: scores, routers, curves."""
 
 from __future__ import annotations
 
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,22 @@ from mp2.prompts import PromptSet
 from mp2.training.config import PretrainConfig
 from mp2.training.mixture import MixtureTask
 from mp2.training.model_card import prompts_card
-from mp2.training.pretrain_result import PretrainResult
 from mp2.training.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """Prompts, the backbone they belong to, dev scores of each task before and after, and the run's numbers.
+
+    ``seconds`` is the time spent in steps; ``data_wait_share`` the share of it spent waiting for batches.
+    """
+
+    prompts: PromptSet
+    backbone: Backbone
+    scores: dict[str, dict[str, float]]
+    skipped_steps: int
+    seconds: float
+    data_wait_share: float
 
 
 def write_outputs(

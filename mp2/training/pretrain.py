@@ -26,15 +26,11 @@ from mp2.backbone.load import Backbone, freeze, save_backbone, weights_sha256
 from mp2.errors import MismatchError
 from mp2.files import write_json
 from mp2.prompts import ModularPrompts, PromptMeta, PromptSet, new_meta, save_prompts
-from mp2.training.checkpoint import alone_in
+from mp2.training.checkpoint import alone_in, cut_back
 from mp2.training.config import PretrainConfig
-from mp2.training.evaluation import dev_scores, table
-from mp2.training.init import differences, start_from
-from mp2.training.journal import cut_back
 from mp2.training.mixture import Batch, MixtureTask, sample_batch
-from mp2.training.model import PromptedEncoder
-from mp2.training.outputs import write_outputs
-from mp2.training.pretrain_result import PretrainResult
+from mp2.training.outputs import PretrainResult, write_outputs
+from mp2.training.prompted import PromptedEncoder, dev_scores, table
 from mp2.training.ranks import Ranks
 from mp2.training.trainer import Trainer
 
@@ -116,11 +112,6 @@ class Pretrainer(Trainer[Batch]):
         """What a checkpoint must agree on to be resumed; how often one is written does not matter."""
         settings = asdict(self.config)
         del settings["checkpoint_minutes"]
-        for name in ("injection", "router_inference", "router_normalisation"):
-            if settings[name] == getattr(
-                PretrainConfig, name
-            ):  # as checkpoints were before there was a choice
-                del settings[name]
         tasks = [task.card.task for task in self.tasks]
         return {
             **settings,
@@ -250,3 +241,43 @@ class Pretrainer(Trainer[Batch]):
             save_prompts(prompts, self.out / "prompts.safetensors")
             write_outputs(self.out, result, self.backbone, self.tasks, self.config, self.ranks, self.inputs)
         return result
+
+
+def differences(init: PromptSet, backbone: Backbone, config: PretrainConfig) -> list[str]:
+    """What differs between this run and the one that made its first prompts, a line each.
+
+    Raises:
+        MismatchError: these prompts are of another shape.
+    """
+    meta, shape = init.meta, backbone.config
+    if (meta.n_layers, meta.hidden) != (shape.n_layers, shape.hidden):
+        raise MismatchError(
+            f"--init prompts are for {meta.n_layers} layers of hidden size {meta.hidden}, "
+            f"backbone '{shape.name}' has {shape.n_layers} of {shape.hidden}"
+        )
+    got = (meta.n_modules, meta.prompt_tokens, meta.intrinsic_dim, meta.kind)
+    expected = (config.n_modules, config.prompt_tokens, config.intrinsic_dim, config.kind)
+    if got != expected:
+        raise MismatchError(f"--init prompts have (K, m, d, kind) = {got}, this run has {expected}")
+    lines = []
+    if meta.backbone_sha256 != backbone.sha256:
+        lines.append(
+            f"--init prompts were trained on '{meta.backbone}' with weights {meta.backbone_sha256[:12]}; "
+            f"'{backbone.name}' has the same shape but weights {backbone.sha256[:12]}"
+        )
+    if config.n_inline != meta.n_inline:
+        lines.append(f"--init prompts were trained with {meta.injection} injection")
+    routers = (meta.router_inference, meta.router_normalisation)
+    if routers != (config.router_inference, config.router_normalisation):
+        lines.append("--init prompts were trained for {} routers divided by the {}".format(*routers))
+    return lines
+
+
+def start_from(prompts: ModularPrompts, init: PromptSet) -> None:
+    """Copy z, A, head, and the routers of the tasks that both have."""
+    with torch.no_grad():
+        for name in ("z", "projection", "span_weight", "span_bias"):
+            getattr(prompts, name).copy_(getattr(init, name))
+        for i, task in enumerate(prompts.meta.tasks):
+            if task in init.meta.tasks:
+                prompts.routers[i] = init.routers[init.meta.tasks.index(task)]

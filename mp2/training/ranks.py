@@ -7,12 +7,15 @@
 
 Several processes work on one global batch; every process holds all parameters and takes the same steps. Only
 ``ranks.main`` writes files. Where one process ends early, the others notice by the closed connection (gloo)
-and end too, with ``LostProcessError``; the run goes on from its checkpoint when it is started again.
+and end too, with ``LostProcessError``; the run goes on from its checkpoint when it is started again. A signal
+to any of them is taken as one to all (:class:`StopSignals`): they finish the step, save and leave.
 """
 
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 import weakref
 from collections import deque
@@ -20,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType, TracebackType
 
 import torch
 import torch.distributed as dist
@@ -188,3 +192,51 @@ def _let_go(seconds: float) -> None:
     give_up = time.monotonic() + seconds
     while any(tensor() is not None for tensor in _exchanged) and time.monotonic() < give_up:
         time.sleep(0.001)
+
+
+SAME_S = 1.0
+
+
+class StopSignals:
+    """While entered, SIGINT and SIGTERM only set ``received``; a second one acts as usual.
+
+    What comes within a second of the first is the same one: whoever stops a group of processes tells torchrun
+    and each of its processes, and torchrun then tells them again.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._at = 0.0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def receive(self, number: int) -> None:
+        """Take a signal as received, unless there was one."""
+        if self.received is None:
+            self.received, self._at = number, time.monotonic()
+
+    def leave(self) -> None:
+        """Exit with the status of a process ended by the received signal, if there was one."""
+        if self.received is not None:
+            raise SystemExit(128 + self.received)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and time.monotonic() - self._at > SAME_S:
+            self._restore()
+            signal.raise_signal(number)
+        self.receive(number)
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before = {}

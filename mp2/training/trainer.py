@@ -22,12 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from mp2.errors import LossError, LostProcessError, MismatchError
-from mp2.training.checkpoint import checkpoint_state, load_checkpoint, save_checkpoint
-from mp2.training.journal import cut_back
+from mp2.training.checkpoint import checkpoint_state, cut_back, load_checkpoint, save_checkpoint
+from mp2.training.monitor import SCALARS_EVERY, Progress, Scalars
 from mp2.training.prefetch import Prefetcher
-from mp2.training.progress import SCALARS_EVERY, Progress, Scalars
-from mp2.training.ranks import Ranks
-from mp2.training.stop import StopSignals
+from mp2.training.ranks import Ranks, StopSignals
 
 MAX_SKIPPED_IN_A_ROW = 10
 T = TypeVar("T")

@@ -42,7 +42,7 @@ from mp2.runs.config import BbtConfig, Kind, LayerConfig
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.tasks import MrcInput
 from mp2.training.mixture import pad
-from mp2.training.model import span_losses
+from mp2.training.prompted import span_losses
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 """Token ids and mask [N, T], gold starts and ends [N]."""

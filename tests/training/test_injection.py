@@ -19,7 +19,7 @@ from mp2.prompts import ModularPrompts, fuse, load_prompts, new_meta, random_pro
 from mp2.tasks import TaskCard
 from mp2.training import PretrainConfig, Pretrainer
 from mp2.training.mixture import load_mixture, sample_batch
-from mp2.training.model import PromptedEncoder
+from mp2.training.prompted import PromptedEncoder
 from training.toy_runs import cut_at, losses, run
 
 SIZES = {"n_modules": 4, "prompt_tokens": 3, "intrinsic_dim": 8}

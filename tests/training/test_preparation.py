@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from mp2.errors import UsageError
-from mp2.training.checkpoint import alone_in
-from mp2.training.preparation import Preparation
+from mp2.training.checkpoint import Preparation, alone_in
 
 
 def refuse(out: Path, before: Preparation) -> None:

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from mp2.training import stop as stop_module
-from mp2.training.stop import StopSignals
+from mp2.training.ranks import StopSignals
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM]
 

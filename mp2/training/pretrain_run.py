@@ -20,11 +20,10 @@ from mp2.prompts.prompt_set import EMBEDDED as PROMPTS
 from mp2.tasks import TaskCard, list_cards, load_card
 from mp2.tasks.data import has_split
 from mp2.training.config import PretrainConfig
-from mp2.training.evaluation import table
-from mp2.training.init import differences
 from mp2.training.mixture import load_mixture
-from mp2.training.pretrain import Pretrainer
-from mp2.training.pretrain_result import PretrainResult
+from mp2.training.outputs import PretrainResult
+from mp2.training.pretrain import Pretrainer, differences
+from mp2.training.prompted import table
 from mp2.training.ranks import is_main, joined
 
 

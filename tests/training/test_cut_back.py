@@ -11,7 +11,7 @@ import pytest
 from mp2.backbone import Backbone
 from mp2.tasks import TaskCard
 from mp2.training import Pretrainer
-from mp2.training.journal import cut_back
+from mp2.training.checkpoint import cut_back
 from training.toy_runs import cut_at, losses, run, tiny
 
 

@@ -103,14 +103,6 @@ def test_a_run_cut_off_goes_on_bit_for_bit_and_not_under_the_other_injection(
     assert resumed.prompts.sha256 == unbroken.prompts.sha256
 
 
-def test_usual_settings_are_those_of_checkpoints_from_before_there_was_a_choice(
-    world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path
-) -> None:
-    tasks = load_mixture(world[0], world[1], backbone.tokenizer, 64, dev_limit=8, log=lambda _: None)
-    settings = Pretrainer(backbone, tasks, config(injection=None), tmp_path).settings()
-    assert not {"injection", "router_inference", "router_normalisation"} & set(settings)
-
-
 def test_router_conventions_are_trained_and_stored(
     world: tuple[list[TaskCard], Path], backbone: Backbone, tmp_path: Path
 ) -> None:

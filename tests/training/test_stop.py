@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from mp2.training import stop as stop_module
+from mp2.training import ranks as ranks_module
 from mp2.training.ranks import StopSignals
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM]
@@ -33,10 +33,10 @@ def test_a_second_signal_acts_as_usual_but_not_within_a_second(
     usual = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in NUMBERS}
     try:
         now = 100.0
-        monkeypatch.setattr(stop_module.time, "monotonic", lambda: now)
+        monkeypatch.setattr(ranks_module.time, "monotonic", lambda: now)
         with StopSignals() as stop:
             os.kill(os.getpid(), first)
-            now += stop_module.SAME_S
+            now += ranks_module.SAME_S
             os.kill(os.getpid(), second)
             assert (came, stop.received) == ([], first)
             now += 0.1

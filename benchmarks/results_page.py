@@ -1,0 +1,261 @@
+"""The page of results: docs/results.md, written from the files in benchmarks/results and nothing else.
+
+    python -m benchmarks.results_page            # writes docs/results.md; no measurement is run
+
+Each section is a table of one result file (or of files of one command), with the command that makes the file
+anew, and date, commit and processor of the run that made the present one. Files that are not in ``SECTIONS``
+are of finished questions; ``dev/log.md`` says what came of them. A test compares the page with what this
+module would write.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper.router_tables import cost_table, quality_table
+from benchmarks.paper.transfer_render import markdown as transfer_table
+from benchmarks.speed.rounds import ranged
+from benchmarks.speed.table4_render import table as table4
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One heading of the page: its files, the command that makes them, what they show, and the table."""
+
+    title: str
+    files: Sequence[str]
+    command: str
+    text: str
+    table: Callable[[list[Result]], str]
+
+
+def throughput(results: list[Result]) -> str:
+    """Deep stage II against the plain loop, an engine a row."""
+    rows = [
+        "| backbone | task | engine | plain ms | ours ms | times plain | full forward, % of matrix rate "
+        "| rank agreement: least, median |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in (row for result in results for row in result["rows"]):
+        shape = f"{row['layers']} x {row['hidden']}, m = {row['prompt_tokens']} ({row['shape']})"
+        agreement = (
+            f"{row['spearman_min']:.3f}, {row['spearman_median']:.3f}" if "spearman_min" in row else ""
+        )
+        share = {k: 100 * v for k, v in row["stage1_share"].items() if k != "rounds"}
+        rows.append(
+            f"| {shape} | {row['task']} | {row['runtime']} {row['precision']} | "
+            f"{row['plain_ms']['median']:.0f} | {row['stage2_ms']['median']:.1f} | "
+            f"{ranged(row['stage2_ratio'], 1)} | {ranged(share, 0)} | {agreement} |"
+        )
+    return "\n".join(rows)
+
+
+def transfer(results: list[Result]) -> str:
+    """The transfer table with its means; the answers below it are left to the log."""
+    (result,) = results
+    upstream = result["means"].get("pre-trained on", {}).get("tasks", [])
+    table = transfer_table(result["rows"], {}, result["settings"], upstream, "")
+    return re.sub(r"\n{3,}", "\n\n", table).rstrip()
+
+
+def router_search(results: list[Result]) -> str:
+    """Router searches by mean rank, and what a suggestion costs."""
+    found = results[0]["rows"][0]
+    return (quality_table(found["cells"]) + "\n" + cost_table(found["suggestion_cost_192"])).strip()
+
+
+def pretraining(results: list[Result]) -> str:
+    """Examples a second of `mp2 pretrain` and of a plain loop."""
+    rows = [
+        "| backbone | prompts | ours, examples/s | plain | times plain | % of matrix rate |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in results[0]["rows"]:
+        rows.append(
+            f"| {row['layers']} x {row['hidden']} | {row['kind']} | "
+            f"{row['ours_examples_per_s']['median']:.0f} | "
+            f"{row['plain_examples_per_s']['median']:.0f} | {ranged(row['ratio'], 2)} | "
+            f"{100 * row['ours_share_of_matrix_rate']['median']:.0f} |"
+        )
+    return "\n".join(rows)
+
+
+def outside_forwards(results: list[Result]) -> str:
+    """Share of a run's time that is not forward, in per cent."""
+    rows = ["| task | all | suggestions | journal | other |", "| --- | ---: | ---: | ---: | ---: |"]
+    for row in results[0]["rows"]:
+        parts = row["outside_share_by_part"]
+        shown = [row["outside_share"], *(parts[name] for name in ("suggest", "journal", "other"))]
+        rows.append(f"| {row['task']} | " + " | ".join(f"{100 * x:.1f}" for x in shown) + " |")
+    return "\n".join(rows)
+
+
+def router_groups(results: list[Result]) -> str:
+    """Agreement of routers' clusters with the families of their tasks (Figure 5)."""
+    rows = [
+        "| prompts | routers | tasks | adjusted Rand index | 95 % of shuffled | p |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in (row for result in results for row in result["rows"]):
+        shuffled = row["shuffled"]
+        rows.append(
+            f"| {row['prompts']} ({row['kind']}) | {row['router']} | {row['tasks']} | "
+            f"{row['adjusted_rand_index']:.3f} | {shuffled['quantile_95']:.3f} | {shuffled['p']:.4f} |"
+        )
+    return "\n".join(rows)
+
+
+def emulated(results: list[Result]) -> str:
+    """What a precision costs TensorRT graphs, emulated on the CPU."""
+    rows = [
+        "| precision | Spearman with float32 by layer | largest error of a loss |",
+        "| --- | --- | ---: |",
+    ]
+    for row in results[0]["rows"]:
+        ranks = ", ".join(f"{x:.3f}" for x in row["spearman_by_layer"])
+        rows.append(f"| {row['precision']} | {ranks} | {row['loss_error_max']:.4f} |")
+    return "\n".join(rows)
+
+
+def full_shape(results: list[Result]) -> str:
+    """Time and memory of whole commands at the shape of CPT-large."""
+    rows = ["| command | seconds | peak GiB |", "| --- | ---: | ---: |"]
+    rows += [f"| `{r['command']}` | {r['seconds']:.0f} | {r['peak_gib']:.1f} |" for r in results[0]["rows"]]
+    return "\n".join(rows)
+
+
+SECTIONS = [
+    Section(
+        title="Scores over a pre-trained encoder (m3e-small)",
+        files=["transfer_m3e_small.json"],
+        command="python -m benchmarks.paper.transfer --data DIR --backbone DIR --prompts FILE "
+        "--methods majority deep bbtv2",
+        text="m3e-small: BERT of 4 layers x 512, made by others, licence for research only, not in this "
+        "repository; `recipes/m3e_small.sh` gets it and trains the prompts (20 upstream tasks). Not "
+        "in this table: a linear probe over the same encoder and TF-IDF from the same examples "
+        "(`dev/log.md`); they are better than MP2 on several of these tasks.",
+        table=transfer,
+    ),
+    Section(
+        title="Scores over the embedded backbone (mini)",
+        files=["transfer.json"],
+        command="python -m benchmarks.paper.transfer --data DIR",
+        text="mini was itself trained on labelled tasks: with its span head, a prompt of zeros already "
+        "answers upstream kinds of tasks. Deep MP2 is not better than BBTv2 with the same head here.",
+        table=transfer,
+    ),
+    Section(
+        title="Speed: deep stage II on two CPU cores",
+        files=["throughput_1024.json", "throughput_mini.json", "throughput_mini-m50.json"],
+        command="python -m benchmarks.speed.throughput --data DIR --shape mini mini-m50 1024",
+        text="Milliseconds an evaluation: one candidate on the whole few-shot set. Plain: Hugging Face "
+        "`BertModel` with hooks, inline prompts, one candidate a call, padded, taking turns with our "
+        "engine. Median (least-most) of five rounds, three at width 1024. Full forward: necessary "
+        "FLOP/s over the rate of a plain matrix product measured beside it. Rank agreement: Spearman "
+        "of populations' losses with float32.",
+        table=throughput,
+    ),
+    Section(
+        title="Speed: Table 4 at 24 layers",
+        files=["table4.json"],
+        command="python -m benchmarks.speed.table4 --data DIR",
+        text="CPT-large's shape with random weights on two CPU cores, beside the paper's RTX 3090.",
+        table=lambda results: table4(results[0]["rows"]),
+    ),
+    Section(
+        title="Router search",
+        files=["router_search.json"],
+        command="python -m benchmarks.paper.router_search --data DIR",
+        text="Training loss after 100 and 200 evaluations on mini, the same problems for all methods.",
+        table=router_search,
+    ),
+    Section(
+        title="Pre-training speed",
+        files=["pretrain_speed.json"],
+        command="python -m benchmarks.speed.pretrain_speed --data DIR --device cpu --threads 1",
+        text="`mp2 pretrain` against a plain PyTorch loop on the same batches, taking turns, one thread.",
+        table=pretraining,
+    ),
+    Section(
+        title="Time outside forwards",
+        files=["python_share.json"],
+        command="python -m benchmarks.speed.python_share --data DIR",
+        text="Per cent of a run's time on mini, one thread.",
+        table=outside_forwards,
+    ),
+    Section(
+        title="Do routers group by task family? (Figure 5)",
+        files=["figure5_m3e_small_hard.json", "figure5_m3e_small_soft.json", "figure5.json"],
+        command="python -m benchmarks.paper.figure5",
+        text="Hierarchical clusters of the learned routers against the families of their tasks.",
+        table=router_groups,
+    ),
+    Section(
+        title="Low precision in TensorRT graphs (emulated)",
+        files=["tensorrt_emulated_demo_sentiment.json"],
+        command="python -m benchmarks.speed.tensorrt_engine --emulate --work DIR",
+        text="The typed graphs of mini on the CPU, rounded after every node; not a run of TensorRT.",
+        table=emulated,
+    ),
+    Section(
+        title="The full shape of CPT-large",
+        files=["full_shape.json"],
+        command="python -m benchmarks.speed.full_shape --work DIR --task lcqmc --data DIR",
+        text="24 layers x 1024, random weights in the published checkpoint format, one thread.",
+        table=full_shape,
+    ),
+]
+
+HEAD = """# Results
+
+Written by `python -m benchmarks.results_page` from `benchmarks/results`: do not edit. Nothing here was
+measured on a GPU. What the numbers mean, what was missed and what was tried: `dev/log.md`.
+"""
+
+
+def made(result: Result) -> str:
+    """Date, commit and processor of the run that made a result."""
+    about = result.get("provenance")
+    if about is None:  # cells of several runs
+        codes = sorted(result["codes"])
+        days = sorted(time[:10] for code in result["codes"].values() for time in code["time"])
+        return f"cells of commits {', '.join(codes)}; {days[0]} to {days[-1]}"
+    dirty = " with changes" if about.get("dirty") else ""
+    threads = f"{about['threads']} thread" + ("" if about["threads"] == 1 else "s")
+    return f"{about['time'][:10]}, commit {about['commit']}{dirty}, {about['cpu']}, {threads}"
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    for section in SECTIONS:
+        results = [json.loads((RESULTS / name).read_text("utf-8")) for name in section.files]
+        whence = "; ".join(dict.fromkeys(made(result) for result in results))
+        files = ", ".join(f"`{name}`" for name in section.files)
+        parts.append(
+            f"## {section.title}\n\n{textwrap.fill(section.text, 110)}\n\n```\n{section.command}\n```\n\n"
+            f"{section.table(results)}\n\n*{files}: {whence}.*\n"
+        )
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page(), "utf-8")
+    print(PAGE.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

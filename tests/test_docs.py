@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -55,6 +56,18 @@ def test_the_card_of_the_tasks_page_is_good_and_its_example_fits_it(tmp_path: Pa
     report = check_task(str(tmp_path / "reviews.toml"), tmp_path / "my_data")
     assert report.ok, str(report)
     assert report.n_by_label == {"train": {"bad": 0, "good": 1}}
+
+
+def test_the_reference_of_the_commands_is_fresh() -> None:
+    written = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))["page"]()
+    assert (ROOT / "docs" / "reference.md").read_text("utf-8") == written, (
+        "run: python docs/make_reference.py"
+    )
+
+
+def test_the_picture_can_be_drawn_again(tmp_path: Path) -> None:
+    runpy.run_path(str(ROOT / "docs" / "pictures" / "make_idea.py"))["main"](tmp_path / "idea.svg")
+    assert "<svg" in (tmp_path / "idea.svg").read_text("utf-8")
 
 
 def test_the_documents_show_commands() -> None:

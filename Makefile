@@ -2,15 +2,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NEWEST := .venv-newest
 
-.PHONY: demo test check bench
+# Lower instruction sets than the machine's own: oneDNN, ATen and MKL have a variable each, and without
+# -mno-avx512f the C kernels would be compiled for the processor that is there. onnxruntime has no such variable.
+AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 CC="cc -mno-avx512f"
+AVX512 := ONEDNN_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=avx512 MKL_ENABLE_INSTRUCTIONS=AVX512
+VNNI := ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI ATEN_CPU_CAPABILITY=avx512 MKL_ENABLE_INSTRUCTIONS=AVX512
+ON_CPUS := tests/engine tests/optimizers tests/runs
+
+.PHONY: demo test test-cpus test-avx2 test-newest check constraints bench
 .DEFAULT_GOAL := demo
 
-# A range, not an open end: it makes pip take a CPU build of torch where one lies on the machine.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "torch>=2.11,<2.14"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(STAMP)
 
 demo: $(STAMP)  ## tune two embedded tasks on the embedded backbone, offline, about two minutes on two cores
@@ -19,6 +25,29 @@ demo: $(STAMP)  ## tune two embedded tasks on the embedded backbone, offline, ab
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-cpus: $(STAMP)  ## what depends on the processor, as on processors without AMX, without VNNI, without AVX-512
+	$(BIN)/python -m pytest $(ON_CPUS)
+	$(VNNI) $(BIN)/python -m pytest $(ON_CPUS)
+	$(AVX512) $(BIN)/python -m pytest $(ON_CPUS)
+	$(AVX2) $(BIN)/python -m pytest $(ON_CPUS)
+
+test-avx2: $(STAMP)  ## the part of test-cpus whose numbers come from the engine, on the lowest level
+	$(AVX2) $(BIN)/python -m pytest -m "not slow" tests/engine tests/runs
+
+test-newest:  ## on the newest permitted versions, their warnings shown: to be looked at, it blocks nothing
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --editable ".[dev]"
+	$(NEWEST)/bin/python -m pip freeze --exclude-editable | diff constraints.txt - || true
+	$(NEWEST)/bin/python -m pytest -W default
+
+constraints:  ## write constraints.txt anew from the newest permitted versions; run the tests before committing it
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --editable ".[dev]"
+	head -1 constraints.txt > constraints.new
+	# without the local part: "torch==2.13.0" takes a CPU build where one lies on the machine
+	$(NEWEST)/bin/python -m pip freeze --exclude-editable | sed 's/+.*//' >> constraints.new
+	mv constraints.new constraints.txt
 
 check: $(STAMP)
 	$(BIN)/ruff check mp2 tests benchmarks

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from mp2.engine.onnx.providers import Provider
 from mp2.errors import MissingDependencyError
@@ -15,13 +19,69 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 
-def names(requirements: list[str]) -> set[str]:
+REQUIREMENTS = PROJECT["dependencies"]
+EXTRAS = PROJECT["optional-dependencies"]
+OF_MODULE = {"bayes_opt": "bayesian-optimization", "sklearn": "scikit-learn"}  # where the names differ
+
+
+def names(requirements: Iterable[str]) -> set[str]:
     return {re.split(r"[^\w.-]", requirement)[0].lower() for requirement in requirements}
 
 
-@pytest.mark.parametrize("extra", sorted(PROJECT["optional-dependencies"]))
+def imported(folder: str) -> dict[str, str]:
+    """Packages imported under ``folder``, but Python's and this repository's, with a file that imports each."""
+    own = {"mp2", "benchmarks", "tests", "training"} | {path.stem for path in (ROOT / "tests").rglob("*.py")}
+    found = {}
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                modules = [node.module]
+            for module in (m.split(".")[0] for m in modules):
+                if module not in sys.stdlib_module_names | own:
+                    name = OF_MODULE.get(module, module.replace("_", "-")).lower()
+                    found.setdefault(name, str(path.relative_to(ROOT)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("folder", "extras"),
+    [
+        ("mp2", {"gpu", "hub", "train"}),
+        ("benchmarks", {"gpu"}),
+        ("tests", {"dev"}),
+    ],
+)
+def test_what_is_imported_is_declared(folder: str, extras: set[str]) -> None:
+    declared = names([*REQUIREMENTS, *(one for extra in extras for one in EXTRAS[extra])])
+    assert {name: file for name, file in imported(folder).items() if name not in declared} == {}
+
+
+def test_the_constraints_have_a_tested_version_of_all_that_is_declared() -> None:
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    version = {}
+    for pin in pins:
+        (exact,) = pin.specifier
+        assert exact.operator == "==", pin
+        assert "+" not in exact.version, f"{pin}: only one build has this version"
+        version[pin.name.lower().replace("_", "-")] = exact.version
+    for requirement in map(Requirement, [*REQUIREMENTS, *EXTRAS["dev"], *EXTRAS["train"]]):
+        assert version[requirement.name] in requirement.specifier, requirement
+
+
+def test_the_stamp_is_older_than_what_it_stands_for() -> None:
+    """Make installs again when the ranges or the tested versions change."""
+    assert re.search(
+        r"^\$\(STAMP\): pyproject.toml constraints.txt$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE
+    )
+
+
+@pytest.mark.parametrize("extra", sorted(EXTRAS))
 def test_no_extra_brings_a_second_package_with_onnxruntimes_files(extra: str) -> None:
-    installed = names([*PROJECT["dependencies"], *PROJECT["optional-dependencies"][extra]])
+    installed = names([*REQUIREMENTS, *EXTRAS[extra]])
     assert {name for name in installed if name.startswith("onnxruntime")} == {"onnxruntime"}
 
 

@@ -8,6 +8,7 @@ embeddings after [CLS]. It is given batches, ours, padded to their longest; padd
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class PlainTraining:
             save_backbone(backbone, Path(folder))
             self.model = BertModel.from_pretrained(folder, add_pooling_layer=False).eval().to(device)
         self.model.requires_grad_(False)
+        taken = inspect.signature(BertModel.forward).parameters  # transformers 5.24 gave it another name
+        self._cache_name = "cache" if "cache" in taken else "past_key_values"
         self.meta = prompts.meta
         self.parameters = {
             name: nn.Parameter(p.detach().clone().to(device)) for name, p in prompts.named_parameters()
@@ -89,7 +92,8 @@ class PlainTraining:
             cache.update(keys, values, i)
         seen = torch.cat([mask.new_ones(n, m), mask], 1)
         positions = torch.arange(length, device=ids.device)[None]
-        return self._last(input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache)
+        inputs = {"input_ids": ids, "attention_mask": seen, "position_ids": positions}
+        return self._last(**inputs, **{self._cache_name: cache})
 
     def _shallow(self, ids: Tensor, mask: Tensor, prompts: Tensor) -> Tensor:
         words = self.model.embeddings.word_embeddings(ids)

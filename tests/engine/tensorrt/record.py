@@ -135,7 +135,7 @@ def main() -> None:
     import tempfile
 
     sys.path.insert(0, str(Path(__file__).parent))
-    from tensorrt_api import touched_members
+    from api import touched_members
 
     with tempfile.TemporaryDirectory() as cache:
         found = [record(fetch_bindings(version, Path(cache)), touched_members()) for version in VERSIONS]

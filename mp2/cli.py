@@ -11,7 +11,7 @@ import sys
 
 import click
 
-from mp2 import __version__
+from mp2 import __version__, environment
 from mp2.commands.baselines import baselines
 from mp2.commands.black_box import bbt, predict
 from mp2.commands.gradient import pretrain, pretrain_backbone, pseudo_tasks, scratch, tune
@@ -31,6 +31,7 @@ class _Group(click.Group):
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> object:
+        environment.prepare()
         try:
             return super().invoke(ctx)
         except Mp2Error as error:

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mp2.limits import memory_bytes
+from mp2.limits import memory_bytes, usable_cores
 
 _PACKAGES = (
     "mp2",
@@ -102,8 +102,7 @@ def _cpu() -> dict[str, Any]:
             elif key.strip() in ("flags", "Features"):
                 flags.update(value.split())
                 break
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"model": model, "cores": usable, "instructions": [n for n in _INSTRUCTIONS if n in flags]}
+    return {"model": model, "cores": usable_cores(), "instructions": [n for n in _INSTRUCTIONS if n in flags]}
 
 
 def _memory_gib() -> float | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 from mp2.errors import UsageError
 
@@ -38,3 +40,54 @@ def check_new_folder(folder: Path) -> None:
         raise UsageError(f"--out {folder}: {there} is a file, expected a folder; choose another --out")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UsageError(f"--out {folder}: nothing can be written in {there}; choose another --out")
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Return how many cores this process can keep busy, by its affinity mask and its cgroups' quota.
+
+    A container's quota (docker ``--cpus``, a pod's CPU limit) leaves the mask as it is, so more threads than
+    it pays for would only wait for each other. ``root`` is where ``proc`` and ``sys`` lie.
+    """
+    mask = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([mask, *(math.ceil(quota) for quota in _cgroup_quotas(root))]))
+
+
+def _cgroup_quotas(root: Path) -> Iterator[float]:
+    """Yield the quotas, in cores, of this process' cgroup and all above it, version 1 and 2.
+
+    Inside a container the path that ``/proc/self/cgroup`` gives may be the host's, of which nothing is
+    mounted; the mount's own folder is then the container's.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers == "":  # version 2
+            mounts, read = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"], _quota_of_version_2
+        elif "cpu" in controllers.split(","):
+            mounts = [root / "sys/fs/cgroup" / name for name in (controllers, "cpu")]
+            read = _quota_of_version_1
+        else:
+            continue
+        own = PurePosixPath(path.lstrip("/"))
+        for mount in mounts:
+            for folder in (own, *own.parents):
+                try:
+                    quota = read(mount / folder)
+                except (OSError, ValueError, IndexError):
+                    continue  # not mounted, or of a kernel without quotas
+                if quota is not None:
+                    yield quota
+
+
+def _quota_of_version_2(folder: Path) -> float | None:
+    quota, period = (folder / "cpu.max").read_text().split()
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def _quota_of_version_1(folder: Path) -> float | None:
+    quota = int((folder / "cpu.cfs_quota_us").read_text())
+    return None if quota <= 0 else quota / int((folder / "cpu.cfs_period_us").read_text())

@@ -29,7 +29,7 @@ def names(requirements: Iterable[str]) -> set[str]:
 
 
 def imported(folder: str) -> dict[str, str]:
-    """Packages imported under ``folder``, but Python's and this repository's, with a file that imports each."""
+    """Other people's packages that are imported under ``folder``, with a file that imports each."""
     own = {"mp2", "benchmarks", "tests", "training"} | {path.stem for path in (ROOT / "tests").rglob("*.py")}
     found = {}
     for path in sorted((ROOT / folder).rglob("*.py")):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +17,7 @@ from mp2.engine.layer_timer import LayerTimer
 from mp2.engine.plan import Costs, Prediction, Workload, measure, predict, target_tokens
 from mp2.engine.probe import Probe, layer_seconds
 from mp2.engine.select import create_objective
+from mp2.limits import usable_cores
 from mp2.optimizers.cma_layers import LayerSearches
 from mp2.optimizers.router_search import create_router_search, stage_one_iterations
 from mp2.runs.precision import precision_agreement
@@ -279,5 +279,4 @@ def _stage_two_waits(problem: FewShotProblem, costs: Costs, iterations: int) -> 
         return visits * generation
     if _on_gpu(problem):
         return visits * max(0.0, generation - float(np.mean(costs.visit_s)))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return visits * generation / cores
+    return visits * generation / usable_cores()

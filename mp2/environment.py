@@ -1,0 +1,32 @@
+"""What the command line puts into its environment before torch, which reads it once, is loaded."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import MutableMapping
+
+from mp2.limits import usable_cores
+
+# How often an idle OpenMP thread looks for work before it sleeps. GNU's default, some milliseconds, takes the
+# core from whoever else could use it; so few are enough for what follows in the same layer.
+SPIN_COUNT = 10_000
+_SPIN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+_THREADS = "OMP_NUM_THREADS"
+VARIABLES = (*_SPIN, _THREADS)
+
+
+def prepare(environment: MutableMapping[str, str] = os.environ, *, cores: int | None = None) -> None:
+    """Let OpenMP threads sleep soon, and have no more of them than ``cores`` (None: what may be used).
+
+    What the user set stays as it is. Without a quota the number of threads is left to torch. Does nothing
+    once torch is loaded, which would not see it.
+    """
+    if "torch" in sys.modules:
+        return
+    if not any(name in environment for name in _SPIN):
+        environment["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+    mask = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores() if cores is None else cores
+    if _THREADS not in environment and cores < mask:
+        environment[_THREADS] = str(cores)

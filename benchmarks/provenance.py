@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import mp2
+from mp2.engine.onnx.library import load_onnxruntime
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGE = Path(mp2.__file__).parent
@@ -64,7 +65,6 @@ def provenance() -> dict[str, Any]:
 
     Without git ``commit`` is empty and ``dirty`` null.
     """
-    import onnxruntime
     import transformers
 
     def git(*args: str) -> str:
@@ -83,7 +83,7 @@ def provenance() -> dict[str, Any]:
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None,
         "source_sha256": SOURCE_SHA256,
         "torch": torch.__version__,
-        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime": str(load_onnxruntime().__version__),
         "transformers": transformers.__version__,
         "cpu": processor(),
         "threads": torch.get_num_threads(),

@@ -71,7 +71,7 @@ def as_text(found: dict[str, Any]) -> str:
     else:
         rows.append(("torch", f"missing: {torch['install']}"))
     if ort["available"]:
-        rows.append(("onnxruntime", f"{ort['version']}: {', '.join(ort['providers'])}; CPU: {ort['cpu']}"))
+        rows.append(("onnxruntime", f"{ort['version']}: {', '.join(ort['providers'])}"))
     else:
         rows.append(("onnxruntime", f"missing: {ort['install']}"))
     state = trt["version"] if trt["available"] else f"missing: {trt['install']}"
@@ -144,24 +144,15 @@ def _onnxruntime() -> dict[str, Any]:
             "available": False,
             "install": "pip install onnxruntime (for CUDA onnxruntime-gpu; never both)",
         }
-    import onnxruntime
+    from mp2.engine.onnx.library import load_onnxruntime
 
+    onnxruntime = load_onnxruntime()
     providers = [p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers()]
     return {
         "available": True,
         "version": onnxruntime.__version__,
         "providers": providers,
-        "cpu": _onnxruntime_cpu(),
     }
-
-
-def _onnxruntime_cpu() -> str:
-    try:
-        from mp2.export.onnx_cpu_probe import cpu_graphs_problem
-    except ImportError as error:
-        return f"not tried ({error})"
-    problem = cpu_graphs_problem()
-    return f"standard operators only: {problem}" if problem else "fused attention"
 
 
 def _tensorrt() -> dict[str, Any]:

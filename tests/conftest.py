@@ -12,6 +12,7 @@ from tiny_words import tiny_vocab
 from mp2.backbone import Backbone, BackboneConfig, random_backbone
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests import onnxruntime themselves, too
 torch.set_num_threads(1)
 
 

@@ -1,10 +1,9 @@
-"""ONNX Runtime on one CPU thread: fused graphs against standard operators and against torch.
+"""ONNX Runtime on one CPU thread against torch, and what its time goes to.
 
 Deep prompts, populations of 20, ms an evaluation (one candidate on the whole few-shot set) in CPU seconds of
-the thread, all engines taking turns (medians of ``--rounds``): stage I (a full forward) and deep stage II
-(mean of the visits). ``standard``: the graphs of the folder; ``fused``: `mp2.export.onnx_cpu_graphs`;
-``small``: in micro-batches a quarter as large. Then, from ONNX Runtime's profiler, what the time of some rows
-goes to: several texts under one prefix, one text under several.
+the thread, the engines taking turns (medians of ``--rounds``): stage I (a full forward) and deep stage II
+(mean of the visits); ``small``: in micro-batches a quarter as large. Then, from ONNX Runtime's profiler, what
+the time of some rows of one layer goes to: several texts under one prefix, one text under several.
 
     python -m benchmarks.speed.onnx_operators --data DIR [--shape mini 1024] [--task lcqmc]
 
@@ -25,7 +24,6 @@ from statistics import mean, median
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 
 from benchmarks.command import one_line_errors
@@ -41,11 +39,11 @@ from mp2.backbone import Backbone
 from mp2.engine import Objective, OnnxRuntime, Runtime, TorchRuntime
 from mp2.engine.folder import layer_file
 from mp2.engine.forward import usual_micro_batch_tokens
-from mp2.engine.onnx.session import WEIGHTS_FOLDER
+from mp2.engine.onnx.library import load_onnxruntime
 from mp2.export import export_engine
-from mp2.export.onnx_cpu_graphs import cpu_layer_model
 from mp2.prompts import random_prompts
 
+ort = load_onnxruntime()
 POPULATION = 20
 FEW = 4  # examples at width 1024
 PROFILED = 10  # runs
@@ -70,17 +68,12 @@ def compare(shape: str, task: str, data: Path | None, rounds: int, folder: Path)
     )
     inputs = task_inputs(task, backbone, data, None if shape == "mini" else FEW)
     torch_runtime = TorchRuntime(backbone)
-    standard = OnnxRuntime(backbone, engine, threads=1, fused=False)
-    fused = OnnxRuntime(backbone, engine, threads=1)
-    if "standard operators only" in fused.reason:
-        raise SystemExit(fused.reason)
+    onnx_runtime = OnnxRuntime(backbone, engine, threads=1)
     tokens = usual_micro_batch_tokens(torch_runtime, backbone.config)
     made: dict[str, tuple[Runtime, int]] = {
         "torch": (torch_runtime, tokens),
-        "standard": (standard, tokens),
-        "standard, small": (standard, tokens // 4),
-        "fused": (fused, tokens),
-        "fused, small": (fused, tokens // 4),
+        "onnxruntime": (onnx_runtime, tokens),
+        "onnxruntime, small": (onnx_runtime, tokens // 4),
     }
     objectives = {
         name: Objective(runtime, backbone, prompts, inputs, micro_batch_tokens=size)
@@ -136,26 +129,21 @@ def operators(backbone: Backbone, engine: Path, tokens: int, length: int = 51) -
     """Share of each operator in the time of layer 1, by graph and kind of input."""
     config, rng = backbone.config, np.random.default_rng(0)
     n = tokens // length
-    standard = engine / layer_file(1, "onnx")
-    graphs = {
-        "standard": standard.read_bytes(),
-        "fused": cpu_layer_model(standard, config, 1).SerializeToString(),
-    }
+    graph = engine / layer_file(1, "onnx")
     found = {}
-    for graph, model in graphs.items():
-        for kind, texts, prefixes in (("texts", n, 1), ("one text", 1, n)):
-            shape = (prefixes, 1, config.n_heads, PROMPT_TOKENS, config.head_size)
-            feeds = {
-                "hidden": rng.standard_normal((texts, 1, length, config.hidden), np.float32),
-                "mask": np.ones((1, length), bool),
-                "prefix_keys": rng.standard_normal(shape, np.float32),
-                "prefix_values": rng.standard_normal(shape, np.float32),
-            }
-            found[f"{graph}: {kind}"] = profile(model, engine, feeds)
+    for kind, texts, prefixes in (("texts", n, 1), ("one text", 1, n)):
+        shape = (prefixes, 1, config.n_heads, PROMPT_TOKENS, config.head_size)
+        feeds = {
+            "hidden": rng.standard_normal((texts, 1, length, config.hidden), np.float32),
+            "mask": np.ones((1, length), bool),
+            "prefix_keys": rng.standard_normal(shape, np.float32),
+            "prefix_values": rng.standard_normal(shape, np.float32),
+        }
+        found[kind] = profile(graph, feeds)
     return found
 
 
-def profile(model: bytes, engine: Path, feeds: dict[str, np.ndarray]) -> dict[str, float]:
+def profile(graph: Path, feeds: dict[str, np.ndarray]) -> dict[str, float]:
     """Share of each operator's kernels in the whole, those above half a percent."""
     with tempfile.TemporaryDirectory() as folder:
         options = ort.SessionOptions()
@@ -163,15 +151,13 @@ def profile(model: bytes, engine: Path, feeds: dict[str, np.ndarray]) -> dict[st
         options.log_severity_level = 3
         options.enable_profiling = True
         options.profile_file_prefix = f"{folder}/profile"
-        options.add_session_config_entry(WEIGHTS_FOLDER, str(engine))
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         for _ in range(PROFILED):
             session.run(None, feeds)
         events = json.loads(Path(session.end_profiling()).read_text())
     spent: Counter[str] = Counter()
     for event in events:
-        kernel = event.get("cat") == "Node" and event["name"].endswith("kernel_time")
-        if kernel and event["args"]["op_name"] != "If":  # whose nodes are counted themselves
+        if event.get("cat") == "Node" and event["name"].endswith("kernel_time"):
             spent[event["args"]["op_name"]] += event["dur"]
     total = sum(spent.values())
     return {name: round(s / total, 3) for name, s in spent.most_common() if s >= 0.005 * total}
@@ -194,7 +180,7 @@ def main() -> None:
         print(f"{shape} {task} {row['n_examples']} examples, ms an evaluation, one thread", flush=True)
         for name, engine in row["engines"].items():
             print(
-                f"  {name:16} {engine['micro_batch_tokens']:5} tokens  stage I {engine['stage1_ms']:8.2f}  "
+                f"  {name:20} {engine['micro_batch_tokens']:5} tokens  stage I {engine['stage1_ms']:8.2f}  "
                 f"stage II {engine['stage2_ms']:8.2f}  loss error {engine['loss_error']:.1e}"
             )
         for name, shares in row["operators"].items():

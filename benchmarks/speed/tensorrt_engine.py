@@ -26,13 +26,13 @@ from benchmarks.provenance import save
 from mp2.backbone import Backbone, load_backbone
 from mp2.engine import Runtime, create_runtime
 from mp2.engine.agreement import agreement
+from mp2.engine.folder import TENSORRT_PRECISIONS, EngineFolder
 from mp2.engine.select import create_objective
+from mp2.engine.tensorrt.profiles import TaskShapes
 from mp2.errors import MissingDependencyError
-from mp2.export import EngineFolder
-from mp2.export.tensorrt import TaskShapes
-from mp2.export.tensorrt.calibration import task_inputs
-from mp2.export.tensorrt.export import build_plans, emulated_runtime, export_typed
-from mp2.export.tensorrt.graphs import PRECISIONS
+from mp2.export import build_plans, export_engine
+from mp2.export.calibration import task_inputs
+from mp2.export.emulated import EmulatedRuntime
 from mp2.prompts import PromptSet, load_prompts, random_prompts
 from mp2.tasks import MrcInput
 
@@ -101,10 +101,10 @@ def run(args: argparse.Namespace, precision: str) -> dict[str, Any]:
         "runtime": "emulated on the CPU" if args.emulate else f"tensorrt on {torch.cuda.get_device_name()}",
     }
     started = time.perf_counter()
-    export_typed(backbone, out, precision=precision, prompts=prompts, shapes=shapes)
+    export_engine(backbone, out, precision=precision, prompts=prompts, shapes=shapes)
     row["export_s"] = round(time.perf_counter() - started, 1)
     if args.emulate:
-        runtime = emulated_runtime(backbone, out, precision)
+        runtime = EmulatedRuntime(backbone, out, precision)
         return row | ranks(runtime, backbone, prompts, inputs)
     started = time.perf_counter()
     runtime = build_plans(backbone, EngineFolder.open(out, backbone))  # raises if a stage differs from torch
@@ -121,7 +121,9 @@ def main() -> None:
     """Run the precisions, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where engine folders are written")
-    parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
+    parser.add_argument(
+        "--precision", nargs="+", default=list(TENSORRT_PRECISIONS), choices=TENSORRT_PRECISIONS
+    )
     parser.add_argument("--backbone", default="mini")
     parser.add_argument("--prompts", default="mini-deep", help="prompts of the backbone, or 'random'")
     parser.add_argument("--task", default="demo_sentiment")

@@ -12,7 +12,7 @@ from mp2.commands.printing import as_json_text
 @click.command(short_help="Write an engine folder of ONNX graphs.")
 @click.option("--backbone", required=True, help="A name (cpt-large, mini ...), a folder or a hub id.")
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Engine folder to write.")
-@click.option("--prompts", help="Prompt file whose span head is baked into the deployment graphs.")
+@click.option("--prompts", help="tensorrt: prompts that plans are tuned for and fp8 is calibrated under.")
 @click.option("--runtime", default="onnxruntime", show_default=True, help="onnxruntime | tensorrt")
 @click.option("--precision", help="fp32; with tensorrt fp16, bf16 or fp8.  [default: fp32; tensorrt: fp16]")
 @click.option("--task", help="tensorrt: tune plans for this task's few-shot set.")

@@ -9,11 +9,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mp2.backbone import Backbone
 from mp2.errors import FormatError, MismatchError
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+HIDDEN_TYPES = {  # by precision: of the weights and of the hidden states between the graphs
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8": torch.float16,
+}
+FOLDER_PRECISIONS = tuple(HIDDEN_TYPES)
+TENSORRT_PRECISIONS = FOLDER_PRECISIONS[1:]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +50,6 @@ class Manifest:
     precision: str
     opset: int
     runtime: str
-    prompts_sha256: str | None  # whose head is baked into the deployment graphs
     versions: Mapping[str, str]
     files: Mapping[str, str]  # name -> sha256
 
@@ -54,15 +63,16 @@ def layer_file(index: int, suffix: str) -> str:
     return f"layer_{index:02d}.{suffix}"
 
 
-def graph_files(n_layers: int) -> list[str]:
-    """Return the names of all graphs of an engine folder."""
-    chain = [
-        "embed.onnx",
-        "embed_inline.onnx",
-        *(layer_file(i, "onnx") for i in range(n_layers)),
-        "head.onnx",
-    ]
-    return [*chain, "backbone.onnx", "backbone_inline.onnx"]
+def plain_layer_file(index: int) -> str:
+    """Return the name of layer ``index``'s graph without prefix inputs, ``layer_07_plain.onnx``."""
+    return f"layer_{index:02d}_plain.onnx"
+
+
+def needed_files(n_layers: int) -> list[str]:
+    """Return the names of the graphs and weights that every engine folder has."""
+    layers = [name for i in range(n_layers) for name in (layer_file(i, "onnx"), plain_layer_file(i))]
+    weights = ["embed.bin", *(layer_file(i, "bin") for i in range(n_layers))]
+    return ["embed.onnx", "embed_inline.onnx", *layers, "head.onnx", *weights]
 
 
 def file_sha256(path: Path) -> str:
@@ -115,9 +125,7 @@ class EngineFolder:
 
     def _check_files(self) -> None:
         again = "the folder is damaged or incomplete: export the engine again"
-        n_layers = self.manifest.backbone.n_layers
-        needed = [*graph_files(n_layers), "embed.bin", *(layer_file(i, "bin") for i in range(n_layers))]
-        for name in needed:
+        for name in needed_files(self.manifest.backbone.n_layers):
             if name not in self.manifest.files:
                 raise FormatError(
                     f"no entry for '{name}', which an engine needs; {again}", path=self._at, field="files"
@@ -176,7 +184,6 @@ def read_manifest(path: Path) -> Manifest:
         precision=_get(raw, "precision", str, path),
         opset=_get(raw, "opset", int, path),
         runtime=_get(raw, "runtime", str, path),
-        prompts_sha256=None if raw.get("prompts_sha256") is None else _get(raw, "prompts_sha256", str, path),
         versions=_strings(raw, "versions", path),
         files=_strings(raw, "files", path),
     )

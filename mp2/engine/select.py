@@ -14,14 +14,21 @@ from mp2.engine.cpu.int8_runtime import Int8Runtime
 from mp2.engine.cpu.runtime import TorchRuntime
 from mp2.engine.cuda.objective import CudaObjective
 from mp2.engine.cuda.runtime import CUDA_PRECISIONS, CudaRuntime
-from mp2.engine.folder import MANIFEST, EngineFolder, layer_file, read_manifest
+from mp2.engine.folder import (
+    FOLDER_PRECISIONS,
+    MANIFEST,
+    TENSORRT_PRECISIONS,
+    EngineFolder,
+    layer_file,
+    plain_layer_file,
+    read_manifest,
+)
 from mp2.engine.objective import Objective
 from mp2.engine.onnx.runtime import OnnxRuntime
 from mp2.engine.probe import Probe, layer_seconds, middle_layer
 from mp2.engine.runtime import PRECISIONS, Runtime
 from mp2.engine.tensorrt.plans import SHAPES, read_shapes
 from mp2.errors import FormatError, Mp2Error, UnknownNameError, UsageError
-from mp2.export.tensorrt.graphs import plain_layer_file
 from mp2.limits import check_threads
 from mp2.prompts import PromptSet
 
@@ -32,7 +39,6 @@ if TYPE_CHECKING:
 AnyObjective = Objective | CudaObjective
 
 RUNTIMES = ("auto", "torch", "onnxruntime", "onnxruntime-tensorrt", "tensorrt")
-_FOLDER_PRECISIONS = ("fp32", "fp16", "bf16", "fp8")  # onnxruntime's: what the engine folder was exported in
 _CANDIDATES = 20  # that runtimes are compared on where there is a GPU, which one alone would not fill
 
 
@@ -119,9 +125,9 @@ class _Asked:
         return TorchRuntime(self.backbone, device=self.device, precision=precision, reason=reason)
 
     def on_onnxruntime(self, name: str = "onnxruntime") -> Runtime:
-        if self.precision not in (*_FOLDER_PRECISIONS, "auto"):
+        if self.precision not in (*FOLDER_PRECISIONS, "auto"):
             raise UnknownNameError(
-                "precision", self.precision, _FOLDER_PRECISIONS, f"These are for device {self.device}."
+                "precision", self.precision, FOLDER_PRECISIONS, f"These are for device {self.device}."
             )
         if self.folder is None:
             raise UsageError(
@@ -141,13 +147,14 @@ class _Asked:
     def on_tensorrt(self, device: str) -> TensorRTRuntime:
         from mp2.engine.tensorrt.library import load_tensorrt
         from mp2.engine.tensorrt.runtime import TensorRTRuntime
-        from mp2.export.tensorrt.graphs import PRECISIONS as TYPED
 
         load_tensorrt()
         precision = "fp16" if self.folder is None else self._folder_precision(self.folder)
         precision = self.precision if self.precision != "auto" else precision
-        if precision not in TYPED:
-            raise UnknownNameError("precision", precision, TYPED, "runtime 'tensorrt' has fp16, bf16 and fp8")
+        if precision not in TENSORRT_PRECISIONS:
+            raise UnknownNameError(
+                "precision", precision, TENSORRT_PRECISIONS, "runtime 'tensorrt' has fp16, bf16 and fp8"
+            )
         if self.folder is None:
             raise UsageError(
                 f"runtime 'tensorrt' needs an engine folder of its own; run 'mp2 export --runtime tensorrt "

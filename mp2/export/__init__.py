@@ -1,8 +1,14 @@
 """Engine folders: ONNX graphs of a backbone with prompts as inputs, manifest and parity report."""
 
-from mp2.engine.folder import EngineFolder, Manifest, read_manifest
-from mp2.export.export import export_engine
-from mp2.export.export_run import export_command
-from mp2.export.parity import Comparison
+from mp2.export.engine_folder import build_plans, export_engine, precision_cost
+from mp2.export.by_name import export_command
+from mp2.export.parity import Comparison, compare_stages
 
-__all__ = ["Comparison", "EngineFolder", "Manifest", "export_command", "export_engine", "read_manifest"]
+__all__ = [
+    "Comparison",
+    "build_plans",
+    "compare_stages",
+    "export_command",
+    "export_engine",
+    "precision_cost",
+]

@@ -1,39 +1,50 @@
-"""The ONNX graphs of an engine folder, written node by node with standard operators (opset 20).
+"""The ONNX graphs of a backbone, written node by node with standard operators (opset 20), in four precisions.
 
-Chain: ``embed``, ``embed_inline``, ``layer_XX``, ``head``: what the engine runs, callable from any layer.
-Deployment: ``backbone`` (deep prompts as keys and values) and ``backbone_inline`` (shallow prompts as rows
-after [CLS]).
+Chain: ``embed``, ``embed_inline``, ``layer_XX``, ``layer_XX_plain``, ``head``: what the engine runs, callable
+from any layer. Deployment: ``backbone`` (deep prompts as keys and values) and ``backbone_inline`` (shallow
+prompts as rows after [CLS]), in which each row of the batch has a prompt of its own.
 
-Inside, hidden states are [P, N, T, H] (candidates, examples, tokens). Either leading axis may be 1 on an
-input and broadcasts: text no candidate has touched yet is projected once, and a prefix is multiplied where
-it lies, never copied for each example.
+Inside, hidden states are [P, N, T, H] (candidates, examples, tokens). Either leading axis of an input may be
+1: text that no candidate has touched yet is projected once.
+
+The precision is the type of the weights, matrix products, scores, softmax, activation and of the hidden
+states between the graphs. In fp16 and bf16 these stay float32: embedding tables, residual sums, LayerNorm
+with its statistics, the span head and its logits. ``fp8`` is the fp16 graph whose four linear layers go
+through QuantizeLinear / DequantizeLinear to float8 (e4m3fn), one scale a tensor. Every tensor's type is
+written in the graph, which is what TensorRT's strongly typed networks want.
+
+Attention is written as TensorRT's fused attention wants it: query [B, h, T, d_h] (already scaled, in the
+weights), keys and values [B, h, m + T, d_h], an additive mask, softmax; the prefix is put before the text.
+Layers without a prompt have graphs of their own: TensorRT does not take an empty tensor in every release.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from mp2.backbone import BackboneConfig
-from mp2.export.weights import StoredArray, WeightStore
+from mp2.export.weights import ELEMENTS, WeightStore
 
 OPSET = 20
 IR_VERSION = 10
-MASKED = -1e30  # added to the scores of padding: exp() of it is 0, and no runtime turns it into NaN
+MASKED = -3e4  # added to the scores of padding: float16 holds it, and exp() of it is 0
+_END = 2**62
+
+Shape = Sequence[int | str]
 
 
 class GraphBuilder:
     """Collects nodes and initializers of one graph; every method returns the names of its outputs."""
 
-    hidden_type: int = TensorProto.FLOAT  # of the activations between the chain's graphs
-    domains: Mapping[str, int] = {"": OPSET}  # of the operators, with versions
-
-    def __init__(self, config: BackboneConfig, weights: WeightStore | Mapping[str, StoredArray]) -> None:
-        """Build for ``config`` with stored ``weights``."""
+    def __init__(self, config: BackboneConfig, weights: WeightStore, precision: str) -> None:
+        """Build for ``config`` in ``precision``; ``weights`` holds what `store_backbone` wrote for it."""
         self.config = config
+        self.hidden_type: int = ELEMENTS[precision]  # of the hidden states between the graphs
+        self._fp8 = precision == "fp8"
         self._weights = weights
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
@@ -42,7 +53,7 @@ class GraphBuilder:
 
     # -- plumbing ------------------------------------------------------------------------------------------
 
-    def input(self, name: str, dtype: int, shape: Sequence[int | str]) -> str:
+    def input(self, name: str, dtype: int, shape: Shape) -> str:
         """Declare a graph input."""
         self._inputs.append(helper.make_tensor_value_info(name, dtype, shape))
         return name
@@ -56,8 +67,7 @@ class GraphBuilder:
     def constant(self, value: np.ndarray) -> str:
         """Embed a small constant; equal ones are stored once."""
         name = f"const_{value.dtype}_{'x'.join(map(str, value.shape))}_{value.tobytes().hex()}"
-        if name not in self._initializers:
-            self._initializers[name] = numpy_helper.from_array(value, name)
+        self._initializers.setdefault(name, numpy_helper.from_array(value, name))
         return name
 
     def ints(self, *values: int) -> str:
@@ -75,9 +85,7 @@ class GraphBuilder:
         """Add a node with one output."""
         return self.op(kind, *inputs, n_outputs=1, **attributes)[0]
 
-    def model(
-        self, name: str, outputs: Sequence[tuple[str, str, int, Sequence[int | str]]]
-    ) -> onnx.ModelProto:
+    def model(self, name: str, outputs: Sequence[tuple[str, str, int, Shape]]) -> onnx.ModelProto:
         """Return the finished model; ``outputs``: (inner name, public name, dtype, shape)."""
         infos = []
         for inner, public, dtype, shape in outputs:
@@ -86,27 +94,50 @@ class GraphBuilder:
         graph = helper.make_graph(self._nodes, name, self._inputs, infos, list(self._initializers.values()))
         return helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid(name, at) for name, at in self.domains.items()],
+            opset_imports=[helper.make_opsetid("", OPSET)],
             ir_version=IR_VERSION,
             producer_name="mp2",
         )
 
+    # -- shapes and types ----------------------------------------------------------------------------------
+
+    def half(self, x: str) -> str:
+        """Cast float32 to the type of the hidden states."""
+        return x if self.hidden_type == TensorProto.FLOAT else self.one("Cast", x, to=self.hidden_type)
+
+    def full(self, x: str) -> str:
+        """Cast the type of the hidden states to float32."""
+        return x if self.hidden_type == TensorProto.FLOAT else self.one("Cast", x, to=TensorProto.FLOAT)
+
+    def sizes(self, x: str, start: int, end: int) -> str:
+        """The sizes of axes ``start`` to ``end`` of ``x``, as a vector."""
+        return self.one("Shape", x, start=start, end=end)
+
+    def join(self, *vectors: str) -> str:
+        """Vectors of sizes put one after the other."""
+        return self.one("Concat", *vectors, axis=0)
+
+    def part(self, x: str, start: str, stop: str, axis: int) -> str:
+        """``x`` from ``start`` to ``stop`` (vectors of one number) along ``axis``."""
+        return self.one("Slice", x, start, stop, self.ints(axis))
+
     # -- pieces --------------------------------------------------------------------------------------------
 
     def norm(self, x: str, name: str) -> str:
-        """LayerNorm over the last axis with the stored ``name``.weight and .bias."""
-        return self.one(
-            "LayerNormalization",
-            x,
-            self.weight(f"{name}.weight"),
-            self.weight(f"{name}.bias"),
-            axis=-1,
-            epsilon=self.config.layer_norm_eps,
-        )
+        """LayerNorm over the last axis with the stored ``name``.weight and .bias, in float32."""
+        weight, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
+        eps = self.config.layer_norm_eps
+        return self.one("LayerNormalization", x, weight, bias, axis=-1, epsilon=eps)
 
     def linear(self, x: str, name: str) -> str:
-        """``x W + b`` for rows ``x`` [rows, in] and the stored W [in, out]."""
-        return self.one("Gemm", x, self.weight(f"{name}.weight"), self.weight(f"{name}.bias"))
+        """``x W + b`` for rows ``x`` [rows, in] and the stored W [in, out]; in fp8 with x and W quantized."""
+        weight = self.weight(f"{name}.weight")
+        if self._fp8:
+            scale, zero = self.weight(f"{name}.input_scale"), "zero_fp8"
+            self._initializers.setdefault(zero, helper.make_tensor(zero, TensorProto.FLOAT8E4M3FN, [], [0.0]))
+            x = self.one("DequantizeLinear", self.one("QuantizeLinear", x, scale, zero), scale, zero)
+            weight = self.one("DequantizeLinear", weight, self.weight(f"{name}.weight_scale"), zero)
+        return self.one("Add", self.one("MatMul", x, weight), self.weight(f"{name}.bias"))
 
     def activate(self, x: str) -> str:
         """The backbone's activation."""
@@ -115,83 +146,81 @@ class GraphBuilder:
         approximate = "tanh" if self.config.activation == "gelu_tanh" else "none"
         return self.one("Gelu", x, approximate=approximate)
 
-    def embed(self, input_ids: str, n_inline: str) -> str:
-        """[1, N, T, H] for ids [N, T]; tokens after the first sit ``n_inline`` (a scalar) positions on."""
-        n_tokens = self.one("Squeeze", self.one("Shape", input_ids, start=1, end=2), self.ints(0))
+    def counted(self, n: str) -> str:
+        """0, 1 ... below the scalar ``n``."""
         zero, one = self.constant(np.array(0, np.int64)), self.constant(np.array(1, np.int64))
-        index = self.one("Range", zero, n_tokens, one)
-        moved = self.one("Mul", self.one("Min", index, one), n_inline)
+        return self.one("Range", zero, n, one)
+
+    def embed(self, input_ids: str, n_inline: str) -> str:
+        """[1, N, T, H] for ids [N, T]; tokens after the first sit ``n_inline`` ([] or [N, 1]) further on."""
+        index = self.counted(self.one("Squeeze", self.sizes(input_ids, 1, 2), self.ints(0)))
+        moved = self.one("Mul", self.one("Min", index, self.constant(np.array(1, np.int64))), n_inline)
         rows = self.one("Gather", self.weight("position_embeddings"), self.one("Add", index, moved))
         words = self.one("Gather", self.weight("word_embeddings"), input_ids)
         return self.one("Unsqueeze", self._sum_norm(words, rows), self.ints(0))
 
     def embed_inline(self, prompts: str) -> str:
         """[P, m, H] for prompt rows [P, m, H] at positions 1..m."""
-        m = self.one("Shape", prompts, start=1, end=2)
-        last = self.one("Add", m, self.ints(1))
-        rows = self.one("Slice", self.weight("position_embeddings"), self.ints(1), last, self.ints(0))
-        return self._sum_norm(prompts, rows)
+        last = self.one("Add", self.sizes(prompts, 1, 2), self.ints(1))
+        return self._sum_norm(prompts, self.part(self.weight("position_embeddings"), self.ints(1), last, 0))
 
     def _sum_norm(self, words: str, rows: str) -> str:
         typed = self.one("Add", words, self.weight("token_type_embedding"))
-        return self.norm(self.one("Add", typed, rows), "embedding_norm")
+        return self.half(self.norm(self.one("Add", typed, rows), "embedding_norm"))
+
+    def seen(self, n: str, m: str) -> str:
+        """A mask [N, m] that is true everywhere; ``n`` and ``m`` are vectors of one size."""
+        return self.one("Expand", self.constant(np.array([[True]])), self.join(n, m))
 
     def bias(self, mask: str) -> str:
-        """Additive scores [1, N, 1, 1, T] for a bool ``mask`` [N, T]."""
+        """Additive scores [1, N, 1, 1, S] for a bool ``mask`` [N, S]: of the prefix, if any, and the text."""
+        # chosen in float32 and then cast: onnxruntime has no Where of bfloat16 on CUDA
         zero, masked = (self.constant(np.array(v, np.float32)) for v in (0.0, MASKED))
-        return self.one("Unsqueeze", self.one("Where", mask, zero, masked), self.ints(0, 2, 3))
+        return self.half(self.one("Unsqueeze", self.one("Where", mask, zero, masked), self.ints(0, 2, 3)))
 
     def layer(self, index: int, hidden: str, bias: str, prefix: tuple[str, str] | None) -> str:
-        """[P, N, T, H] for hidden [P or 1, N, T, H] and a prefix, twice [P or 1, N or 1, h, m, d_h]."""
+        """[P, N, T, H] for hidden [P or 1, N, T, H] and a float32 prefix, twice [P or 1, N or 1, h, m, d_h].
+
+        ``bias`` covers the prefix and the text, see `bias`.
+        """
         config, name = self.config, f"layers.{index}"
-        h, d, width = config.n_heads, config.head_size, config.hidden
-        rows = self.one("Reshape", hidden, self.ints(-1, width))
-        outer = self.one("Shape", hidden, start=0, end=3)  # P or 1, N, T
-        heads = self.one("Concat", outer, self.ints(h, d), axis=0)
-        query, key, value = self.op(
-            "Split", self.linear(rows, f"{name}.qkv"), n_outputs=3, axis=-1, num_outputs=3
-        )  # the stored query weights already hold the 1 / sqrt(d_h)
+        width = self.ints(-1, config.hidden)
+        heads = self.join(self.sizes(hidden, 0, 3), self.ints(config.n_heads, config.head_size))
+        qkv = self.linear(self.one("Reshape", hidden, width), f"{name}.qkv")
+        query, key, value = (  # [P or 1, N, h, T, d_h] each
+            self.one("Transpose", self.one("Reshape", part, heads), perm=[0, 1, 3, 2, 4])
+            for part in self.op("Split", qkv, n_outputs=3, axis=-1, num_outputs=3)
+        )
+        if prefix is not None:
+            spread = self.join(self.sizes(prefix[0], 0, 1), self.ints(1, 1, 1, 1))
+            query, key, value = (self.one("Expand", x, spread) for x in (query, key, value))
+            onto = self.join(self.sizes(query, 0, 2), self.ints(1, 1, 1))
+            keys, values = (self.one("Expand", self.half(x), onto) for x in prefix)
+            key, value = self.one("Concat", keys, key, axis=3), self.one("Concat", values, value, axis=3)
+        projected = self.linear(self._attend(query, key, value, bias), f"{name}.attention_output")
+        outer = self.join(self.ints(-1), self.sizes(hidden, 1, 4))
+        y = self.one("Add", self.full(self.one("Reshape", projected, outer)), self.full(hidden))
+        y = self.half(self.norm(self.one("Reshape", y, width), f"{name}.attention_norm"))
+        down = self.linear(self.activate(self.linear(y, f"{name}.intermediate")), f"{name}.output")
+        y = self.norm(self.one("Add", self.full(down), self.full(y)), f"{name}.output_norm")
+        return self.one("Reshape", self.half(y), outer)
 
-        def to_heads(x: str, perm: list[int]) -> str:
-            return self.one("Transpose", self.one("Reshape", x, heads), perm=perm)
+    def _attend(self, query: str, key: str, value: str, bias: str) -> str:
+        """Rows [P * N * T, H]; query [P, N, h, T, d_h], key and value with S for T, bias [1, N, 1, 1, S]."""
+        h, d = self.config.n_heads, self.config.head_size
+        bias = self.one("Expand", bias, self.join(self.sizes(query, 0, 1), self.ints(1, 1, 1, 1)))
+        bias = self.one("Reshape", bias, self.join(self.ints(-1, 1, 1), self.sizes(bias, 4, 5)))
+        query, key, value = (  # candidates and examples become one batch axis
+            self.one("Reshape", x, self.join(self.ints(-1, h), self.sizes(x, 3, 4), self.ints(d)))
+            for x in (query, key, value)
+        )
+        scores = self.one("MatMul", query, self.one("Transpose", key, perm=[0, 1, 3, 2]))
+        weights = self.one("Softmax", self.one("Add", scores, bias), axis=-1)
+        context = self.one("Transpose", self.one("MatMul", weights, value), perm=[0, 2, 1, 3])
+        return self.one("Reshape", context, self.ints(-1, self.config.hidden))
 
-        query, value = to_heads(query, [0, 1, 3, 2, 4]), to_heads(value, [0, 1, 3, 2, 4])
-        scores = self.one("MatMul", query, to_heads(key, [0, 1, 3, 4, 2]))
-        if prefix is None:
-            weights = self.one("Softmax", self.one("Add", scores, bias), axis=-1)
-            context = self.one("MatMul", weights, value)
-        else:
-            keys, values = prefix
-            n_candidates = self.one(
-                "Concat", self.one("Shape", keys, start=0, end=1), self.ints(1, 1, 1, 1), axis=0
-            )
-            # with one text under P prefixes, this addition is also what spreads the text's scores over P
-            scores = self.one("Add", scores, self.one("Expand", bias, n_candidates))
-            prefix_scores = self.one("MatMul", query, self.one("Transpose", keys, perm=[0, 1, 2, 4, 3]))
-            weights = self.one("Softmax", self.one("Concat", prefix_scores, scores, axis=-1), axis=-1)
-            sizes = self.one(
-                "Concat",
-                self.one("Shape", keys, start=3, end=4),
-                self.one("Shape", hidden, start=2, end=3),
-                axis=0,
-            )
-            on_prefix, on_text = self.op("Split", weights, sizes, n_outputs=2, axis=-1)
-            context = self.one(
-                "Add", self.one("MatMul", on_text, value), self.one("MatMul", on_prefix, values)
-            )
-        context = self.one("Transpose", context, perm=[0, 1, 3, 2, 4])
-        context = self.one("Reshape", context, self.ints(-1, width))
-        projected = self.linear(context, f"{name}.attention_output")
-        spread = self.one("Concat", self.ints(-1), self.one("Shape", hidden, start=1, end=4), axis=0)
-        y = self.one("Add", self.one("Reshape", projected, spread), hidden)
-        y = self.norm(self.one("Reshape", y, self.ints(-1, width)), f"{name}.attention_norm")
-        up = self.activate(self.linear(y, f"{name}.intermediate"))
-        y = self.norm(self.one("Add", self.linear(up, f"{name}.output"), y), f"{name}.output_norm")
-        return self.one("Reshape", y, spread)
 
-    def head(self, hidden: str, weight: str, bias: str) -> str:
-        """[..., 2] span logits for ``weight`` [2, H] and ``bias`` [2]."""
-        return self.one("Add", self.one("MatMul", hidden, self.one("Transpose", weight, perm=[1, 0])), bias)
+# -- the chain ---------------------------------------------------------------------------------------------
 
 
 def embed_model(b: GraphBuilder) -> onnx.ModelProto:
@@ -209,87 +238,114 @@ def embed_inline_model(b: GraphBuilder) -> onnx.ModelProto:
 
 
 def layer_model(b: GraphBuilder, index: int) -> onnx.ModelProto:
-    """Hidden, mask [N, T], prefix_keys, prefix_values -> hidden [P, N, T, H]; m may be 0."""
+    """Hidden, mask [N, T], prefix_keys, prefix_values -> hidden [P, N, T, H]."""
     config = b.config
     hidden = b.input("hidden", b.hidden_type, ["P_hidden", "N", "T", config.hidden])
     mask = b.input("mask", TensorProto.BOOL, ["N", "T"])
-    shape: Sequence[int | str] = ["P_prefix", "N_prefix", config.n_heads, "m", config.head_size]
-    prefix = tuple(b.input(f"prefix_{kind}", TensorProto.FLOAT, shape) for kind in ("keys", "values"))
-    out = b.layer(index, hidden, b.bias(mask), (prefix[0], prefix[1]))
+    shape: Shape = ["P_prefix", "N_prefix", config.n_heads, "m", config.head_size]
+    keys, values = (b.input(f"prefix_{kind}", TensorProto.FLOAT, shape) for kind in ("keys", "values"))
+    prefix_mask = b.seen(b.sizes(mask, 0, 1), b.sizes(keys, 3, 4))
+    out = b.layer(index, hidden, b.bias(b.one("Concat", prefix_mask, mask, axis=1)), (keys, values))
     return b.model(f"layer_{index:02d}", [(out, "hidden_out", b.hidden_type, ["P", "N", "T", config.hidden])])
 
 
+def plain_layer_model(b: GraphBuilder, index: int) -> onnx.ModelProto:
+    """Hidden [P, N, T, H], mask [N, T] -> hidden [P, N, T, H], no prompt at this layer."""
+    shape: Shape = ["P", "N", "T", b.config.hidden]
+    hidden = b.input("hidden", b.hidden_type, shape)
+    out = b.layer(index, hidden, b.bias(b.input("mask", TensorProto.BOOL, ["N", "T"])), None)
+    return b.model(f"layer_{index:02d}_plain", [(out, "hidden_out", b.hidden_type, shape)])
+
+
 def head_model(b: GraphBuilder) -> onnx.ModelProto:
-    """Hidden [P, N, T, H], span_weight [2, H], span_bias [2] -> logits [P, N, T, 2]."""
+    """Hidden [P, N, T, H], span_weight [2, H], span_bias [2] -> logits [P, N, T, 2], float32."""
     hidden = b.input("hidden", b.hidden_type, ["P", "N", "T", b.config.hidden])
-    logits = b.head(hidden, *_span(b, baked=False))
-    return b.model("head", [(logits, "logits", TensorProto.FLOAT, ["P", "N", "T", 2])])
+    weight = b.input("span_weight", TensorProto.FLOAT, [2, b.config.hidden])
+    bias = b.input("span_bias", TensorProto.FLOAT, [2])
+    product = b.one("MatMul", b.full(hidden), b.one("Transpose", weight, perm=[1, 0]))
+    return b.model("head", [(b.one("Add", product, bias), "logits", TensorProto.FLOAT, ["P", "N", "T", 2])])
 
 
-def backbone_model(b: GraphBuilder, *, baked_head: bool) -> onnx.ModelProto:
-    """Text [N, T], prompt_keys, prompt_values [L, 1 or N, h, m, d_h] -> start_logits, end_logits [N, T].
+# -- deployment --------------------------------------------------------------------------------------------
 
-    One prompt for the whole batch, or one for each row. Without ``baked_head`` the head is two more inputs.
+
+def backbone_model(b: GraphBuilder) -> onnx.ModelProto:
+    """Text [N, T] and deep prompts as keys and values -> span logits and last hidden states.
+
+    prompt_keys and prompt_values [P, L, h, m, d_h], of which row i has the first prompt_length[i] (m may be
+    0); P is 1 (one prompt for the whole batch) or N (row i has prompt i). For the rest see `_finish`.
     """
-    ids, mask = _text(b)
+    ids, mask, length = _text(b)
     config = b.config
-    shape: Sequence[int | str] = [config.n_layers, "P", config.n_heads, "m", config.head_size]
+    shape: Shape = ["P", config.n_layers, config.n_heads, "m", config.head_size]
     keys, values = (b.input(f"prompt_{kind}", TensorProto.FLOAT, shape) for kind in ("keys", "values"))
-    span = _span(b, baked=baked_head)
-    bias = b.bias(mask)
+    bias = b.bias(b.one("Concat", _prompt_mask(b, ids, length, b.sizes(keys, 3, 4)), mask, axis=1))
     hidden = b.embed(ids, b.constant(np.array(0, np.int64)))
     for i in range(config.n_layers):
-        at = b.ints(i)  # a vector of one index keeps the axis: [1, 1 or N, h, m, d_h]
-        hidden = b.layer(i, hidden, bias, (b.one("Gather", keys, at), b.one("Gather", values, at)))
-    return _finish(b, "backbone", hidden, span)
+        own = (  # [1, P, h, m, d_h]
+            b.one("Unsqueeze", b.one("Gather", x, b.constant(np.array(i, np.int64)), axis=1), b.ints(0))
+            for x in (keys, values)
+        )
+        hidden = b.layer(i, hidden, bias, (next(own), next(own)))
+    return _finish(b, "backbone", hidden)
 
 
-def backbone_inline_model(b: GraphBuilder, *, baked_head: bool) -> onnx.ModelProto:
-    """Text [N, T], prompts [1 or N, m, H] -> start_logits, end_logits [N, T] of the text's tokens."""
-    ids, mask = _text(b)
-    prompts = b.input("prompts", TensorProto.FLOAT, ["P", "m", b.config.hidden])
-    span = _span(b, baked=baked_head)
-    m = b.one("Shape", prompts, start=1, end=2)
+def backbone_inline_model(b: GraphBuilder) -> onnx.ModelProto:
+    """Text [N, T] and shallow prompts as rows -> span logits and last hidden states of the text's tokens.
+
+    prompt_rows [P, m, H] stand after [CLS], of which row i has the first prompt_length[i]; P is 1 or N.
+    """
+    ids, mask, length = _text(b)
+    prompts = b.input("prompt_rows", TensorProto.FLOAT, ["P", "m", b.config.hidden])
+    n, m = b.sizes(ids, 0, 1), b.sizes(prompts, 1, 2)
     rows = b.one("Unsqueeze", b.embed_inline(prompts), b.ints(0))
-    n = b.one("Shape", ids, start=0, end=1)
-    rows = b.one("Expand", rows, b.one("Concat", b.ints(1), n, b.ints(1, 1), axis=0))
-    text = b.embed(ids, b.one("Squeeze", m, b.ints(0)))
-    hidden = b.one("Concat", _rows(b, text, 0, 1, 2), rows, _rows(b, text, 1, None, 2), axis=2)
-    ones = b.one("Expand", b.constant(np.array([[True]])), b.one("Concat", n, m, axis=0))
-    bias = b.bias(
-        b.one("Concat", ones, mask, axis=1)
-    )  # the prompt is always attended: [CLS] may change places
+    rows = b.one("Expand", rows, b.join(b.ints(1), n, b.ints(1, 1)))
+    text = b.embed(ids, b.one("Unsqueeze", length, b.ints(1)))
+
+    def inserted(x: str, between: str, axis: int) -> str:
+        first, rest = b.part(x, b.ints(0), b.ints(1), axis), b.part(x, b.ints(1), b.ints(_END), axis)
+        return b.one("Concat", first, between, rest, axis=axis)
+
+    hidden = inserted(text, rows, 2)
+    bias = b.bias(inserted(mask, _prompt_mask(b, ids, length, m), 1))
     for i in range(b.config.n_layers):
         hidden = b.layer(i, hidden, bias, None)
-    rest = b.one("Slice", hidden, b.one("Add", m, b.ints(1)), b.ints(2**62), b.ints(2))
-    return _finish(b, "backbone_inline", b.one("Concat", _rows(b, hidden, 0, 1, 2), rest, axis=2), span)
+    rest = b.part(hidden, b.one("Add", m, b.ints(1)), b.ints(_END), 2)
+    first = b.part(hidden, b.ints(0), b.ints(1), 2)
+    return _finish(b, "backbone_inline", b.one("Concat", first, rest, axis=2))
 
 
-def _text(b: GraphBuilder) -> tuple[str, str]:
+def _text(b: GraphBuilder) -> tuple[str, str, str]:
+    """Declare input_ids [N, T], attention_mask [N, T] (1 = a real token) and prompt_length [P]."""
     ids = b.input("input_ids", TensorProto.INT64, ["N", "T"])
     mask = b.input("attention_mask", TensorProto.INT64, ["N", "T"])
-    return ids, b.one("Cast", mask, to=TensorProto.BOOL)
+    length = b.input("prompt_length", TensorProto.INT64, ["P"])
+    return ids, b.one("Cast", mask, to=TensorProto.BOOL), length
 
 
-def _span(b: GraphBuilder, *, baked: bool) -> tuple[str, str]:
-    if baked:
-        return b.weight("span_weight"), b.weight("span_bias")
-    weight = b.input("span_weight", TensorProto.FLOAT, [2, b.config.hidden])
-    return weight, b.input("span_bias", TensorProto.FLOAT, [2])
+def _prompt_mask(b: GraphBuilder, ids: str, length: str, m: str) -> str:
+    """[N, m], true at the prompt rows that a row of the batch has."""
+    index = b.counted(b.one("Squeeze", m, b.ints(0)))
+    mask = b.one("Less", index, b.one("Unsqueeze", length, b.ints(1)))  # [P, m]
+    return b.one("Expand", mask, b.join(b.sizes(ids, 0, 1), b.ints(1)))
 
 
-def _rows(b: GraphBuilder, x: str, start: int, stop: int | None, axis: int) -> str:
-    return b.one("Slice", x, b.ints(start), b.ints(2**62 if stop is None else stop), b.ints(axis))
+def _finish(b: GraphBuilder, name: str, hidden: str) -> onnx.ModelProto:
+    """Take span_weight [P, 2, H], span_bias [P, 2]; give start_logits, end_logits [N, T], hidden [N, T, H].
 
-
-def _finish(b: GraphBuilder, name: str, hidden: str, span: tuple[str, str]) -> onnx.ModelProto:
-    logits = b.one("Squeeze", b.head(hidden, *span), b.ints(0))  # [N, T, 2]
+    All are float32. ``hidden`` is what heads other than the span head start from.
+    """
+    weight = b.input("span_weight", TensorProto.FLOAT, ["P", 2, b.config.hidden])
+    bias = b.input("span_bias", TensorProto.FLOAT, ["P", 2])
+    last = b.one("Squeeze", b.full(hidden), b.ints(0))
+    product = b.one("MatMul", last, b.one("Transpose", weight, perm=[0, 2, 1]))
+    logits = b.one("Add", product, b.one("Unsqueeze", bias, b.ints(1)))
     parts = b.op("Split", logits, n_outputs=2, axis=-1, num_outputs=2)
-    last = b.ints(-1)
-    return b.model(
-        name,
-        [
-            (b.one("Squeeze", part, last), public, TensorProto.FLOAT, ["N", "T"])
-            for part, public in zip(parts, ("start_logits", "end_logits"), strict=True)
-        ],
-    )
+    start, end = (b.one("Squeeze", part, b.ints(-1)) for part in parts)
+    shape: Shape = ["N", "T"]
+    outputs = [
+        (start, "start_logits", TensorProto.FLOAT, shape),
+        (end, "end_logits", TensorProto.FLOAT, shape),
+        (last, "hidden", TensorProto.FLOAT, [*shape, b.config.hidden]),
+    ]
+    return b.model(name, outputs)

@@ -48,7 +48,7 @@ def engine_dir(tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory
     return export_engine(tiny_backbone, tmp_path_factory.mktemp("engine") / "tiny").path
 
 
-@pytest.fixture(params=["torch", "torch without C", "onnxruntime", "onnxruntime, standard operators"])
+@pytest.fixture(params=["torch", "torch without C", "onnxruntime"])
 def runtime(
     request: pytest.FixtureRequest,
     tiny_backbone: Backbone,
@@ -59,7 +59,7 @@ def runtime(
         if request.param == "torch without C":
             monkeypatch.setattr("mp2.engine.cpu.native.load", lambda: None)
         return TorchRuntime(tiny_backbone)
-    return OnnxRuntime(tiny_backbone, engine_dir, threads=1, fused=request.param == "onnxruntime")
+    return OnnxRuntime(tiny_backbone, engine_dir, threads=1)
 
 
 @pytest.fixture

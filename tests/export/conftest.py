@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from mp2.backbone import Backbone
-from mp2.export import EngineFolder
-from mp2.export.tensorrt import TaskShapes
-from mp2.export.tensorrt.export import export_typed
+from mp2.engine.folder import EngineFolder
+from mp2.engine.tensorrt.profiles import TaskShapes
+from mp2.export import export_engine
+from mp2.export.calibration import input_maxima, random_inputs
+from mp2.export.engine_folder import save_graph
+from mp2.export.graphs import GraphBuilder, backbone_inline_model, backbone_model
+from mp2.export.weights import store_backbone
 from mp2.prompts import random_prompts
 
 SHAPES = TaskShapes(candidates=4, examples=3, lengths=(8, 20), prompt_tokens=5)
@@ -24,9 +29,29 @@ def typed(tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> 
         if precision not in made:
             prompts = random_prompts(tiny_backbone, "deep", prompt_tokens=4, intrinsic_dim=6, tasks=("t",))
             out = tmp_path_factory.mktemp("typed") / precision
-            made[precision] = export_typed(
+            made[precision] = export_engine(
                 tiny_backbone, out, precision=precision, prompts=prompts, shapes=SHAPES
             )
+        return made[precision]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def whole(tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """precision -> a folder with the two deployment graphs, made once; not to be written to."""
+    made: dict[str, Path] = {}
+
+    def get(precision: str) -> Path:
+        if precision not in made:
+            folder = made[precision] = tmp_path_factory.mktemp("whole")
+            maxima = input_maxima(tiny_backbone, random_inputs(tiny_backbone))
+            store = store_backbone(tiny_backbone, folder, precision, maxima)
+            for write in (backbone_model, backbone_inline_model):
+                name = write.__name__.removesuffix("_model")
+                save_graph(
+                    write(GraphBuilder(tiny_backbone.config, store, precision)), folder / f"{name}.onnx"
+                )
         return made[precision]
 
     return get

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnxruntime as ort
 import torch
 
+from mp2.engine.onnx.library import load_onnxruntime
 from mp2.engine.tensorrt.profiles import Profile, Shape, TaskShapes, joined
 from mp2.errors import MissingDependencyError
 
@@ -39,6 +39,7 @@ class Provider:
 
     def check(self) -> None:
         """Raise MissingDependencyError if the installed onnxruntime does not have the provider."""
+        ort = load_onnxruntime()
         wanted, there = PROVIDERS[self.kind], ort.get_available_providers()
         if wanted not in there:
             raise MissingDependencyError(
@@ -57,7 +58,7 @@ class Provider:
         if not providers or providers[0] != wanted:
             libraries = "CUDA, cuDNN and TensorRT" if self.kind == "tensorrt" else "CUDA and cuDNN"
             raise MissingDependencyError(
-                f"onnxruntime {ort.__version__} left {wanted} out (the session has "
+                f"onnxruntime {load_onnxruntime().__version__} left {wanted} out (the session has "
                 f"{', '.join(providers) or 'none'}): install the releases of {libraries} that it was built "
                 "for where the loader finds them, or use --runtime torch"
             )

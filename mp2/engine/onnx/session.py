@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import onnx
-import onnxruntime as ort
 import torch
 
+from mp2.engine.onnx.library import load_onnxruntime
 from mp2.engine.onnx.providers import Provider
+from mp2.engine.tensorrt.builder import input_shapes
 from mp2.engine.tensorrt.profiles import Profile, sizes_of
 
-ort.disable_telemetry_events()  # what works offline sends nothing
 # an empty tensor (no prompt rows) has no address, but a binding needs one
 _SOMEWHERE = torch.empty(1)
-WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-_ELEMENTS = {
-    torch.float32: onnx.TensorProto.FLOAT,
-    torch.float16: onnx.TensorProto.FLOAT16,
-    torch.bfloat16: onnx.TensorProto.BFLOAT16,
-    torch.int64: onnx.TensorProto.INT64,
-    torch.bool: onnx.TensorProto.BOOL,
-}
+# onnx.TensorProto's numbers, without that package: a session needs no other part of it
+_ELEMENTS = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16, torch.int64: 7, torch.bool: 9}
 _TYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
@@ -46,31 +40,29 @@ class OnnxSession:
         *,
         threads: int | None = None,
         provider: Provider | None = None,
-        weights: Path | None = None,
         profile: Profile | None = None,
     ) -> None:
         """Load ``model`` on ``provider`` (None: the CPU) with ``threads`` CPU threads (None: torch's number).
 
-        ``weights`` is the folder of the files that a model given as bytes points at, ``profile`` what the
-        TensorRT provider is to accept (None: as the provider says). Raises MissingDependencyError if
-        onnxruntime has no such provider, or cannot load its libraries.
+        ``profile`` is what the TensorRT provider is to accept (None: as the provider says); a model given as
+        bytes has its weights inside. Raises MissingDependencyError if onnxruntime has no such provider, or
+        cannot load its libraries.
         """
         provider = provider or Provider()
         provider.check()
+        ort = load_onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         # one session a layer: threads that go on spinning after a call would slow down the next session's
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if weights is not None:
-            options.add_session_config_entry(WEIGHTS_FOLDER, str(weights))
         self._device = torch.device(provider.device)
         self._stream: torch.cuda.Stream | None = None
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         graph = model.name if isinstance(model, Path) else ""
-        self._declared = _declared(model) if provider.kind == "tensorrt" else {}
+        self._declared = input_shapes(model) if provider.kind == "tensorrt" else {}
         self.profile = profile or provider.profile(graph)
         handle = None if self._stream is None else self._stream.cuda_stream
         # without its own fallback, which tries again with other providers, without these options
@@ -82,7 +74,7 @@ class OnnxSession:
         )
         provider.check_session(self._session.get_providers())
         # none on a CPU: looking into them at every call costs onnxruntime 0.1 ms
-        self._run_options: ort.RunOptions | None = None
+        self._run_options: Any = None
         if self._stream is not None:  # ordered by streams, not by waiting for the device
             self._run_options = ort.RunOptions()
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -130,15 +122,3 @@ class OnnxSession:
     def empty(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """Return an unfilled tensor for output ``name``."""
         return torch.empty(tuple(shape), dtype=self._outputs[name], device=self._device)
-
-
-def _declared(model: Path | bytes) -> dict[str, list[int | str]]:
-    loaded = (
-        onnx.load(model, load_external_data=False)
-        if isinstance(model, Path)
-        else onnx.load_from_string(model)
-    )
-    return {
-        info.name: [dim.dim_param or int(dim.dim_value) for dim in info.type.tensor_type.shape.dim]
-        for info in loaded.graph.input
-    }

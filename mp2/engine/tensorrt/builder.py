@@ -8,8 +8,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-import onnx
-
 from mp2.engine.tensorrt.library import make_logger
 from mp2.engine.tensorrt.profiles import Profile, Shape
 from mp2.errors import Mp2Error
@@ -34,9 +32,15 @@ class BuiltPlan:
     timing_cache: bytes
 
 
-def input_shapes(graph: Path) -> dict[str, Shape]:
+def input_shapes(graph: Path | bytes) -> dict[str, Shape]:
     """Return name -> shape (numbers and size names) of the graph's inputs, in their order."""
-    model = onnx.load(graph, load_external_data=False)
+    import onnx
+
+    model = (
+        onnx.load(graph, load_external_data=False)
+        if isinstance(graph, Path)
+        else onnx.load_from_string(graph)
+    )
     return {
         info.name: [dim.dim_param or int(dim.dim_value) for dim in info.type.tensor_type.shape.dim]
         for info in model.graph.input

@@ -15,8 +15,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import onnx
-
 from mp2.engine.folder import EngineFolder
 from mp2.engine.tensorrt.builder import BuildSettings, build_plan
 from mp2.engine.tensorrt.profiles import Profile, Sizes, TaskShapes, best_profile, grown
@@ -171,6 +169,8 @@ def read_shapes(folder: EngineFolder) -> TaskShapes:
 
 
 def _weight_files(graph: Path) -> set[str]:
+    import onnx
+
     model = onnx.load(graph, load_external_data=False)
     return {
         entry.value

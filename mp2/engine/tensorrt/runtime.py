@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from mp2.backbone import Backbone, resolve_device
-from mp2.engine.folder import EngineFolder, layer_file
-from mp2.engine.runtime import Prefix, check_positions, say
+from mp2.engine.folder import HIDDEN_TYPES, EngineFolder, layer_file, plain_layer_file
+from mp2.engine.onnx.stages import GraphStages
+from mp2.engine.runtime import say
 from mp2.engine.tensorrt.builder import BuildSettings, input_shapes
 from mp2.engine.tensorrt.calls import CudaDevice, Device, EngineCalls, Scratch
 from mp2.engine.tensorrt.library import load_tensorrt
 from mp2.engine.tensorrt.plans import Gpu, PlanStore
 from mp2.engine.tensorrt.profiles import sizes_of
 from mp2.errors import MismatchError
-from mp2.export.tensorrt.graphs import plain_layer_file
-from mp2.export.tensorrt.weights import TORCH_TYPES
+
+_TYPES = dict.fromkeys(
+    ("prompts", "prefix_keys", "prefix_values", "span_weight", "span_bias", "logits"), torch.float32
+)
 
 
-class TensorRTRuntime:
+class TensorRTRuntime(GraphStages):
     """`Runtime` on TensorRT; a graph's plan is loaded on first use, and built if missing or stale."""
 
     name = "tensorrt"
@@ -57,11 +60,8 @@ class TensorRTRuntime:
                 f"engine folder {engine_dir} holds {manifest.precision}, expected {precision}; "
                 f"pass --precision {manifest.precision}"
             )
-        self.device = device
-        self.precision = precision
-        self.reason = reason or "asked for"
-        self._config = backbone.config
-        self._type = TORCH_TYPES[precision]
+        super().__init__(backbone, device=device, precision=precision, reason=reason or "asked for")
+        self._types = _TYPES | dict.fromkeys(("hidden", "hidden_out"), HIDDEN_TYPES[precision])
         self._module = module
         self._folder = folder
         self._on: Device = CudaDevice(device)
@@ -69,7 +69,6 @@ class TensorRTRuntime:
         self._scratch = Scratch(self._on)
         self._cuda_graphs = cuda_graphs
         self._calls: dict[str, EngineCalls] = {}
-        self._whole: dict[tuple[int, int], torch.Tensor] = {}  # masks of batches without padding
 
     def prepare(self) -> None:
         """Load or build every plan that a run on the folder's shapes uses."""
@@ -85,60 +84,23 @@ class TensorRTRuntime:
         """Tell whether ``graph`` has a plan that can be loaded, so that running it builds none."""
         return graph in self._calls or self._plans.has(graph)
 
-    def embed(self, input_ids: torch.Tensor, n_inline: int = 0) -> torch.Tensor:
-        """See `Runtime.embed`."""
-        n, t = input_ids.shape
-        check_positions(t, n_inline, self._config.max_positions)
-        feeds = {"input_ids": input_ids, "n_inline": torch.tensor(n_inline)}
-        return self._run("embed.onnx", feeds, (1, n, t, self._config.hidden))
-
-    def embed_inline(self, prompts: torch.Tensor) -> torch.Tensor:
-        """See `Runtime.embed_inline`."""
-        p, m, width = prompts.shape
-        return self._run("embed_inline.onnx", {"prompts": prompts.float()}, (p, 1, m, width))
-
-    def layer(
-        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefix | None
-    ) -> torch.Tensor:
-        """See `Runtime.layer`."""
-        p, n, t, width = hidden.shape
-        feeds = {"hidden": hidden.to(self._type), "mask": self._no_padding(n, t) if mask is None else mask}
-        if prefix is None or prefix[0].shape[3] == 0:
-            p = max(p, 1 if prefix is None else prefix[0].shape[0])
-            if p != hidden.shape[0]:
-                feeds["hidden"] = feeds["hidden"].expand(p, n, t, width)
-            return self._run(plain_layer_file(index), feeds, (p, n, t, width))
-        feeds |= {"prefix_keys": prefix[0].float(), "prefix_values": prefix[1].float()}
-        return self._run(layer_file(index, "onnx"), feeds, (max(p, prefix[0].shape[0]), n, t, width))
-
-    def head(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """See `Runtime.head`."""
-        feeds = {"hidden": hidden.to(self._type), "span_weight": weight.float(), "span_bias": bias.float()}
-        return self._run("head.onnx", feeds, (*hidden.shape[:-1], 2), "logits", torch.float32)
-
-    def _no_padding(self, n: int, t: int) -> torch.Tensor:
-        if (n, t) not in self._whole:
-            self._whole[n, t] = torch.ones(n, t, dtype=torch.bool, device=self.device)
-        return self._whole[n, t]
-
     def _run(
         self,
         graph: str,
-        feeds: dict[str, torch.Tensor],
-        shape: tuple[int, ...],
+        feeds: Mapping[str, torch.Tensor],
+        shape: Sequence[int],
         output: str = "hidden_out",
-        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        feeds = {name: x.to(self.device).contiguous() for name, x in feeds.items()}
+        feeds = {name: x.to(self.device, self._types.get(name)).contiguous() for name, x in feeds.items()}
         with self._on.current():
             calls = self._calls.get(graph)
             if calls is None or not calls.covers(feeds):
                 calls = self._calls[graph] = self._load(graph, feeds)
-            result = self._on.empty(shape, dtype or self._type)
+            result = self._on.empty(shape, self._types[output])
             calls(feeds, output, result)
         return result
 
-    def _load(self, graph: str, feeds: dict[str, torch.Tensor] | None) -> EngineCalls:
+    def _load(self, graph: str, feeds: Mapping[str, torch.Tensor] | None) -> EngineCalls:
         """Return the graph's engine, with a profile for ``feeds`` (None: whatever the plan covers)."""
         shapes = input_shapes(self._folder.file(graph))
         if self._calls.pop(graph, None) is not None:

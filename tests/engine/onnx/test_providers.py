@@ -11,13 +11,10 @@ import torch
 
 from mp2.backbone import Backbone
 from mp2.engine import OnnxRuntime, create_runtime
-from mp2.engine.onnx import session as onnx_session
 from mp2.engine.onnx.providers import PROVIDERS, Provider
-from mp2.engine.tensorrt.profiles import Profile, stretched
+from mp2.engine.tensorrt.profiles import Profile, TaskShapes, stretched
 from mp2.errors import MismatchError, MissingDependencyError, Mp2Error
-from mp2.export.tensorrt import TaskShapes
-from mp2.export.tensorrt.export import export_typed
-from mp2.export.tensorrt.parity import compare_runtime
+from mp2.export import compare_stages, export_engine
 
 # onnxruntime's documentation and sources (cuda_ and tensorrt_execution_provider_info.cc)
 DOCUMENTED = {
@@ -59,7 +56,9 @@ SHAPES = TaskShapes(candidates=4, examples=3, lengths=(8, 20), prompt_tokens=5)
 
 @pytest.fixture(scope="module")
 def half_dir(tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_typed(tiny_backbone, tmp_path_factory.mktemp("half") / "engine", shapes=SHAPES).path
+    return export_engine(
+        tiny_backbone, tmp_path_factory.mktemp("half") / "engine", precision="fp16", shapes=SHAPES
+    ).path
 
 
 @pytest.fixture
@@ -77,7 +76,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, dict[str, st
         made.get_providers = lambda: [name for name, _ in providers]
         return made
 
-    monkeypatch.setattr(onnx_session.ort, "InferenceSession", session)
+    monkeypatch.setattr(ort, "InferenceSession", session)
     monkeypatch.setattr(ort, "get_available_providers", lambda: list(PROVIDERS.values()))
     return seen
 
@@ -113,7 +112,7 @@ def test_a_typed_folder_runs_on_onnxruntime_within_its_precision(
     tiny_backbone: Backbone, half_dir: Path
 ) -> None:
     runtime = OnnxRuntime(tiny_backbone, half_dir, precision="fp16", threads=1)
-    assert [c.line() for c in compare_runtime(runtime, tiny_backbone) if not c.ok] == []
+    assert [c.line() for c in compare_stages(runtime, tiny_backbone) if not c.ok] == []
 
 
 @pytest.mark.parametrize("kind", ["cuda", "tensorrt"])
@@ -187,14 +186,14 @@ def test_a_provider_that_onnxruntime_leaves_out_is_an_error_when_the_runtime_is_
     opened: list[list[tuple[str, dict[str, str]]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    session = onnx_session.ort.InferenceSession
+    session = ort.InferenceSession
 
     def without_libraries(*args: Any, **options: Any) -> ort.InferenceSession:
         made = session(*args, **options)
         made.get_providers = lambda: ["CPUExecutionProvider"]
         return made
 
-    monkeypatch.setattr(onnx_session.ort, "InferenceSession", without_libraries)
+    monkeypatch.setattr(ort, "InferenceSession", without_libraries)
     with pytest.raises(MissingDependencyError, match=r"left TensorrtExecutionProvider out .*CPUExec.* cuDNN"):
         OnnxRuntime(tiny_backbone, half_dir, provider="tensorrt", precision="fp16")
 
@@ -209,7 +208,7 @@ def test_what_onnxruntime_refuses_says_so_and_what_to_do(
     def refuse(*args: Any, **options: Any) -> None:
         raise RuntimeError("CUDA failure 35: driver version is insufficient\n(more)")
 
-    monkeypatch.setattr(onnx_session.ort, "InferenceSession", refuse)
+    monkeypatch.setattr(ort, "InferenceSession", refuse)
     with pytest.raises(
         Mp2Error, match=r"cannot load embed\.onnx .*failure 35: driver version is insufficient; use --runtime"
     ):

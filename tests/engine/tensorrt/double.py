@@ -21,7 +21,7 @@ import onnx
 import onnxruntime as ort
 import torch
 
-from mp2.export.tensorrt.emulate import emulated
+from mp2.export.emulated import emulated
 
 from .api import parse_signature
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from mp2.backbone import Backbone
+from mp2.engine.folder import EngineFolder
 from mp2.engine.tensorrt.builder import BuildSettings, build_plan, input_shapes
 from mp2.engine.tensorrt.library import check_version, load_tensorrt
 from mp2.engine.tensorrt.plans import Gpu, PlanStore
+from mp2.engine.tensorrt.profiles import Profile, TaskShapes
 from mp2.errors import MissingDependencyError, Mp2Error
-from mp2.export import EngineFolder
-from mp2.export.tensorrt import Profile
+from mp2.export import export_engine
 
 from .double import FakeLibrary
 
-Typed = Callable[[str], EngineFolder]
 GPU = Gpu("NVIDIA H100", "9.0")
 VISIT = {"P_hidden": 1, "P_prefix": 4, "N": 3, "N_prefix": 1, "T": 20, "m": 5}
 
@@ -29,16 +29,22 @@ def library(request: pytest.FixtureRequest) -> FakeLibrary:
     return FakeLibrary(request.param)
 
 
+@pytest.fixture(scope="module")
+def exported(tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> EngineFolder:
+    shapes = TaskShapes(candidates=4, examples=3, lengths=(8, 20), prompt_tokens=5)
+    out = tmp_path_factory.mktemp("typed") / "engine"
+    return export_engine(tiny_backbone, out, precision="fp16", shapes=shapes)
+
+
 @pytest.fixture
-def folder(typed: Typed, tmp_path: Path) -> EngineFolder:
+def folder(exported: EngineFolder, tmp_path: Path) -> EngineFolder:
     """A typed engine folder that may be written to."""
-    source = typed("fp16")
     target = tmp_path / "engine"
     target.mkdir()
-    for file in source.path.iterdir():
+    for file in exported.path.iterdir():
         if file.is_file():
             (target / file.name).write_bytes(file.read_bytes())
-    return EngineFolder(target, source.manifest)
+    return EngineFolder(target, exported.manifest)
 
 
 def store(folder: EngineFolder, library: FakeLibrary, notes: list[str] | None = None) -> PlanStore:

@@ -14,11 +14,13 @@ from mp2.backbone import Backbone
 from mp2.engine import Objective, Runtime, TorchRuntime, create_runtime, select
 from mp2.engine.agreement import spearman
 from mp2.engine.cuda.runtime import CudaRuntime
+from mp2.engine.folder import EngineFolder
 from mp2.engine.layer_timer import LayerTimer
 from mp2.engine.probe import Probe, layer_seconds
 from mp2.engine.tensorrt import runtime as runtime_module
 from mp2.engine.tensorrt.captures import Captures
 from mp2.engine.tensorrt.plans import Gpu
+from mp2.engine.tensorrt.profiles import TaskShapes
 from mp2.engine.tensorrt.runtime import TensorRTRuntime
 from mp2.errors import (
     FormatError,
@@ -28,9 +30,7 @@ from mp2.errors import (
     UnknownNameError,
     UsageError,
 )
-from mp2.export.tensorrt import TaskShapes
-from mp2.export.tensorrt.export import build_plans, export_typed
-from mp2.export.tensorrt.parity import compare_runtime
+from mp2.export import build_plans, compare_stages, export_engine
 from mp2.prompts import PromptSet
 from mp2.tasks import MrcInput
 
@@ -61,7 +61,7 @@ def folders(tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -
         if (precision, shallow) not in made:
             shapes = TaskShapes(candidates=4, examples=8, lengths=(12, 32), prompt_tokens=M, shallow=shallow)
             out = tmp_path_factory.mktemp("typed") / "engine"
-            made[precision, shallow] = export_typed(
+            made[precision, shallow] = export_engine(
                 tiny_backbone, out, precision=precision, shapes=shapes
             ).path
         return made[precision, shallow]
@@ -82,9 +82,9 @@ def test_every_stage_equals_the_encoder_within_the_precision(
     tiny_backbone: Backbone, library: FakeLibrary, folders: Callable[..., Path], precision: str
 ) -> None:
     runtime = open_runtime(tiny_backbone, folders(precision), precision)
-    comparisons = list(compare_runtime(runtime, tiny_backbone))
+    comparisons = list(compare_stages(runtime, tiny_backbone))
     assert [c.line() for c in comparisons if not c.ok] == []
-    assert len(comparisons) == 3 + 3 * tiny_backbone.config.n_layers + 2
+    assert len(comparisons) == 3 + 5 * tiny_backbone.config.n_layers + 2
 
 
 def test_losses_of_populations_follow_the_reference(
@@ -369,8 +369,6 @@ def test_prepare_builds_the_plans_of_a_run_and_no_call_builds_more(
 def test_build_plans_compares_what_they_compute(
     tiny_backbone: Backbone, library: FakeLibrary, folders: Callable[..., Path]
 ) -> None:
-    from mp2.export import EngineFolder
-
     seen = []
     folder = EngineFolder.open(folders("fp16"))
     runtime = build_plans(tiny_backbone, folder, device="cpu", report=seen.append)

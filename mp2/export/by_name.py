@@ -8,15 +8,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from mp2.backbone import load_backbone, resolve_device
-from mp2.engine.folder import EngineFolder
+from mp2.engine.folder import TENSORRT_PRECISIONS, EngineFolder
 from mp2.engine.tensorrt.library import NOT_RUN, load_tensorrt
 from mp2.engine.tensorrt.profiles import TaskShapes
 from mp2.errors import UnknownNameError, UsageError
-from mp2.export.export import check_target, export_engine
+from mp2.export.calibration import calibration_inputs, task_inputs
+from mp2.export.emulated import EmulatedRuntime
+from mp2.export.engine_folder import build_plans, check_target, export_engine, precision_cost
 from mp2.export.parity import REPORT_HEADER, Comparison
-from mp2.export.tensorrt.calibration import calibration_inputs, task_inputs
-from mp2.export.tensorrt.export import build_plans, emulated_runtime, export_typed, precision_cost
-from mp2.export.tensorrt.graphs import PRECISIONS
 
 if TYPE_CHECKING:
     from mp2.backbone import Backbone
@@ -48,12 +47,12 @@ def export_command(
     if runtime not in EXPORT_RUNTIMES:
         raise UnknownNameError("runtime", runtime, EXPORT_RUNTIMES)
     typed = runtime == "tensorrt"
-    known = PRECISIONS if typed else ("fp32",)
+    known = TENSORRT_PRECISIONS if typed else ("fp32",)
     precision = precision or known[0]
     if precision not in known:
         raise UnknownNameError("precision", precision, known, f"runtime '{runtime}' has {', '.join(known)}")
-    if not typed and (graphs_only or task is not None or popsize is not None):
-        raise UsageError("--graphs-only, --task and --popsize are for --runtime tensorrt")
+    if not typed and (graphs_only or task is not None or popsize is not None or prompts is not None):
+        raise UsageError("--graphs-only, --task, --popsize and --prompts are for --runtime tensorrt")
     if data is not None and task is None:
         raise UsageError("--data is read for a --task only; give both")
     popsize = 20 if popsize is None else popsize
@@ -86,12 +85,12 @@ def export_command(
     if typed:
         inputs = calibration_inputs(loaded) if task is None else task_inputs(loaded, task, data)
         shapes = _shapes(loaded, prompt_set, inputs if task else None, popsize)
-        folder = export_typed(
+        folder = export_engine(
             loaded, out, precision=precision, prompts=prompt_set, shapes=shapes, report=report
         )
         summary = _cost(loaded, folder, prompt_set, inputs, graphs_only, report, show)
     else:
-        folder = export_engine(loaded, out, prompts=prompt_set, report=report)
+        folder = export_engine(loaded, out, report=report)
     n_bytes = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
     show(
         f"{len(comparisons)} outputs equal torch's within tolerance; "
@@ -133,7 +132,7 @@ def _cost(
     """Show and return what the precision costs, emulated or, with plans, measured on the GPU."""
     precision = folder.manifest.precision
     if graphs_only:
-        cost = precision_cost(emulated_runtime(backbone, folder.path, precision), backbone, prompts, inputs)
+        cost = precision_cost(EmulatedRuntime(backbone, folder.path, precision), backbone, prompts, inputs)
         show(f"{precision}, emulated on the CPU: {cost.line()}")
         show(f"graphs only: plans are built on the first use on a GPU. Note: {NOT_RUN}")
         return {"emulated_agreement": cost.as_dict()}

@@ -1,15 +1,22 @@
 """A typed graph on a CPU: float32 arithmetic, rounded after every node to the type that the graph names.
 
 That is what a matrix unit does (products summed in float32, results rounded), so the emulated numbers show
-what a precision costs where no GPU is at hand. Fused kernels round less often, never more.
+what a precision costs where no GPU is at hand. Fused kernels round less often, never more. A float32 graph is
+what it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx
+import torch
 from onnx import TensorProto, helper
+
+from mp2.backbone import Backbone
+from mp2.engine.onnx.session import OnnxSession
+from mp2.engine.onnx.stages import GraphStages
 
 _NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _FLOAT = TensorProto.FLOAT
@@ -51,3 +58,25 @@ def emulated(path: Path) -> onnx.ModelProto:
         if info.type.tensor_type.elem_type in _NARROW:
             info.type.tensor_type.elem_type = _FLOAT
     return model
+
+
+class EmulatedRuntime(GraphStages):
+    """The chain of a ``folder`` of any precision on the CPU; for comparisons only.
+
+    Hidden states are float32 with values of the precision's type.
+    """
+
+    name = "emulated"
+
+    def __init__(self, backbone: Backbone, folder: Path, precision: str) -> None:
+        """Read graphs when they are first used; ``folder`` may be an export that is not finished."""
+        super().__init__(backbone, device="cpu", precision=precision, reason="a comparison without a GPU")
+        self._folder = folder
+        self._sessions: dict[str, OnnxSession] = {}
+
+    def _run(
+        self, graph: str, feeds: Mapping[str, torch.Tensor], shape: Sequence[int], output: str = "hidden_out"
+    ) -> torch.Tensor:
+        if graph not in self._sessions:
+            self._sessions[graph] = OnnxSession(emulated(self._folder / graph).SerializeToString())
+        return self._sessions[graph].run(feeds, {output: shape})[0]

@@ -14,7 +14,7 @@ import click
 from mp2 import __version__, environment
 from mp2.commands.baselines import baselines
 from mp2.commands.black_box import bbt, predict
-from mp2.commands.gradient import pretrain, pretrain_backbone, pseudo_tasks, scratch, tune
+from mp2.commands.gradient import pretrain, pretrain_backbone, scratch, tune
 from mp2.commands.machine import doctor, export
 from mp2.commands.tasks import tasks
 from mp2.errors import Mp2Error
@@ -65,7 +65,6 @@ for command in (
     tune,
     pretrain,
     pretrain_backbone,
-    pseudo_tasks,
     scratch,
     export,
     doctor,

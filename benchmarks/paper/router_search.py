@@ -43,11 +43,10 @@ from mp2.runs.frozen_model import FrozenModel, load_model, resolve_paths
 from mp2.tasks import load_card
 
 NEVERGRAD = ("NGOpt", "DiscreteOnePlusOne", "PortfolioDiscreteOnePlusOne", "FastGADiscreteOnePlusOne")
-METHODS = ("bits", "flips", *(f"nevergrad:{n}" for n in NEVERGRAD), "random", "bo")
+METHODS = ("bits", *(f"nevergrad:{n}" for n in NEVERGRAD), "random", "bo")
 BUDGETS = (100, 200)
 SOURCES = {  # a method's code, below mp2/optimizers: its results are of that code only
     "bits": ("router_bits.py", "router_model.py"),
-    "flips": ("router_flips.py",),
     "bo": ("router_bayes.py",),
     "nevergrad": ("router_nevergrad.py",),
     "random": (),
@@ -106,7 +105,7 @@ class Problem:
 def code_of(method: str) -> str:
     """Hash of the method's source files."""
     folder = Path(inspect.getfile(create_router_search)).parent
-    names = ("router_search.py", "routers.py") if method == "random" else SOURCES[method.partition(":")[0]]
+    names = ("router_search.py",) if method == "random" else SOURCES[method.partition(":")[0]]
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()[:8]
 
 

@@ -36,9 +36,9 @@ from filelock import FileLock
 from mp2.backbone import load_backbone
 from mp2.engine import create_runtime
 from mp2.errors import UsageError
+from mp2.optimizers.config import LayerConfig
 from mp2.prompts import PromptSet, load_prompts, save_prompts
 from mp2.runs import BbtConfig, RouterConfig, resume_run, start_run
-from mp2.runs.config import LayerConfig
 from mp2.runs.frozen_model import FrozenModel
 from mp2.tasks import MrcFormatter, TaskCard, load_card, load_examples, score
 from mp2.training.scratch import scratch_prompts

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command: tests, throughput, precision, Table 4, plans, TensorRT.
+"""Everything that needs a GPU, in one command: tests, throughput, precision, Table 4, TensorRT.
 
     python -m benchmarks.speed.gpu [--data DIR] [--minutes 45] [--step NAME ...] [--again]
 
@@ -12,7 +12,6 @@ their worth; a step is not begun when the minutes are used up:
     table4      Table 4 in bf16          table4-fp8  Table 4 in fp8
     throughput  mini, 1024 wide and cpt-large's shape, bf16 and fp8, against the plain loop
     together    five seeds as one against one after another, mini and cpt-large's shape
-    plan        predicted against actual time
     tensorrt    TensorRT plans of the embedded backbone (where tensorrt is installed)
 
 Table 4 and two tasks of throughput need --data; without it the demo tasks are timed and Table 4 is left out.
@@ -55,7 +54,6 @@ def steps(data: Path | None, work: Path) -> dict[str, list[str]]:
     found["throughput"] = ["-m", "benchmarks.speed.throughput", *where, *tasks, *engines, *shapes]
     shapes = ["--shape", "mini", "large", "--device", "cuda", "--name", "together_cuda"]
     found["together"] = ["-m", "benchmarks.speed.together", *where, *tasks, *shapes]
-    found["plan"] = ["-m", "benchmarks.speed.plan", *where, *tasks, "--device", "cuda", "--name", "plan_cuda"]
     if importlib.util.find_spec("tensorrt") is not None:
         found["tensorrt"] = [
             "-m",

@@ -32,8 +32,8 @@ from mp2.backbone import load_backbone
 from mp2.engine.cuda.objective import CudaObjective
 from mp2.engine.cuda.runtime import CUDA_PRECISIONS, CudaRuntime
 from mp2.optimizers.cma_layers import LayerSearches
+from mp2.optimizers.config import LayerConfig
 from mp2.prompts import load_prompts, random_prompts
-from mp2.runs.config import LayerConfig
 from mp2.tasks import MrcFormatter, MrcInput, few_shot_split, load_card, load_examples
 
 SEED = 42

@@ -1,8 +1,7 @@
 """Share of optimizer, journal and Python in a run on the embedded backbone: outside forwards, and in them.
 
-*Outside*: what ``result.json`` of a whole run calls suggest, suggest_hidden, journal and other, over the time
-of both stages. Suggestions that CMA-ES makes beside forwards (suggest_hidden) count in full, though a second
-core may take them. Loading (libraries, data, weights) is reported apart; it is paid once.
+*Outside*: what ``result.json`` of a whole run calls suggest, journal and other, over the time of both
+stages. Loading (libraries, data, weights) is reported apart; it is paid once.
 
 *Inside*: one round of visits of stage II, all layers, timed whole and then operator by operator
 (`benchmarks.speed.forward_parts`); what no operator and no C kernel accounts for is Python. The table of
@@ -33,7 +32,7 @@ from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.runs.run import make_problem
 from mp2.runs.series import start_run
 
-OUTSIDE = ("suggest", "suggest_hidden", "journal", "other")
+OUTSIDE = ("suggest", "journal", "other")
 ROUNDS = 3
 N_PARTS = 8  # operators listed, the others are added up
 

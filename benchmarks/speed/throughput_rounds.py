@@ -34,7 +34,7 @@ from benchmarks.speed.engine_work import (
 )
 from benchmarks.speed.plain_loop import PlainLoop
 from mp2.engine.select import AnyObjective
-from mp2.runs.config import LayerConfig
+from mp2.optimizers.config import LayerConfig
 
 POPULATION = 20
 Record = dict[str, Any]

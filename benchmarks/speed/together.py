@@ -42,9 +42,10 @@ from mp2.engine import create_runtime
 from mp2.engine.cuda.launches import launching, spread
 from mp2.engine.pending import settled
 from mp2.engine.select import AnyObjective
+from mp2.optimizers.config import RouterConfig
 from mp2.prompts import load_prompts, random_prompts
 from mp2.runs.command import read_seeds
-from mp2.runs.config import BbtConfig, RouterConfig
+from mp2.runs.config import BbtConfig
 from mp2.runs.frozen_model import FrozenModel
 from mp2.runs.run import make_problem
 from mp2.runs.series import start_series

@@ -24,7 +24,7 @@ from mp2.commands.printing import as_json_text, given, note
     default="bits",
     show_default=True,
     metavar="METHOD",
-    help="bits, flips, exhaustive, bo, nevergrad:NAME, random or none.",
+    help="bits, exhaustive, bo, nevergrad:NAME, random or none.",
 )
 @click.option("--router-iters", type=int, help="Iterations of stage I.  [default: 100 deep, 200 shallow]")
 @click.option("--router-only", is_flag=True, help="Stage I only.")
@@ -61,7 +61,7 @@ from mp2.commands.printing import as_json_text, given, note
     metavar="RUNDIR",
     help="Go on with a run that was cut off; again for more, or a folder of runs.",
 )
-@click.option("--explain", is_flag=True, help="Print the plan and how long the run would take; tune nothing.")
+@click.option("--explain", is_flag=True, help="Print the plan of the run; tune nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (a list if several).")
 @click.pass_context
 def bbt(ctx: click.Context, /, **options: Any) -> None:
@@ -70,10 +70,9 @@ def bbt(ctx: click.Context, /, **options: Any) -> None:
     from mp2.runs.report import result_table, series_table
 
     if options.pop("explain"):
-        from mp2.runs.explain import plan_table
-
-        plan, n_seeds = bbt_plan(options, given(ctx))
-        click.echo(as_json_text(plan.as_dict()) if options["as_json"] else plan_table(plan, n_seeds))
+        plan, rows = bbt_plan(options, given(ctx))
+        text = "\n".join(f"{name:10}{words}" for name, words in rows)
+        click.echo(as_json_text(plan) if options["as_json"] else text)
         return
     results = []
     try:

@@ -51,21 +51,6 @@ def pretrain_backbone(
         click.echo(f"{out}: {backbone.name}, {backbone.sha256[:12]}")
 
 
-@click.command("pseudo-tasks", short_help="Cut training tasks out of plain text.")
-@click.option("--corpus", required=True, type=click.Path(), help="Folder of *.txt or *.txt.xz files.")
-@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder to make.")
-@click.option("--examples", default=40_000, show_default=True, help="Training examples a task, at most.")
-@click.option("--dev", default=300, show_default=True, help="Dev examples a task.")
-@click.option("--files", type=int, help="First files of the corpus to read.  [default: all]")
-@click.option("--seed", default=0, show_default=True)
-def pseudo_tasks(corpus: str, out: str, **options: Any) -> None:
-    """Cut tasks out of plain text (cards and data for mp2 pretrain): no labels needed."""
-    from mp2.training.pseudo_tasks import make_pseudo_tasks
-
-    made = make_pseudo_tasks(Path(corpus), Path(out), log=note, **options)
-    click.echo(f"{out}: {len(made)} tasks, {sum(made.values()):,} training examples")
-
-
 @click.command(short_help="Pre-train modular prompts on many tasks.")
 @click.option(
     "--tasks",

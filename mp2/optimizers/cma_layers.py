@@ -13,21 +13,24 @@ ranks within one generation, which share one context. Its stopping rules are ign
 
 from __future__ import annotations
 
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
+import warnings
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mp2.runs.config import LayerConfig
-from mp2.runs.quiet import quiet
+from mp2.optimizers.config import LayerConfig
 
 Floats = NDArray[np.float64]
 
 
 def import_cma() -> Any:
-    """The library ``cma``; it imports scipy.stats and matplotlib: a second or two the first time."""
+    """The library ``cma``; it imports scipy.stats and matplotlib: a second or two the first time.
+
+    It advises on standard output and by warnings, neither of which are ours to give: the ones are switched
+    off by options, the others by a filter for its modules.
+    """
+    warnings.filterwarnings("ignore", module=r"cma(\..*)?$")  # the same one again changes nothing
     import cma
 
     return cma
@@ -47,57 +50,24 @@ class LayerCma:
             "signals_filename": None,
             "CMA_diagonal": config.cma == "diagonal",
         }
-        with quiet():
-            self._es = import_cma().CMAEvolutionStrategy(np.zeros(n_dims), sigma, options)
+        library = import_cma()
+        with np.errstate(all="ignore"):
+            self._es = library.CMAEvolutionStrategy(np.zeros(n_dims), sigma, options)
 
     def ask(self) -> Floats:
         """The next population of offsets [popsize, d]."""
-        with quiet():
+        with np.errstate(all="ignore"):
             return np.asarray(self._es.ask(), dtype=np.float64)
 
     def tell(self, offsets: Floats, losses: Floats) -> None:
         """Update from the whole population's losses [popsize]."""
-        with quiet():
+        with np.errstate(all="ignore"):
             self._es.tell(list(offsets), [float(loss) for loss in losses])
 
 
-class LayerSearches:
-    """The CMA-ES of every layer; a layer's update and next ask are computed while others are evaluated.
-
-    Of the last ask, with the tell before it: ``waited_s`` is what the caller waited for it, ``hidden_s``
-    what was computed while the caller did something else.
-    """
-
-    def __init__(
-        self, sigmas: list[float], n_dims: int, config: LayerConfig, seed: np.random.SeedSequence
-    ) -> None:
-        self.waited_s = 0.0
-        self.hidden_s = 0.0
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mp2-cma")
-        rngs = [np.random.default_rng(child) for child in seed.spawn(len(sigmas))]
-        self._layers = [LayerCma(n_dims, s, config, r) for s, r in zip(sigmas, rngs, strict=True)]
-        self._next: list[Future[tuple[Floats, float]] | None] = [None] * len(sigmas)
-
-    def ask(self, layer: int) -> Floats:
-        """The layer's next population of offsets [popsize, d]."""
-        start = time.perf_counter()
-        future = self._next[layer] or self._pool.submit(_step, self._layers[layer], None)
-        population, spent = future.result()
-        self.waited_s = time.perf_counter() - start
-        self.hidden_s = max(0.0, spent - self.waited_s)
-        return population
-
-    def tell(self, layer: int, offsets: Floats, losses: Floats) -> None:
-        """Start the layer's update and its next ask in the background."""
-        self._next[layer] = self._pool.submit(_step, self._layers[layer], (offsets, losses))
-
-    def close(self) -> None:
-        """Stop the background thread; what it has not begun is dropped."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _step(search: LayerCma, told: tuple[Floats, Floats] | None) -> tuple[Floats, float]:
-    start = time.perf_counter()
-    if told is not None:
-        search.tell(*told)
-    return search.ask(), time.perf_counter() - start
+def layer_searches(
+    sigmas: list[float], n_dims: int, config: LayerConfig, seed: np.random.SeedSequence
+) -> list[LayerCma]:
+    """A CMA-ES for every layer, each with a random stream of its own."""
+    rngs = [np.random.default_rng(child) for child in seed.spawn(len(sigmas))]
+    return [LayerCma(n_dims, sigma, config, rng) for sigma, rng in zip(sigmas, rngs, strict=True)]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mp2.optimizers.routers import Losses, Routers
+from mp2.optimizers.router_search import Losses, Routers
 
 BOX = 5.0  # the authors' code
 KAPPA = 2.0  # appendix A.2

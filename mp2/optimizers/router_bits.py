@@ -21,7 +21,7 @@ from __future__ import annotations
 import numpy as np
 
 from mp2.optimizers.router_model import Floats, RouterModel, coordinates, fit_relevance, relevance, scaled
-from mp2.optimizers.routers import Losses, Routers, distinct
+from mp2.optimizers.router_search import Losses, Routers
 
 POPULATION = 5  # small: what a population finds is used by the next; 5 x 32 sequences fill a device
 N_WARM = 10  # at most, and a third of the iterations
@@ -140,6 +140,21 @@ class BitsSearch:
 
     def _is_new(self, router: Routers) -> bool:
         return router.tobytes() not in self._seen
+
+
+def distinct(routers: Routers, n: int) -> Routers:
+    """At most ``n`` different rows; when there are more, each next one is the farthest from those taken."""
+    _, first = np.unique(routers, axis=0, return_index=True)
+    rows = routers[np.sort(first)]
+    if len(rows) <= n:
+        return rows
+    taken = [0]
+    distance = (rows != rows[0]).sum(-1)
+    while len(taken) < n:
+        farthest = int(np.argmax(distance))
+        taken.append(farthest)
+        distance = np.minimum(distance, (rows != rows[farthest]).sum(-1))
+    return np.asarray(rows[np.sort(taken)])
 
 
 def _standardised(losses: Floats) -> Floats:

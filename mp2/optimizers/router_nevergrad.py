@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,11 +10,18 @@ from typing import Any
 import numpy as np
 
 from mp2.errors import MissingDependencyError, UnknownNameError, UsageError
-from mp2.optimizers.routers import Losses, Routers
-from mp2.runs.quiet import quiet
+from mp2.optimizers.router_search import Losses, Routers
 
 BOX = 5.0
 _TRIALS = 3
+
+
+def _import_nevergrad() -> Any:
+    """The library; it warns about settings and budgets, of which the person at the terminal chose neither."""
+    warnings.filterwarnings("ignore", module=r"nevergrad(\..*)?$")  # the same one again changes nothing
+    import nevergrad
+
+    return nevergrad
 
 
 def check_optimizer(name: str) -> None:
@@ -24,8 +32,7 @@ def check_optimizer(name: str) -> None:
         MissingDependencyError: it needs a package that is not installed.
         UsageError: it fails otherwise.
     """
-    with quiet():
-        import nevergrad
+    nevergrad = _import_nevergrad()
 
     if name not in nevergrad.optimizers.registry:
         raise UnknownNameError("nevergrad optimizer", name, list(nevergrad.optimizers.registry))
@@ -42,16 +49,15 @@ class NevergradSearch:
         self._name, self._shape = name, shape
         self._asked: dict[bytes, Any] = {}
         seed = int(rng.integers(2**31))
-        with quiet(), self._refusals():
-            import nevergrad
-
+        nevergrad = _import_nevergrad()
+        with self._refusals():
             space = nevergrad.p.Array(init=np.zeros(shape[0] * shape[1])).set_bounds(-BOX, BOX)
             space.random_state = np.random.RandomState(seed)
             self._optimizer = nevergrad.optimizers.registry[name](space, budget=max(1, iterations))
 
     def ask(self, n: int) -> Routers:
         """One router [1, L', K]."""
-        with quiet(), self._refusals():
+        with self._refusals():
             candidate = self._optimizer.ask()
         router = np.asarray(candidate.value > 0).reshape(1, *self._shape)
         self._asked = {router[0].tobytes(): candidate}
@@ -62,8 +68,7 @@ class NevergradSearch:
         for router, loss in zip(routers, losses, strict=True):
             candidate = self._asked.pop(router.tobytes(), None)
             if candidate is not None:
-                with quiet():
-                    self._optimizer.tell(candidate, float(loss))
+                self._optimizer.tell(candidate, float(loss))
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:

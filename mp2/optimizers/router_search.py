@@ -7,18 +7,32 @@ keeps the best. All of them are deterministic given their generator.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mp2.errors import UnknownNameError, UsageError
-from mp2.optimizers.routers import Losses, Routers, RouterSearch
 
-METHODS = ("bits", "flips", "exhaustive", "bo", "nevergrad:<optimizer>", "random", "none")
+Routers = NDArray[np.bool_]
+Losses = NDArray[np.float64]
+
+METHODS = ("bits", "exhaustive", "bo", "nevergrad:<optimizer>", "random", "none")
 DEFAULT_METHOD = "bits"
 DEFAULT_ITERATIONS = {"shallow": 200, "deep": 100}  # appendix A.2
 MAX_EXHAUSTIVE_BITS = 20
+
+
+class RouterSearch(Protocol):
+    """A stage-I method."""
+
+    def ask(self, n: int) -> Routers:
+        """Between 1 and ``n`` candidates [p, L', K]; none at all when the space is used up."""
+        ...
+
+    def tell(self, routers: Routers, losses: Losses) -> None:
+        """Learn the losses [p] of evaluated candidates, asked for or not."""
+        ...
 
 
 def stage_one_iterations(
@@ -81,7 +95,7 @@ def create_router_search(
         method: one of ``METHODS``.
         shape: (L', K).
         iterations: how many candidates it will be asked for in all.
-        warm: hard routers of the pre-training tasks [n_tasks, L', K]; ``bits`` and ``flips`` use them.
+        warm: hard routers of the pre-training tasks [n_tasks, L', K]; ``bits`` uses them.
         rng: the method's own generator.
         modules: intrinsic prompts [L', K, d], from which ``bits`` knows what routers have in common; None: a
             router is only its bits.
@@ -91,14 +105,6 @@ def create_router_search(
         from mp2.optimizers.router_bits import BitsSearch
 
         return BitsSearch(shape, iterations, warm, rng, modules)
-    if method == "flips":
-        from mp2.optimizers.router_flips import FlipSearch
-
-        return FlipSearch(shape, iterations, warm, rng)
-    if method == "exhaustive":
-        from mp2.optimizers.router_exhaustive import ExhaustiveSearch
-
-        return ExhaustiveSearch(shape)
     if method == "bo":
         from mp2.optimizers.router_bayes import BayesSearch
 
@@ -107,9 +113,34 @@ def create_router_search(
         from mp2.optimizers.router_nevergrad import NevergradSearch
 
         return NevergradSearch(method.partition(":")[2], shape, iterations, rng)
-    if method == "random":
-        return RandomSearch(shape, rng)
-    return NoSearch(shape)
+    if method == "exhaustive":
+        return ExhaustiveSearch(shape)
+    return RandomSearch(shape, rng) if method == "random" else NoSearch(shape)
+
+
+class ExhaustiveSearch:
+    """All routers once, in counting order from all on to all off, without those it has been told of."""
+
+    def __init__(self, shape: tuple[int, int], population: int = 64) -> None:
+        self._shape, self._population = shape, population
+        self._n_bits = shape[0] * shape[1]
+        self._next = 2**self._n_bits - 1
+        self._known: set[int] = set()
+
+    def ask(self, n: int) -> Routers:
+        """The next up to ``population`` routers [p, L', K]; none when all have been asked for."""
+        codes: list[int] = []
+        while len(codes) < min(n, self._population) and self._next >= 0:
+            if self._next not in self._known:
+                codes.append(self._next)
+            self._next -= 1
+        bits = (np.array(codes, dtype=np.int64)[:, None] >> np.arange(self._n_bits)) & 1
+        return bits.astype(bool).reshape(len(codes), *self._shape)
+
+    def tell(self, routers: Routers, losses: Losses) -> None:
+        """Remember which routers need not be asked for again."""
+        weights = 1 << np.arange(self._n_bits)
+        self._known.update(int(c) for c in routers.reshape(len(routers), -1) @ weights)
 
 
 class RandomSearch:

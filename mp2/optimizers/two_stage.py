@@ -2,9 +2,9 @@
 
 Search the router, fuse, then move the fused prompts layer by layer.
 
-The driver knows the backbone only as a function from candidates to losses (:class:`Objective`), and
-evaluates only through a :class:`~mp2.runs.recorder.Recorder`, so that a resumed run replays its
-journal and goes on.
+The driver knows the backbone only as a function from candidates to losses (:class:`Objective`), and asks
+for every loss and score through :class:`Evaluations`, always in the same order: where these remember a run
+that was cut off (``mp2.runs.recorder``), the driver follows it without any forward and goes on.
 
 *Iterations* are candidates evaluated on the whole few-shot training set. The first is the untuned prompt
 (every module on); stage I has the first 200 (shallow) or 100 (deep) with it, stage II what is left. The
@@ -28,21 +28,23 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mp2.engine.pending import Pending
-from mp2.optimizers.cma_layers import LayerSearches, import_cma
-from mp2.optimizers.router_search import create_router_search, stage_one_iterations
-from mp2.optimizers.routers import Routers, RouterSearch
-from mp2.runs.config import BbtConfig, Kind
-from mp2.runs.recorder import Recorder, Scores
+from mp2.optimizers.cma_layers import import_cma, layer_searches
+from mp2.optimizers.config import Kind, SearchConfig
+from mp2.optimizers.router_search import (
+    Losses,
+    Routers,
+    RouterSearch,
+    create_router_search,
+    stage_one_iterations,
+)
 
 Prompt = NDArray[np.float32]  # fused intrinsic prompts z, [L', d]
-Losses = NDArray[np.float64]
 
 
 class Objective(Protocol):
-    """The few-shot training loss (see ``mp2.engine.objective``), computed or only launched."""
+    """The few-shot training loss. What it returns goes to :class:`Evaluations`, which makes losses of it."""
 
-    def router_losses(self, routers: Routers) -> Losses | Pending[Losses]:
+    def router_losses(self, routers: Routers) -> Any:
         """Losses [P] of routers [P, L', K]."""
         ...
 
@@ -50,12 +52,52 @@ class Objective(Protocol):
         """Every layer's prompt [L', d]."""
         ...
 
-    def layer_losses(self, layer: int, z: NDArray[np.float32]) -> Losses | Pending[Losses]:
+    def layer_losses(self, layer: int, z: NDArray[np.float32]) -> Any:
         """Losses [P] with ``layer`` at each of z [P, d] and the others at the incumbent."""
         ...
 
     def commit(self, layer: int, z: NDArray[np.float32]) -> None:
         """The incumbent's ``layer`` becomes z [d]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One evaluation on a split: the task's metric in [0,1] and the mean loss."""
+
+    score: float
+    loss: float
+
+
+class Evaluations(Protocol):
+    """Losses and scores as they are computed, or as they are known from before."""
+
+    iteration: int  # candidates evaluated on the training set
+
+    @property
+    def live(self) -> bool:
+        """Whether the next one will be computed."""
+        ...
+
+    def losses(
+        self,
+        stage: int,
+        layer: int | None,
+        candidates: NDArray[Any],
+        compute: Callable[[], Any],
+        *,
+        suggest_s: float = 0.0,
+        worst_so_far: float | None = None,
+    ) -> Losses:
+        """Finite losses [P] of candidates [P, ...]: of routers in stage 1, of a layer's prompts in stage 2.
+
+        ``compute`` evaluates them; suggesting them took ``suggest_s``. A loss that is not finite becomes the
+        worst finite one; ``worst_so_far`` is that where no other candidate is of the same population.
+        """
+        ...
+
+    def scores(self, split: str, at: str, prompt: Prompt, compute: Callable[[], Any]) -> Scores:
+        """Score and loss of a prompt [L', d] on a split, after the stage ``at``."""
         ...
 
 
@@ -121,15 +163,15 @@ class TwoStage:
 
     def __init__(
         self,
-        config: BbtConfig,
+        config: SearchConfig,
         objective: Objective,
         space: Space,
-        dev: Callable[[Prompt], Scores | Pending[Scores]],
-        recorder: Recorder,
+        dev: Callable[[Prompt], Any],
+        evaluations: Evaluations,
         observe: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
         self._config, self._objective, self._space = config, objective, space
-        self._dev, self._recorder, self._observe = dev, recorder, observe
+        self._dev, self._evaluations, self._observe = dev, evaluations, observe
         self._shape = (space.n_layers, space.n_modules)
         self._stage1_iters = stage_one_iterations(
             config.router.method, config.router.iterations, space.kind, self._shape, config.iters
@@ -148,7 +190,7 @@ class TwoStage:
         untuned = self._checkpoint("untuned", self._space.fuse(every_module), every_module)
         router = self._search_router(every_module, search)
         stage1 = self._checkpoint("stage1", self._space.fuse(router), router)
-        if not self._config.router_only and self._recorder.iteration < self._config.iters:
+        if not self._config.router_only and self._evaluations.iteration < self._config.iters:
             self._search_layers(stage1, layer_seed)
         final = min(self._checkpoints, key=Checkpoint.rank)  # the earliest of equals
         return Outcome(
@@ -175,7 +217,7 @@ class TwoStage:
 
     def _evaluate_routers(self, routers: Routers, suggest_s: float) -> NDArray[np.float64]:
         """Losses of a stage-I population; the first call is the untuned router."""
-        losses = self._recorder.losses(
+        losses = self._evaluations.losses(
             1,
             None,
             routers,
@@ -185,7 +227,7 @@ class TwoStage:
         )
         self._worst_loss = max(float(losses.max()), self._worst_loss)
         self._loss = min(self._loss, float(losses.min()))
-        self._loss_curve.append((self._recorder.iteration, self._loss))
+        self._loss_curve.append((self._evaluations.iteration, self._loss))
         return losses
 
     def _search_router(self, untuned: Routers, search: RouterSearch) -> Routers:
@@ -193,7 +235,7 @@ class TwoStage:
         best, best_loss = untuned, self._loss
         start = time.perf_counter()
         search.tell(untuned[None], np.array([best_loss]))
-        while (left := self._stage1_iters - self._recorder.iteration) > 0:
+        while (left := self._stage1_iters - self._evaluations.iteration) > 0:
             routers = search.ask(left)
             if not len(routers):
                 break
@@ -207,44 +249,44 @@ class TwoStage:
 
     def _search_layers(self, stage1: Checkpoint, seed: np.random.SeedSequence) -> None:
         """Stage II from stage I's fused prompt [L', d]."""
-        config, recorder, space, fused = self._config, self._recorder, self._space, stage1.z
+        config, evaluations, space, fused = self._config, self._evaluations, self._space, stage1.z
         sigmas = [config.layers.sigma(layer, space.kind) for layer in range(space.n_layers)]
-        searches = LayerSearches(sigmas, space.n_dims, config.layers, seed)
+        searches = layer_searches(sigmas, space.n_dims, config.layers, seed)
         round_iters = space.n_layers * config.layers.popsize
         dev_every = config.dev_every or (round_iters if space.kind == "deep" else 100)
         incumbent = _Incumbent(fused, self._objective)
-        last_dev = recorder.iteration
-        try:
-            layer = 0
-            while (left := config.iters - recorder.iteration) > 0:
-                population = searches.ask(layer)
-                offsets = population[:left]
-                with np.errstate(over="ignore"):  # such a candidate's loss is not finite, which is said
-                    candidates = (fused[layer] + offsets).astype(np.float32)
-                losses = recorder.losses(
-                    2,
-                    layer,
-                    candidates,
-                    lambda layer=layer, z=candidates: incumbent.synced().layer_losses(layer, z),  # type: ignore[misc]
-                    suggest_s=searches.waited_s,
-                    hidden_s=searches.hidden_s,
-                    worst_so_far=self._worst_loss if len(offsets) < len(population) else None,
-                )
-                self._worst_loss = max(float(losses.max()), self._worst_loss)
-                best = int(np.argmin(losses))
-                if losses[best] < self._loss:
-                    self._loss = float(losses[best])
-                    incumbent.commit(layer, candidates[best])
-                if len(offsets) == len(population):
-                    searches.tell(layer, offsets, losses)
-                self._loss_curve.append((recorder.iteration, self._loss))
-                if recorder.iteration - last_dev >= dev_every or recorder.iteration == config.iters:
-                    self._checkpoint("stage2", incumbent.z.copy(), stage1.router)
-                    last_dev = recorder.iteration
-                self._report(2)
-                layer = (layer + 1) % space.n_layers
-        finally:
-            searches.close()
+        last_dev = evaluations.iteration
+        tell_s = 0.0  # of the last generation; the next one pays for it
+        layer = 0
+        while (left := config.iters - evaluations.iteration) > 0:
+            start = time.perf_counter()
+            population = searches[layer].ask()
+            offsets = population[:left]
+            with np.errstate(over="ignore"):  # such a candidate's loss is not finite, which is said
+                candidates = (fused[layer] + offsets).astype(np.float32)
+            losses = evaluations.losses(
+                2,
+                layer,
+                candidates,
+                lambda layer=layer, z=candidates: incumbent.synced().layer_losses(layer, z),  # type: ignore[misc]
+                suggest_s=tell_s + time.perf_counter() - start,
+                worst_so_far=self._worst_loss if len(offsets) < len(population) else None,
+            )
+            self._worst_loss = max(float(losses.max()), self._worst_loss)
+            best = int(np.argmin(losses))
+            if losses[best] < self._loss:
+                self._loss = float(losses[best])
+                incumbent.commit(layer, candidates[best])
+            start = time.perf_counter()
+            if len(offsets) == len(population):
+                searches[layer].tell(offsets, losses)
+            tell_s = time.perf_counter() - start
+            self._loss_curve.append((evaluations.iteration, self._loss))
+            if evaluations.iteration - last_dev >= dev_every or evaluations.iteration == config.iters:
+                self._checkpoint("stage2", incumbent.z.copy(), stage1.router)
+                last_dev = evaluations.iteration
+            self._report(2)
+            layer = (layer + 1) % space.n_layers
 
     def _checkpoint(self, at: str, z: Prompt, router: Routers) -> Checkpoint:
         """Score z on dev, unless the last checkpoint was the same prompt."""
@@ -252,8 +294,8 @@ class TwoStage:
         if last is not None and np.array_equal(last.z, z):
             dev = last.dev
         else:
-            dev = self._recorder.scores("dev", at, z, lambda: self._dev(z))
-        checkpoint = Checkpoint(at, self._recorder.iteration, z, router, self._loss, dev)
+            dev = self._evaluations.scores("dev", at, z, lambda: self._dev(z))
+        checkpoint = Checkpoint(at, self._evaluations.iteration, z, router, self._loss, dev)
         self._checkpoints.append(checkpoint)
         self._report(2 if at == "stage2" else 1)
         return checkpoint
@@ -261,7 +303,9 @@ class TwoStage:
     def _report(self, stage: int) -> None:
         dev = self._checkpoints[-1].dev.score if self._checkpoints else math.nan
         iters = self._stage1_iters if self._config.router_only else self._config.iters
-        self._observe(Progress(stage, self._recorder.iteration, iters, self._loss, dev, self._recorder.live))
+        self._observe(
+            Progress(stage, self._evaluations.iteration, iters, self._loss, dev, self._evaluations.live)
+        )
 
 
 class _Incumbent:

@@ -1,9 +1,11 @@
 """Runs: their config, folder, journal and result; resuming them; several at once; labelling with them."""
 
-from mp2.runs.config import BbtConfig, LayerConfig, RouterConfig
+from mp2.optimizers.config import LayerConfig, RouterConfig
+from mp2.optimizers.two_stage import Scores
+from mp2.runs.config import BbtConfig
 from mp2.runs.predict import Predictor
-from mp2.runs.recorder import NonFiniteLossWarning, Recorder, Scores
-from mp2.runs.series import resume_run, resume_series, start_run, start_runs, start_series
+from mp2.runs.recorder import NonFiniteLossWarning, Recorder
+from mp2.runs.series import resume_run, resume_series, start_run, start_series
 
 __all__ = [
     "BbtConfig",
@@ -16,6 +18,5 @@ __all__ = [
     "resume_run",
     "resume_series",
     "start_run",
-    "start_runs",
     "start_series",
 ]

@@ -5,28 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mp2.errors import UsageError
-from mp2.runs.config import BbtConfig, Kind, LayerConfig, RouterConfig
+from mp2.optimizers.config import Kind, LayerConfig, RouterConfig
+from mp2.runs.config import BbtConfig
 from mp2.runs.report import SeriesProgress
 from mp2.runs.series import find_runs, resume_series, start_series
-
-if TYPE_CHECKING:
-    from mp2.runs.explain import Plan
 
 _WITH_RESUME = {"resume", "as_json"}
 _SIGMAS: dict[Kind, tuple[str, ...]] = {"shallow": ("sigma_shallow",), "deep": ("sigma_input", "sigma_deep")}
 _STAGE_TWO = ("popsize", "cma", *_SIGMAS["deep"], *_SIGMAS["shallow"])
 
 
-def bbt_plan(options: dict[str, Any], given: set[str]) -> tuple[Plan, int]:
-    """The plan of the first run and the number of runs; nothing is tuned.
+def bbt_plan(options: dict[str, Any], given: set[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The plan of the first run as JSON values, and as names and words for people; nothing is tuned.
 
     Raises:
         UsageError: options that do not go together.
     """
-    from mp2.runs.explain import plan_run
+    from mp2.runs.plan import plan_rows, run_plan
+    from mp2.runs.precision import precision_agreement
     from mp2.runs.run import make_problem
 
     if options["resume"] or not options["task"]:
@@ -35,7 +34,10 @@ def bbt_plan(options: dict[str, Any], given: set[str]) -> tuple[Plan, int]:
     check_stages(given)
     problem = make_problem(configs[0])
     check_kind(given, problem.model.kind)
-    return plan_run(problem), len(configs)
+    agreement = precision_agreement(problem)
+    plan = run_plan(problem)
+    found = None if agreement is None else agreement.as_dict()
+    return plan | {"precision_agreement": found}, plan_rows(plan, len(configs), agreement)
 
 
 def bbt_results(options: dict[str, Any], given: set[str]) -> Iterator[dict[str, Any]]:

@@ -14,10 +14,9 @@ import numpy as np
 
 from mp2.engine.pending import Pending, settled, then
 from mp2.optimizers.router_search import stage_one_iterations
-from mp2.optimizers.two_stage import Prompt
+from mp2.optimizers.two_stage import Prompt, Scores
 from mp2.runs.config import BbtConfig
 from mp2.runs.frozen_model import FrozenModel
-from mp2.runs.recorder import Scores
 from mp2.runs.task_data import TaskData
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mp2.errors import MismatchError, UsageError
-from mp2.optimizers.router_search import check_method
-from mp2.optimizers.routers import Routers
+from mp2.optimizers.config import Kind
+from mp2.optimizers.router_search import Routers, check_method
 from mp2.optimizers.two_stage import Prompt, Space
-from mp2.runs.config import BbtConfig, Kind
+from mp2.runs.config import BbtConfig
 
 if TYPE_CHECKING:
     from mp2.backbone import Backbone

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,25 +19,17 @@ from numpy.typing import NDArray
 
 from mp2.engine.pending import Pending
 from mp2.errors import LossError, MismatchError
+from mp2.optimizers.two_stage import Scores
 from mp2.runs.journal import Journal, Record, finite_or_none
-from mp2.runs.quiet import warn
 from mp2.runs.together import timed
 
 Floats = NDArray[np.float64]
 Evaluate = Callable[[Callable[[], Any]], tuple[Any, float]]  # also of a computation that is only launched
-SECONDS = ("forward", "suggest", "hidden", "journal", "other")  # of losses; each event's, as ``<name>_s``
+SECONDS = ("forward", "suggest", "journal", "other")  # of losses; each event's, as ``<name>_s``
 
 
 class NonFiniteLossWarning(UserWarning):
     """Some candidates of a generation had NaN or infinite losses."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """One evaluation on a split: the task's metric in [0,1] and the mean loss."""
-
-    score: float
-    loss: float
 
 
 ScoresOrPending = Callable[[], Scores | Pending[Scores]]
@@ -47,12 +39,11 @@ class Recorder:
     """Hands out losses and scores; counts iterations and seconds, recorded ones included.
 
     ``live`` is false while events are replayed. ``seconds`` are over all sessions of the run, by what they
-    were spent on and in which stage (``forward1`` ...): evaluating; waiting for suggestions; ``hidden``,
-    optimizer time that ran beside evaluations and cost no wall time of its own; making the journal durable;
-    the rest of what the run did between two evaluations. ``dev`` and ``test`` are evaluations, too. Without
-    ``hidden``, which is in none of the others, they sum up to the run's wall time, but for what a run waited
-    while others were served (``waited``) and for replays. Where evaluations of several runs are on a device
-    at the same time, each run's are timed from launch to result: they overlap, and are longer than alone.
+    were spent on and in which stage (``forward1`` ...): evaluating; suggesting; making the journal durable;
+    the rest of what the run did between two evaluations. ``dev`` and ``test`` are evaluations, too. They sum
+    up to the run's wall time, but for what a run waited while others were served and for replays. Where
+    evaluations of several runs are on a device at the same time, each run's are timed from launch to result:
+    they overlap, and are longer than alone.
     ``load`` is what came before the first evaluation of this session: data, weights, libraries, and the
     replay if there is one.
     """
@@ -82,7 +73,7 @@ class Recorder:
         self.iteration = 0
         self.counts = {"train": 0, "dev": 0, "test": 0}
         names = [f"{name}{stage}" for stage in (1, 2) for name in SECONDS]
-        self.seconds = dict.fromkeys([*names, "dev", "test", "waited", "load"], 0.0)
+        self.seconds = dict.fromkeys([*names, "dev", "test", "load"], 0.0)
         self.n_non_finite = 0
 
     @property
@@ -98,7 +89,6 @@ class Recorder:
         compute: Callable[[], Floats | Pending[Floats]],
         *,
         suggest_s: float = 0.0,
-        hidden_s: float = 0.0,
         worst_so_far: float | None = None,
     ) -> Floats:
         """Losses [P] of one generation; those that are not finite become the worst finite one.
@@ -108,8 +98,7 @@ class Recorder:
             layer: the layer whose prompts the candidates are; ``None`` in stage I.
             candidates: [P, ...], hashed into the journal.
             compute: evaluates them; not called in a replay.
-            suggest_s: what was waited for the suggestion, journaled beside the time of the forward.
-            hidden_s: what suggesting took while forwards ran.
+            suggest_s: what suggesting them took, journaled beside the time of the forward.
             worst_so_far: what candidates get if none is finite; for generations that are no population
                 (a method that asks for one at a time, what the budget left of the last one).
 
@@ -123,7 +112,7 @@ class Recorder:
         what = f"iterations {first + 1} to {first + len(candidates)}"
         record = self._next("losses")
         if record is None:
-            spent = self._spent(suggest_s, hidden_s)
+            spent = self._spent(suggest_s)
             raw, spent["forward_s"] = self._compute(compute)
             losses = np.asarray(raw, dtype=np.float64)
             assert losses.shape == (len(candidates),), (
@@ -146,7 +135,7 @@ class Recorder:
             values = [line["loss"] for line in record.lines]
             losses = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
             repaired, n_bad = _finite(losses, worst_so_far, what, self._blame(stage))
-            spent = _recorded(record, "forward_s", "suggest_s", "hidden_s", "journal_s", "other_s")
+            spent = _recorded(record, "forward_s", "suggest_s", "journal_s", "other_s")
         self.n_non_finite += n_bad
         self.iteration = first + len(losses)
         self.counts["train"] = self.iteration
@@ -186,21 +175,17 @@ class Recorder:
         return "Weights do that in fp32: look at those of the backbone and of the prompts"
 
     def _compute(self, compute: Callable[[], Any]) -> tuple[Any, float]:
-        """The result and its seconds; what was waited beyond these is others' time."""
-        start = time.perf_counter()
+        """The result and its seconds."""
         if self._loading_since is not None:
-            self.seconds["load"] = start - self._loading_since
+            self.seconds["load"] = time.perf_counter() - self._loading_since
             self._loading_since = None
-        value, seconds = self._evaluate(compute)
-        self.seconds["waited"] += max(0.0, time.perf_counter() - start - seconds)
-        return value, seconds
+        return self._evaluate(compute)
 
-    def _spent(self, suggest_s: float = 0.0, hidden_s: float = 0.0) -> dict[str, float]:
+    def _spent(self, suggest_s: float = 0.0) -> dict[str, float]:
         """Seconds since the last live event, by what they were spent on."""
         since = time.perf_counter() - self._idle_since if self._idle_since is not None else suggest_s
         other_s = max(0.0, since - suggest_s)
-        spent = {"suggest_s": suggest_s, "hidden_s": hidden_s, "journal_s": self._last_journal_s}
-        return spent | {"other_s": other_s}
+        return {"suggest_s": suggest_s, "journal_s": self._last_journal_s, "other_s": other_s}
 
     def _append(self, lines: list[dict[str, Any]]) -> None:
         start = time.perf_counter()
@@ -243,7 +228,7 @@ def _finite(losses: Floats, worst_so_far: float | None, what: str, blame: str) -
             f"all {len(losses)} losses of {what} are NaN or infinite; the journal is whole up to there. "
             + blame
         )
-    warn(
+    warnings.warn(
         f"{n_bad} of {len(losses)} losses of {what} were NaN or infinite; "
         f"they count as the worst finite one, {worst:.4f}",
         NonFiniteLossWarning,

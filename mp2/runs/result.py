@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mp2.errors import FormatError
-from mp2.optimizers.routers import Routers
+from mp2.optimizers.router_search import Routers
 from mp2.optimizers.two_stage import Checkpoint, Outcome
 from mp2.runs.config import BbtConfig
 from mp2.runs.journal import finite_or_none
@@ -129,16 +129,12 @@ def run_seconds(seconds: dict[str, float]) -> dict[str, float]:
     """The result's seconds from the recorder's: what each stage took, and what for.
 
     ``stage1`` + ``stage2`` = ``forward`` + ``suggest`` + ``journal`` + ``other``; these, ``dev`` and ``test``
-    make up the run's time. ``suggest`` is what was waited for, ``suggest_hidden`` ran beside forwards;
-    ``waited`` is time that other runs of a series had the engine, ``load`` what came before the first
-    evaluation of the last session.
+    make up the run's time. ``load`` is what came before the first evaluation of the last session.
     """
     wall = ("forward", "suggest", "journal", "other")
     stages = {f"stage{stage}": sum(seconds[f"{name}{stage}"] for name in wall) for stage in (1, 2)}
     parts = {name: seconds[f"{name}1"] + seconds[f"{name}2"] for name in wall}
-    hidden = seconds["hidden1"] + seconds["hidden2"]
-    rest = {name: seconds[name] for name in ("dev", "test", "waited", "load")}
-    return {**stages, **parts, "suggest_hidden": hidden, **rest}
+    return {**stages, **parts, **{name: seconds[name] for name in ("dev", "test", "load")}}
 
 
 def engine_facts(model: FrozenModel) -> dict[str, str]:

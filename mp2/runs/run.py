@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from mp2.errors import UsageError
 from mp2.files import write_json, write_text
+from mp2.optimizers.config import LayerConfig
 from mp2.optimizers.two_stage import Outcome, Progress, TwoStage
-from mp2.runs.config import BbtConfig, LayerConfig
+from mp2.runs.config import BbtConfig
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.runs.frozen_model import FrozenModel, load_model, resolve_paths
 from mp2.runs.journal import open_journal
-from mp2.runs.planning import iterations_of
+from mp2.runs.plan import iterations_of
 from mp2.runs.provenance import check_identity, config_file, identity, versions
 from mp2.runs.recorder import Evaluate, Recorder
 from mp2.runs.report import draw_curve

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -41,13 +40,6 @@ def start_run(
     return result
 
 
-def start_runs(
-    config: BbtConfig, seeds: list[int], out: str | Path, observe: Callable[[], Observe]
-) -> Iterator[dict[str, Any]]:
-    """One run a seed, all of them as one; yields the results in the seeds' order."""
-    yield from start_series([replace(config, seed=seed) for seed in seeds], out, observe)
-
-
 def start_series(
     configs: Sequence[BbtConfig],
     out: str | Path,
@@ -61,7 +53,7 @@ def start_series(
     one that the run would have alone, bit for bit on CPUs in float32. Nothing is made before everything that
     can be wrong was looked at; ``check`` may refuse the model that was loaded.
     """
-    from mp2.runs.explain import announce
+    from mp2.runs.plan import announce
     from mp2.runs.precision import precision_agreement
 
     started = time.perf_counter()

@@ -22,8 +22,8 @@ import torch
 from mp2.backbone.load import Backbone, load_backbone
 from mp2.errors import UsageError
 from mp2.limits import check_new_folder, check_seed
+from mp2.optimizers.config import LayerConfig
 from mp2.prompts import PromptSet, load_prompts, save_prompts
-from mp2.runs.config import LayerConfig
 
 _ROWS, _LENGTH = 64, 64  # of the probe that measures hidden states: 4,096 tokens of the vocabulary
 

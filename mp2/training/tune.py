@@ -35,10 +35,11 @@ from torch import Tensor
 from mp2.engine import create_objective
 from mp2.errors import LossError, UsageError
 from mp2.optimizers import Outcome, Progress
+from mp2.optimizers.config import Kind, LayerConfig
 from mp2.optimizers.two_stage import Checkpoint, Prompt
 from mp2.prompts import ModularPrompts, PromptSet
 from mp2.runs import Scores
-from mp2.runs.config import BbtConfig, Kind, LayerConfig
+from mp2.runs.config import BbtConfig
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.tasks import MrcInput
 from mp2.training.mixture import pad

@@ -17,10 +17,11 @@ from mp2.errors import UsageError
 from mp2.files import write_json, write_text
 from mp2.limits import check_new_folder
 from mp2.optimizers import Progress
+from mp2.optimizers.config import RouterConfig
 from mp2.optimizers.two_stage import Checkpoint
 from mp2.prompts import save_prompts
 from mp2.runs.command import read_seeds
-from mp2.runs.config import BbtConfig, RouterConfig
+from mp2.runs.config import BbtConfig
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.runs.frozen_model import FrozenModel, load_model, resolve_paths
 from mp2.runs.journal import finite_or_none
@@ -133,7 +134,6 @@ def _result(run_dir: Path, config: TuneConfig, tuner: GradientTuner, outcome: Tu
             "stage2": seconds["stage2"],
             "forward": seconds["stage1"] + seconds["stage2"],
             "suggest": 0.0,
-            "suggest_hidden": 0.0,
             "journal": 0.0,
             "other": 0.0,
             "dev": seconds["dev"],

@@ -58,7 +58,6 @@ def test_a_cell_is_measured_where_it_fits_and_extrapolated_where_not(
         shots=2,
         test=False,  # type: ignore[arg-type]
     )
-    monkeypatch.setattr(table4, "PLAN_SHARE", 1e-7)  # one batch of each kind is enough here
     cell = table4.run_cell(model, config, budget_s)
     ours = cell["ours"]
     assert ours["how"] == how

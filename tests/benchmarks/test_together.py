@@ -9,8 +9,9 @@ from benchmarks.speed import together
 from mp2.backbone import load_backbone
 from mp2.engine import TorchRuntime
 from mp2.engine.cuda.runtime import CudaRuntime
+from mp2.optimizers.config import LayerConfig, RouterConfig
 from mp2.prompts import random_prompts
-from mp2.runs.config import BbtConfig, LayerConfig, RouterConfig
+from mp2.runs.config import BbtConfig
 from mp2.runs.frozen_model import FrozenModel
 
 

@@ -44,7 +44,6 @@ def test_help_lists_the_commands_in_whole_lines() -> None:
 @pytest.mark.parametrize(
     ("work", "words"),
     [
-        ("mp2.training.pseudo_tasks.make_pseudo_tasks", "pseudo-tasks --corpus x --out y"),
         ("mp2.export.export_command", "export --backbone mini --out y"),
         ("mp2.training.tune_run.start_tunes", "tune --task demo_sentiment"),
         ("mp2.runs.predict.predict_file", "predict --run x --input y"),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mp2.optimizers.two_stage import Space
-from mp2.runs.recorder import Scores
+from mp2.optimizers.two_stage import Scores, Space
 
 
 class HiddenPrompt:

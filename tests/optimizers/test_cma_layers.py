@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mp2.errors import UsageError
-from mp2.optimizers.cma_layers import LayerCma, LayerSearches
-from mp2.runs.config import LayerConfig
+from mp2.optimizers.cma_layers import LayerCma, layer_searches
+from mp2.optimizers.config import LayerConfig
 
 
 def sphere(offsets: np.ndarray) -> np.ndarray:
@@ -53,22 +53,20 @@ def test_the_smallest_population_goes_on_and_a_smaller_one_is_refused() -> None:
 
 def test_visiting_layers_in_any_order_gives_each_the_same_populations() -> None:
     def visit(order: list[int]) -> dict[int, list[bytes]]:
-        searches = LayerSearches([0.1, 0.2, 0.3], 5, LayerConfig(popsize=4), np.random.SeedSequence(3))
+        searches = layer_searches([0.1, 0.2, 0.3], 5, LayerConfig(popsize=4), np.random.SeedSequence(3))
         seen: dict[int, list[bytes]] = {0: [], 1: [], 2: []}
         for layer in order:
-            population = searches.ask(layer)
+            population = searches[layer].ask()
             seen[layer].append(population.tobytes())
-            searches.tell(layer, population, sphere(population))
-        searches.close()
+            searches[layer].tell(population, sphere(population))
         return seen
 
     assert visit([0, 1, 2, 0, 1, 2, 0, 1, 2]) == visit([2, 2, 2, 1, 0, 1, 0, 1, 0])
 
 
 def test_layers_draw_different_numbers() -> None:
-    searches = LayerSearches([0.1, 0.1], 5, LayerConfig(popsize=4), np.random.SeedSequence(3))
-    assert not np.array_equal(searches.ask(0), searches.ask(1))
-    searches.close()
+    searches = layer_searches([0.1, 0.1], 5, LayerConfig(popsize=4), np.random.SeedSequence(3))
+    assert not np.array_equal(searches[0].ask(), searches[1].ask())
 
 
 def test_sigmas_are_the_papers() -> None:

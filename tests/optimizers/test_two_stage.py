@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from mp2.errors import LossError, MismatchError, Mp2Error
-from mp2.optimizers.two_stage import Outcome, TwoStage
-from mp2.runs.config import BbtConfig, LayerConfig, RouterConfig
+from mp2.optimizers.config import LayerConfig, RouterConfig
+from mp2.optimizers.two_stage import Outcome, Scores, TwoStage
+from mp2.runs.config import BbtConfig
 from mp2.runs.journal import Journal, open_journal, read_journal
-from mp2.runs.recorder import NonFiniteLossWarning, Recorder, Scores
+from mp2.runs.recorder import NonFiniteLossWarning, Recorder
 
 from .hidden_prompt import HiddenPrompt
 
@@ -74,7 +75,7 @@ class Killed(BaseException):
     """Nobody catches it."""
 
 
-@pytest.mark.parametrize("method", ["bits", "flips", "nevergrad:DiscreteOnePlusOne"])
+@pytest.mark.parametrize("method", ["bits", "random", "nevergrad:DiscreteOnePlusOne"])
 def test_killed_at_every_journal_write_and_resumed_is_bit_identical(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:

@@ -29,7 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> 
     return make_world(tmp_path_factory.mktemp("series"), tiny_backbone)
 
 
-def configs(world: World, kind: str = "deep", method: str = "flips") -> list[BbtConfig]:
+def configs(world: World, kind: str = "deep", method: str = "bits") -> list[BbtConfig]:
     """Two tasks of two seeds."""
     one = BbtConfig(
         task=str(world.card),

@@ -15,7 +15,6 @@ from mp2.engine import Objective, Runtime, TorchRuntime, create_runtime, select
 from mp2.engine.agreement import spearman
 from mp2.engine.cuda.runtime import CudaRuntime
 from mp2.engine.folder import EngineFolder
-from mp2.engine.layer_timer import LayerTimer
 from mp2.engine.probe import Probe, layer_seconds
 from mp2.engine.tensorrt import runtime as runtime_module
 from mp2.engine.tensorrt.captures import Captures
@@ -133,7 +132,7 @@ def test_shallow_prompts_run_without_prefix_inputs_but_in_the_last_layer(
     assert used == {"embed", "embed_inline", "layer_00_plain", "layer_01_plain", "layer_02", "head"}
 
 
-def test_timing_a_run_with_shallow_prompts_builds_only_plans_that_it_uses(
+def test_the_probe_of_shallow_prompts_builds_only_plans_that_a_run_uses(
     tiny_backbone: Backbone,
     library: FakeLibrary,
     folders: Callable[..., Path],
@@ -141,16 +140,21 @@ def test_timing_a_run_with_shallow_prompts_builds_only_plans_that_it_uses(
     train: list[MrcInput],
 ) -> None:
     runtime = open_runtime(tiny_backbone, folders("fp16", True))
-    timer = LayerTimer(runtime, tiny_backbone, shallow, train, population=4, target_tokens=1e9)
-    assert timer.depths == [1, 3]
-    timer.seconds([4], 4, dev=train[:2])
     probe = Probe.within(candidates=4, examples=8, tokens=14, prompt_tokens=M, inline=True)
     assert layer_seconds(runtime, tiny_backbone, probe) > 0
-    used = set(runtime._calls)
-    assert used == {
-        *("embed.onnx", "embed_inline.onnx", "layer_00_plain.onnx", "layer_01_plain.onnx"),
-        *("layer_02.onnx", "head.onnx"),
-    }
+    probed = set(runtime._calls)
+    objective = Objective(runtime, tiny_backbone, shallow, train)
+    z = APART * np.random.default_rng(1).standard_normal((4, *shallow.z.shape[::2]))
+    objective.full_losses(z)
+    objective.log_probs(z[0], train[:2])
+    assert (
+        probed
+        <= set(runtime._calls)
+        == {
+            *("embed.onnx", "embed_inline.onnx", "layer_00_plain.onnx", "layer_01_plain.onnx"),
+            *("layer_02.onnx", "head.onnx"),
+        }
+    )
 
 
 @pytest.mark.parametrize("built", [True, False], ids=["plans built", "graphs only"])

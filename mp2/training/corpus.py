@@ -6,6 +6,7 @@ import hashlib
 import lzma
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,9 @@ def file_digests(files: Sequence[Path]) -> list[tuple[str, int, str]]:
 def pack(files: Sequence[Path], tokenizer: Tokenizer, length: int, cache: Path) -> NDArray[np.uint16]:
     """Token sequences [n, length], each ``[CLS] text ... [SEP]``, text running on across paragraphs.
 
+    Where a document ends within a sequence, there is a [SEP] too: a sequence without one inside is a passage
+    of one document, and so is a pair of neighbours without any.
+
     The result is kept in the folder ``cache``, keyed by a hash of the files' content, the vocabulary and the
     length, and memory-mapped.
     """
@@ -83,17 +87,16 @@ def pack(files: Sequence[Path], tokenizer: Tokenizer, length: int, cache: Path) 
             f"vocabulary of {tokenizer.vocab_size} tokens, expected at most 65535 for packed corpora"
         )
     content = [digest for _, _, digest in file_digests(files)]
-    key = hashlib.sha256(repr([content, tokenizer.tokens(), length]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr([content, tokenizer.tokens(), length, "[SEP]"]).encode()).hexdigest()[:16]
     path = cache / f"packed-{key}.npy"
     if not path.is_file():
         chunks: list[NDArray[np.uint16]] = []
         batch: list[str] = []
-        for file in files:
-            for line in paragraphs(file):
-                batch.append(line)
-                if len(batch) == 20_000:
-                    chunks.append(_encode(batch, tokenizer))
-                    batch = []
+        for line in _lines(files):
+            batch.append(line)
+            if len(batch) == 20_000:
+                chunks.append(_encode(batch, tokenizer))
+                batch = []
         chunks.append(_encode(batch, tokenizer))
         body = length - 2
         stream = np.concatenate(chunks)
@@ -109,8 +112,21 @@ def pack(files: Sequence[Path], tokenizer: Tokenizer, length: int, cache: Path) 
     return loaded
 
 
+def _lines(files: Sequence[Path]) -> Iterator[str]:
+    """The paragraphs of all files, and an empty string after each document."""
+    previous = ""
+    for file in files:
+        for line in chain(paragraphs(file), [""]):
+            if line or previous:
+                yield line
+            previous = line
+
+
 def _encode(lines: Sequence[str], tokenizer: Tokenizer) -> NDArray[np.uint16]:
-    ids = [i for line in tokenizer.encode_ids(lines) for i in line]
+    """Token ids of all lines in a row; an empty one, a document's end, is [SEP]."""
+    end = [tokenizer.sep_id]
+    encoded = tokenizer.encode_ids(lines)
+    ids = [i for line, found in zip(lines, encoded, strict=True) for i in (found if line else end)]
     return np.asarray(ids, np.uint16)
 
 

@@ -1,4 +1,4 @@
-"""Which tokens masked language modelling hides: single characters, or spans of them.
+"""Which tokens masked language modelling hides: single characters, spans of them, or each in half the rows.
 
 Either way a fixed share of every row is predicted (15 %), every position with the same chance; of what is
 chosen 80 % is masked, 10 % replaced by random tokens, 10 % kept (Devlin et al., 2019). ``char`` throws these
@@ -27,8 +27,7 @@ def mask_tokens(
     """
     n_rows, length = rows.shape
     n_chosen = max(1, round((length - 2) * mask_rate))
-    pick = _characters if masking == "char" else _spans
-    within, dice = pick(rng, n_rows, length - 2, n_chosen)
+    within, dice = _PICK[masking](rng, n_rows, length - 2, n_chosen)
     chosen = (within + 1 + np.arange(n_rows)[:, None] * length).ravel()
     flat = rows.ravel().copy()
     targets = flat[chosen].copy()
@@ -62,3 +61,18 @@ def _spans(
     position = np.arange(n_chosen)[None, :] + open_before.ravel()[span].reshape(n_rows, n_chosen)
     position = (position + rng.integers(0, body, (n_rows, 1))) % body
     return position, rng.random(lengths.size)[span]
+
+
+def _mixed(
+    rng: np.random.Generator, n_rows: int, body: int, n_chosen: int
+) -> tuple[Ints, NDArray[np.float64]]:
+    """As ``_characters`` in every other row, as ``_spans`` in the rest."""
+    within, dice = np.empty((n_rows, n_chosen), np.int64), np.empty((n_rows, n_chosen))
+    for first, pick in ((0, _characters), (1, _spans)):
+        part = slice(first, None, 2)
+        picked, thrown = pick(rng, len(within[part]), body, n_chosen)
+        within[part], dice[part] = picked, thrown.reshape(picked.shape)
+    return within, dice.ravel()
+
+
+_PICK = {"char": _characters, "span": _spans, "mixed": _mixed}

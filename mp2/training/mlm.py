@@ -33,9 +33,10 @@ class MlmConfig:
     batch_size: int = 32
     steps: int = 3600
     learning_rate: float = 1e-3
-    warmup: float = 0.05
+    warmup_steps: int = 180
+    decay_steps: int | None = None  # None: all that follow the warm-up
     weight_decay: float = 0.01
-    masking: Literal["char", "span"] = "char"
+    masking: Literal["char", "span", "mixed"] = "char"
     mask_rate: float = 0.15
     ppmi_init: bool = True
     precision: str = "bf16"
@@ -54,6 +55,10 @@ class MlmConfig:
         ):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{option} {getattr(self, name)}, expected at least 1")
+        for name in ("warmup_steps", "decay_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UsageError(f"--{name.replace('_', '-')} {value}, expected at least 0")
         if self.hidden % self.n_heads:
             raise UsageError(f"--hidden {self.hidden} is not a multiple of {self.n_heads} heads")
         check_seed(self.seed)
@@ -65,8 +70,8 @@ class MlmConfig:
             raise UsageError(f"--length {self.length}, expected at least 3: [CLS], a character, [SEP]")
         if self.precision not in ("fp32", "bf16"):
             raise UsageError(f"precision '{self.precision}', expected fp32 or bf16")
-        if self.masking not in ("char", "span"):
-            raise UsageError(f"masking '{self.masking}', expected char or span")
+        if self.masking not in ("char", "span", "mixed"):
+            raise UsageError(f"masking '{self.masking}', expected char, span or mixed")
         if not 0 < self.mask_rate < 1:
             raise UsageError(f"mask rate {self.mask_rate}, expected a share between 0 and 1")
         if not 0 < self.learning_rate < 1:
@@ -114,7 +119,11 @@ class MaskedLanguageModel(nn.Module):
         return F.cross_entropy(logits.float(), targets)
 
 
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak learning rate: linear warm-up, then linear to zero."""
-    ramp = max(1, math.ceil(steps * warmup))
-    return min((step + 1) / ramp, (steps - step) / max(1, steps - ramp))
+def schedule(step: int, steps: int, warmup_steps: int, decay_steps: int | None) -> float:
+    """Share of the peak learning rate: linear warm-up, constant, then linear to zero over the last steps.
+
+    Warm-up, stable, decay (Hu et al., 2024, MiniCPM): until it decays a run does not depend on where it will
+    end. ``decay_steps`` None: all that follow the warm-up.
+    """
+    decay = steps - warmup_steps if decay_steps is None else decay_steps
+    return min(1.0, (step + 1) / max(1, warmup_steps), (steps - step) / max(1, decay))

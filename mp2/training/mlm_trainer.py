@@ -63,7 +63,7 @@ class MlmTrainer(Trainer[Tensors]):
             log=log,
         )
         self.config, self.packed, self.tokenizer = config, packed, tokenizer
-        self.n_batches = len(packed) // config.batch_size
+        self.n_batches = len(packed) // 2 * 2 // config.batch_size
         if not self.n_batches:
             raise UsageError(
                 f"corpus has {len(packed)} sequences, expected at least one batch of {config.batch_size}"
@@ -122,8 +122,8 @@ class MlmTrainer(Trainer[Tensors]):
         config, ranks = self.config, self.ranks
         epoch, index = divmod(step, self.n_batches)
         if epoch != self._order[0]:
-            shuffled = np.random.default_rng([config.seed, 1, epoch]).permutation(len(self.packed))
-            self._order = epoch, shuffled
+            pairs = np.random.default_rng([config.seed, 1, epoch]).permutation(len(self.packed) // 2)
+            self._order = epoch, (2 * pairs[:, None] + np.arange(2)).ravel()
         rng = np.random.default_rng([config.seed, 2, step])
         picked = np.sort(self._order[1][index * config.batch_size : (index + 1) * config.batch_size])
         rows = self.packed[picked].astype(np.int64)
@@ -131,6 +131,7 @@ class MlmTrainer(Trainer[Tensors]):
             rows, rng, config.masking, config.mask_rate, self.tokenizer.mask_id, self.tokenizer.vocab_size
         )
         starts = rng.integers(0, config.max_positions - config.length + 1, len(rows))
+        starts[rng.random(len(rows)) < 0.5] = 0  # where texts begin that have no inline prompt before them
         if ranks.size > 1:
             own = np.arange(ranks.rank, len(rows), ranks.size)
             within = chosen.reshape(len(rows), -1) - np.arange(len(rows))[:, None] * config.length
@@ -152,8 +153,10 @@ class MlmTrainer(Trainer[Tensors]):
         return nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
 
     def rates(self) -> Sequence[float]:
-        """Linear warm-up, then linear to zero, for both groups."""
-        rate = self.config.learning_rate * schedule(self.step, self.n_steps, self.config.warmup)
+        """The scheduled rate, for both groups."""
+        config = self.config
+        share = schedule(self.step, self.n_steps, config.warmup_steps, config.decay_steps)
+        rate = config.learning_rate * share
         return rate, rate
 
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from mp2.backbone.checkpoint import checkpoint_names, encoder_state, read_config, read_weights, write_config
+from mp2.backbone.checkpoint import (
+    checkpoint_names,
+    encoder_state,
+    mlm_head,
+    read_config,
+    read_weights,
+    write_config,
+)
 from mp2.backbone.config import BackboneConfig
 from mp2.backbone.encoder import Encoder
 from mp2.backbone.tokenizer import Tokenizer
@@ -36,12 +44,17 @@ _FILES = ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json")
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen encoder with its tokenizer; ``sha256`` covers the weights' names, shapes and bytes."""
+    """A frozen encoder with its tokenizer; ``sha256`` covers the weights' names, shapes and bytes.
+
+    ``head``, where the checkpoint has one, is that of masked language modelling, under BERT's names; the
+    encoder does not use it, and it is saved again.
+    """
 
     config: BackboneConfig
     encoder: Encoder
     tokenizer: Tokenizer
     sha256: str
+    head: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -82,7 +95,7 @@ def load_backbone(name: str | Path, *, revision: str | None = None) -> Backbone:
     with torch.device("meta"):
         encoder = Encoder(config)
     encoder.load_state_dict(encoder_state(config, tensors, path), assign=True)
-    return freeze(config, encoder, tokenizer)
+    return freeze(config, encoder, tokenizer, mlm_head(tensors))
 
 
 def check_backbone_name(name: str) -> None:
@@ -99,10 +112,12 @@ def folder_name(text: str) -> str:
     return Path(text).resolve().name if Path(text).is_dir() else text.rsplit("/", 1)[-1]
 
 
-def freeze(config: BackboneConfig, encoder: Encoder, tokenizer: Tokenizer) -> Backbone:
+def freeze(
+    config: BackboneConfig, encoder: Encoder, tokenizer: Tokenizer, head: Mapping[str, Tensor] | None = None
+) -> Backbone:
     """Put the encoder into evaluation mode without gradients and name its weights by their hash."""
     encoder.eval().requires_grad_(False)
-    return Backbone(config, encoder, tokenizer, weights_sha256(encoder))
+    return Backbone(config, encoder, tokenizer, weights_sha256(encoder), head or {})
 
 
 def weights_sha256(encoder: Encoder) -> str:
@@ -129,16 +144,17 @@ def random_backbone(config: BackboneConfig, vocab: Sequence[str], seed: int) -> 
 def save_backbone(backbone: Backbone, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
     """Write a checkpoint folder in BERT form: config.json, model.safetensors, and the tokenizer's files.
 
-    ``dtype`` is that of the stored weights; they are read back as float32.
+    With a head it is one of ``BertForMaskedLM``, whose body's names begin with ``bert.``. ``dtype`` is that
+    of the stored weights; they are read back as float32.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_config(backbone.config, folder)
+    write_config(backbone.config, folder, has_head=bool(backbone.head))
     backbone.tokenizer.save(folder)
-    state = backbone.encoder.state_dict()
-    names = checkpoint_names(backbone.config.n_layers)
+    names, prefix = checkpoint_names(backbone.config.n_layers), "bert." if backbone.head else ""
+    state = {prefix + names[ours]: tensor for ours, tensor in backbone.encoder.state_dict().items()}
     save_file(
-        {names[ours]: tensor.to(dtype).contiguous() for ours, tensor in state.items()},
+        {name: tensor.to(dtype).contiguous() for name, tensor in {**state, **backbone.head}.items()},
         folder / "model.safetensors",
     )
 

@@ -14,6 +14,12 @@ from mp2.commands.printing import as_json_text, given, note, typed
 @click.command("pretrain-backbone", short_help="Train a backbone on plain text.")
 @click.option("--corpus", required=True, type=click.Path(), help="Folder of *.txt or *.txt.xz files.")
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder to write and resume in.")
+@click.option(
+    "--from",
+    "start",
+    type=click.Path(file_okay=False),
+    help="Folder of a run to go on from, as a branch of it.",
+)
 @click.option("--layers", "n_layers", default=4, show_default=True, help="Layers L.")
 @click.option("--hidden", default=128, show_default=True, help="Hidden size H.")
 @click.option("--heads", "n_heads", default=4, show_default=True, help="Attention heads h.")
@@ -23,10 +29,15 @@ from mp2.commands.printing import as_json_text, given, note, typed
 @click.option("--steps", default=3600, show_default=True, help="Optimizer steps.")
 @click.option("--batch-size", default=32, show_default=True, help="Sequences a step.")
 @click.option("--lr", "learning_rate", default=1e-3, show_default=True, help="Peak learning rate.")
-@click.option("--warmup-steps", default=180, show_default=True, help="Steps in which the rate rises to it.")
+@click.option("--warmup-steps", type=int, help="Steps in which the rate rises to it.  [default: 5 %]")
 @click.option("--decay-steps", type=int, help="Last steps in which it falls to 0.  [default: all the rest]")
-@click.option("--masking", default="char", show_default=True, help="char, span (runs of characters) or mixed.")
+@click.option(
+    "--masking", default="char", show_default=True, help="char, span (runs of characters) or mixed."
+)
 @click.option("--mask-rate", default=0.15, show_default=True, help="Share of the tokens that are predicted.")
+@click.option(
+    "--contrastive", default=0.0, show_default=True, help="Weight of pulling neighbouring passages together."
+)
 @click.option("--precision", default="bf16", show_default=True, help="fp32 or bf16 (autocast).")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
 @click.option("--compile/--no-compile", "compiled", default=None, help="torch.compile.  [default: on GPUs]")
@@ -34,7 +45,13 @@ from mp2.commands.printing import as_json_text, given, note, typed
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", type=int, help="CPU threads.  [default: torch's choice]")
 def pretrain_backbone(
-    corpus: str, out: str, device: str, threads: int | None, compiled: bool | None, **options: Any
+    corpus: str,
+    out: str,
+    start: str | None,
+    device: str,
+    threads: int | None,
+    compiled: bool | None,
+    **options: Any,
 ) -> None:
     """Train a backbone by masked language modelling on plain text; restartable, alone or by torchrun."""
     from mp2.training import MlmConfig, is_main, train_mlm
@@ -45,6 +62,7 @@ def pretrain_backbone(
         Path(out),
         config,
         log=note,
+        start=start,
         device=device,
         threads=threads,
         compiled=compiled,

@@ -17,6 +17,7 @@ from mp2.backbone.config import BackboneConfig
 from mp2.backbone.encoder import Encoder
 from mp2.errors import UsageError
 from mp2.limits import check_seed
+from mp2.training.contrastive import contrastive_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +34,12 @@ class MlmConfig:
     batch_size: int = 32
     steps: int = 3600
     learning_rate: float = 1e-3
-    warmup_steps: int = 180
+    warmup_steps: int | None = None  # None: a twentieth of all
     decay_steps: int | None = None  # None: all that follow the warm-up
     weight_decay: float = 0.01
     masking: Literal["char", "span", "mixed"] = "char"
     mask_rate: float = 0.15
+    contrastive: float = 0.0  # weight of mp2.training.contrastive
     ppmi_init: bool = True
     precision: str = "bf16"
     seed: int = 0
@@ -74,6 +76,12 @@ class MlmConfig:
             raise UsageError(f"masking '{self.masking}', expected char, span or mixed")
         if not 0 < self.mask_rate < 1:
             raise UsageError(f"mask rate {self.mask_rate}, expected a share between 0 and 1")
+        if not 0 <= self.contrastive < math.inf:
+            raise UsageError(f"--contrastive {self.contrastive}, expected a weight of 0 or more")
+        if self.contrastive and self.batch_size % 2:
+            raise UsageError(
+                f"--batch-size {self.batch_size}, expected an even one with --contrastive: rows come in pairs"
+            )
         if not 0 < self.learning_rate < 1:
             raise UsageError(f"--lr {self.learning_rate}, expected 0 < rate < 1")
         if not 0 <= self.checkpoint_minutes < math.inf:
@@ -101,11 +109,24 @@ class MaskedLanguageModel(nn.Module):
             else:
                 parameter.zero_()
 
-    def forward(self, input_ids: Tensor, chosen: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
-        """Mean cross-entropy over the chosen positions.
+    def head(self) -> dict[str, Tensor]:
+        """The head's parameters under BERT's names; the output embeddings are the input's."""
+        prefix = "cls.predictions."
+        named = {"transform.dense": self.transform, "transform.LayerNorm": self.transform_norm}
+        return {f"{prefix}bias": self.bias.detach()} | {
+            f"{prefix}{name}.{kind}": tensor
+            for name, module in named.items()
+            for kind, tensor in module.state_dict().items()
+        }
+
+    def forward(
+        self, input_ids: Tensor, chosen: Tensor, targets: Tensor, starts: Tensor, shared: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Mean cross-entropy over the chosen positions; with ``shared`` the contrastive loss too.
 
         ``input_ids`` [N, T]; ``chosen`` [n] indices into the flattened N*T; ``targets`` [n];
-        ``starts`` [N] first position of each row, so that short rows train the whole position table.
+        ``starts`` [N] first position of each row, so that short rows train the whole position table;
+        ``shared`` [N, T]: see ``contrastive_loss``.
         """
         encoder = self.encoder
         positions = starts[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -116,14 +137,16 @@ class MaskedLanguageModel(nn.Module):
         picked = hidden.flatten(0, 1)[chosen]
         picked = self.transform_norm(F.gelu(self.transform(picked)))
         logits = F.linear(picked, encoder.word_embeddings.weight, self.bias)
-        return F.cross_entropy(logits.float(), targets)
+        predicted = F.cross_entropy(logits.float(), targets)
+        return (predicted,) if shared is None else (predicted, contrastive_loss(hidden, shared))
 
 
-def schedule(step: int, steps: int, warmup_steps: int, decay_steps: int | None) -> float:
+def schedule(step: int, steps: int, warmup_steps: int | None, decay_steps: int | None) -> float:
     """Share of the peak learning rate: linear warm-up, constant, then linear to zero over the last steps.
 
     Warm-up, stable, decay (Hu et al., 2024, MiniCPM): until it decays a run does not depend on where it will
-    end. ``decay_steps`` None: all that follow the warm-up.
+    end. ``warmup_steps`` None: a twentieth of all; ``decay_steps`` None: all that follow the warm-up.
     """
-    decay = steps - warmup_steps if decay_steps is None else decay_steps
-    return min(1.0, (step + 1) / max(1, warmup_steps), (steps - step) / max(1, decay))
+    warmup = math.ceil(steps / 20) if warmup_steps is None else warmup_steps
+    decay = steps - warmup if decay_steps is None else decay_steps
+    return min(1.0, (step + 1) / max(1, warmup), (steps - step) / max(1, decay))

@@ -22,10 +22,14 @@ from mp2.backbone.tokenizer import Tokenizer
 from mp2.errors import UsageError
 from mp2.files import write_json, write_text
 from mp2.limits import check_new_folder, check_threads
+from mp2.training.attention import trainable_attention
 from mp2.training.checkpoint import Preparation, alone_in
-from mp2.training.corpus import build_vocab, corpus_files, file_digests, pack, ppmi_embeddings
+from mp2.training.contrastive import shared_document
+from mp2.training.corpus import corpus_files, file_digests, pack, ppmi_embeddings
 from mp2.training.masking import mask_tokens
 from mp2.training.mlm import MaskedLanguageModel, MlmConfig, schedule
+from mp2.training.mlm_branch import branch, check_start
+from mp2.training.mlm_vocabulary import folder_tokenizer
 from mp2.training.model_card import backbone_card
 from mp2.training.outputs import draw_curves
 from mp2.training.ranks import Ranks, joined
@@ -68,8 +72,13 @@ class MlmTrainer(Trainer[Tensors]):
             raise UsageError(
                 f"corpus has {len(packed)} sequences, expected at least one batch of {config.batch_size}"
             )
+        if config.contrastive and ranks.size > 1:
+            raise UsageError(
+                f"--contrastive with {ranks.size} processes, expected one: it compares the rows of a batch"
+            )
         if config.batch_size < ranks.size:
             raise UsageError(f"batch size {config.batch_size}, expected at least {ranks.size}: one a process")
+        self._parts: tuple[Tensor, ...] = ()  # of the last loss
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.arange(0))
         self.model = MaskedLanguageModel(_shape(out.name, config, tokenizer))
         self.model.initialise(torch.Generator().manual_seed(config.seed))
@@ -118,7 +127,10 @@ class MlmTrainer(Trainer[Tensors]):
         self.log("token embeddings start from PPMI + SVD")
 
     def make_batch(self, step: int) -> Tensors:
-        """This process's rows of a step: masked ids [N, T], chosen positions [n], targets [n], starts [N]."""
+        """This process's rows of a step: masked ids [N, T], chosen positions [n], targets [n], starts [N].
+
+        With the contrastive term also the tokens that each row shares its document for, [N, T].
+        """
         config, ranks = self.config, self.ranks
         epoch, index = divmod(step, self.n_batches)
         if epoch != self._order[0]:
@@ -138,15 +150,27 @@ class MlmTrainer(Trainer[Tensors]):
             chosen = (within[own] + np.arange(len(own))[:, None] * config.length).ravel()
             inputs, starts = inputs[own], starts[own]
             targets = targets.reshape(len(rows), -1)[own].ravel()
-        return tuple(torch.from_numpy(a) for a in (inputs, chosen, targets, starts))
+        shared = [shared_document(rows, self.tokenizer.sep_id)] if config.contrastive else []
+        return tuple(torch.from_numpy(a) for a in (inputs, chosen, targets, starts, *shared))
 
     def loss(self, batch: Tensors) -> Tensor:
         """This process's share of the batch's mean loss: every row has as many chosen positions."""
         device = self.ranks.device
         tensors = [t.to(device) for t in batch]
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            mean: Tensor = self._on_ranks(*tensors)
-        return mean * (len(batch[0]) / self.config.batch_size)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        with autocast, trainable_attention(device):
+            self._parts = self._on_ranks(*tensors)
+        total = self._parts[0]
+        if self.config.contrastive:
+            total = total + self.config.contrastive * self._parts[1]
+        return total * (len(batch[0]) / self.config.batch_size)
+
+    def notes(self, batch: Tensors) -> dict[str, Any]:
+        """The two terms, where there are two."""
+        if not self.config.contrastive:
+            return {}
+        predicted, pulled = (round(float(part.detach()), 6) for part in self._parts)
+        return {"mlm": predicted, "contrastive": pulled}
 
     def clip(self) -> Tensor:
         """Limit the gradients to norm 1."""
@@ -166,6 +190,7 @@ def train_mlm(
     config: MlmConfig,
     *,
     log: Callable[[str], None],
+    start: str | Path | None = None,
     device: str = "cpu",
     threads: int | None = None,
     compiled: bool | None = None,
@@ -174,15 +199,15 @@ def train_mlm(
     """Train a backbone on the text files of ``corpus`` and write it, BERT form, to ``out``.
 
     Restartable: with a checkpoint of the same configuration in ``out`` it goes on where that ends, with the
-    same losses as if never stopped. Losses go to ``out/mlm_losses.jsonl``, the curve to ``curves.png``,
-    ``command`` into the model card. ``compiled`` uses ``torch.compile`` (None: on GPUs). Under ``torchrun``
-    all its processes share the work.
+    same losses as if never stopped. Without one it begins where the run in the folder ``start`` is, if given.
+    Losses go to ``out/mlm_losses.jsonl``, the curve to ``curves.png``, ``command`` into the model card.
+    ``compiled`` uses ``torch.compile`` (None: on GPUs). Under ``torchrun`` all its processes share the work.
 
     Raises:
         RunLockedError: another process trains in the same folder.
         UsageError: no text, less than a batch of it, or a vocabulary of something else in ``out``; the folder
             is as it was.
-        MismatchError: a checkpoint of another configuration.
+        MismatchError: a checkpoint of another configuration, or ``start`` has another vocabulary.
         UnknownNameError, MissingDependencyError: no such device here.
     """
     corpus, out = Path(corpus), Path(out)
@@ -197,7 +222,8 @@ def train_mlm(
         with before.undone() if ranks.main else nullcontext():
             digests = file_digests(files)  # now: a file may change while the run goes on
             with ranks.main_first():  # the others find vocabulary and packed sequences
-                tokenizer = _tokenizer(files, digests, out, config, say)
+                begun = (out / CHECKPOINT).is_file()
+                tokenizer = folder_tokenizer(files, digests, out, config.vocab_size, begun=begun, say=say)
                 packed = pack(files, tokenizer, config.length, out / "cache")
             say(
                 f"corpus: {len(packed):,} sequences of {config.length} tokens, "
@@ -205,13 +231,18 @@ def train_mlm(
             )
             wanted = ranks.device.type == "cuda" if compiled is None else compiled
             run = MlmTrainer(out, config, packed, tokenizer, ranks=ranks, compiled=wanted, log=say)
+            if start is not None and not begun:
+                check_start(run, Path(start))
         with run.resumed() as resumed:
-            if not resumed and config.ppmi_init:
+            if not resumed and start is not None:
+                branch(run, Path(start))
+            elif not resumed and config.ppmi_init:
                 run.start_from_ppmi()
             if ranks.main:
                 write_json(out / "mlm_config.json", asdict(config), indent=1)
             run.train()
-        backbone = freeze(run.model.encoder.config, run.model.encoder.cpu(), tokenizer)
+        model = run.model.cpu()
+        backbone = freeze(model.encoder.config, model.encoder, tokenizer, model.head())
         if ranks.main:
             _write(run, backbone, digests, command)
         return backbone
@@ -239,44 +270,6 @@ def _write(
     write_json(out / "mlm_result.json", facts, indent=1)
     facts["files"] = digests
     write_text(out / "model_card.md", backbone_card(backbone, config, run.ranks, command, facts))
-
-
-def _tokenizer(
-    files: Sequence[Path],
-    digests: Sequence[tuple[str, int, str]],
-    out: Path,
-    config: MlmConfig,
-    say: Callable[[str], None],
-) -> Tokenizer:
-    """The folder's vocabulary; made where there is none, or one that a run without a checkpoint left.
-
-    ``vocab_source.json`` says of which text and size it was made. It is written first, so that a run stopped
-    between the two leaves nothing that looks like another's.
-    """
-    vocab_file, source_file = out / "vocab.txt", out / "vocab_source.json"
-    source = {"vocab_size": config.vocab_size, "files": [list(digest) for digest in digests]}
-    if vocab_file.is_file():
-        made_here = source_file.is_file()
-        if (out / CHECKPOINT).is_file() or (made_here and _says(source_file, source)):
-            return Tokenizer.from_folder(out)  # a checkpoint of another vocabulary is refused when it is read
-        if not made_here or (out / "model.safetensors").is_file():
-            raise UsageError(
-                f"{vocab_file} is there already and was not made from this --corpus with --vocab-size "
-                f"{config.vocab_size}; give another --out, or take that file away"
-            )
-        say("vocabulary: made anew, a run stopped before its first checkpoint left one of other text or size")
-        vocab_file.unlink()
-    write_json(source_file, source, indent=1)
-    tokenizer = Tokenizer.from_vocab(build_vocab(files, config.vocab_size))
-    write_text(vocab_file, "\n".join(tokenizer.tokens()) + "\n")
-    return tokenizer
-
-
-def _says(file: Path, values: dict[str, Any]) -> bool:
-    try:
-        return bool(json.loads(file.read_text("utf-8")) == values)
-    except ValueError:  # damaged
-        return False
 
 
 def _shape(name: str, config: MlmConfig, tokenizer: Tokenizer) -> BackboneConfig:

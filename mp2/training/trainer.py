@@ -127,11 +127,19 @@ class Trainer(ABC, Generic[T]):
                 f"{self.checkpoint} was made with other settings, data or backbone: {', '.join(differ)}; "
                 "give the same ones, or another --out"
             )
-        load_checkpoint(self.checkpoint, self.model, self.optimizer)
+        self.take(self.checkpoint)
+        return True
+
+    def take(self, checkpoint: Path) -> None:
+        """Set parameters, moments and counters to a checkpoint's, whatever the settings it was made with.
+
+        Raises:
+            FormatError: damaged, or of a model of another shape.
+        """
+        state = load_checkpoint(checkpoint, self.model, self.optimizer)
         for name in ("step", "skipped", "in_a_row", "seconds", "waited_s"):
             setattr(self, name, state[name])
         self.restore(state)
-        return True
 
     @contextmanager
     def resumed(self) -> Iterator[bool]:

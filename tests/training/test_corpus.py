@@ -54,14 +54,18 @@ def test_every_character_of_the_corpus_can_be_spelled_with_a_large_enough_vocabu
         assert tokenizer.unk_id not in tokenizer.encode(line).ids
 
 
-def test_packing_loses_nothing_but_an_unfilled_last_sequence(corpus: Path, tmp_path: Path) -> None:
+def test_packing_loses_nothing_but_an_unfilled_last_sequence_and_marks_where_documents_end(
+    corpus: Path, tmp_path: Path
+) -> None:
     tokenizer = Tokenizer.from_vocab(tiny_vocab())
     files = corpus_files(corpus)
     packed = pack(files, tokenizer, 12, tmp_path / "cache")
     assert packed.dtype == np.uint16
     assert set(packed[:, 0]) == {tokenizer.cls_id}
     assert set(packed[:, -1]) == {tokenizer.sep_id}
-    stream = [i for f in files for line in paragraphs(f) for i in tokenizer.encode(line).ids]
+    lines = [line for f in files for line in [*paragraphs(f), ""]]
+    stream = [i for line in lines for i in (tokenizer.encode(line).ids if line else [tokenizer.sep_id])]
+    assert stream.count(tokenizer.sep_id) == 2 + 7 + 1  # one document begins with a file, one ends it
     body = packed[:, 1:-1].ravel().tolist()
     assert body == stream[: len(body)]
     assert 0 <= len(stream) - len(body) < 10

@@ -17,48 +17,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM
 
-from mp2.backbone import Backbone, BackboneConfig, load_backbone, weights_sha256
+from mp2.backbone import Backbone, BackboneConfig, load_backbone, save_backbone, weights_sha256
 from mp2.backbone.checkpoint import checkpoint_names
 from mp2.errors import FormatError, LossError, MismatchError, RunLockedError, UsageError
 from mp2.training import MlmConfig, train_mlm
 from mp2.training.checkpoint import alone_in
 from mp2.training.mlm import MaskedLanguageModel, schedule
 from mp2.training.mlm_trainer import MlmTrainer
+from training.toy_mlm import corpus_of, losses, tiny
 from training.toy_runs import cut_at, kill_after
-from training.toy_runs import losses as journal_losses
-
-SENTENCES = ["这个东西真的很好，不错。", "天气今日晴有雨！", "旅游美食体育科技", "“健康”教育财经音乐？"]
-
-
-def tiny(**changes: Any) -> MlmConfig:
-    settings = {
-        "n_layers": 2,
-        "hidden": 16,
-        "n_heads": 2,
-        "ffn": 24,
-        "vocab_size": 200,
-        "max_positions": 32,
-        "length": 16,
-        "batch_size": 8,
-        "steps": 14,
-        "precision": "fp32",
-        "seed": 3,
-        "checkpoint_minutes": 0.0,  # a checkpoint a step
-    }
-    return MlmConfig(**{**settings, **changes})
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    (folder / "a.txt").write_text("\n".join(rng.choice(SENTENCES, 150)) + "\n", "utf-8")
-    return folder
-
-
-def losses(out: Path) -> list[float | None]:
-    return journal_losses(out, "mlm_losses.jsonl")
+    return corpus_of(tmp_path / "corpus")
 
 
 def train(corpus: Path, out: Path, config: MlmConfig, log: list[str] | None = None) -> Backbone:
@@ -88,13 +60,9 @@ def test_the_loss_equals_transformers_masked_language_model() -> None:
         )
     ).eval()
     names = checkpoint_names(2)
-    state = {f"bert.{names[n]}": t for n, t in model.encoder.state_dict().items()}
-    state["cls.predictions.transform.dense.weight"] = model.transform.weight
-    state["cls.predictions.transform.dense.bias"] = model.transform.bias
-    state["cls.predictions.transform.LayerNorm.weight"] = model.transform_norm.weight
-    state["cls.predictions.transform.LayerNorm.bias"] = model.transform_norm.bias
+    state = {f"bert.{names[n]}": t for n, t in model.encoder.state_dict().items()} | model.head()
     state["cls.predictions.decoder.weight"] = model.encoder.word_embeddings.weight
-    state["cls.predictions.decoder.bias"] = state["cls.predictions.bias"] = model.bias
+    state["cls.predictions.decoder.bias"] = model.bias
     loaded = theirs.load_state_dict(state, strict=False)
     assert not loaded.unexpected_keys
     assert all("position_ids" in key for key in loaded.missing_keys)
@@ -107,19 +75,26 @@ def test_the_loss_equals_transformers_masked_language_model() -> None:
         with torch.no_grad():
             logits = theirs(input_ids=ids, position_ids=positions).logits.flatten(0, 1)[chosen]
             expected = torch.nn.functional.cross_entropy(logits.double(), targets)
-            got = model(ids, chosen, targets, torch.tensor(starts))
+            [got] = model(ids, chosen, targets, torch.tensor(starts))
         assert got.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_the_rate_rises_to_the_peak_and_falls_to_nearly_nothing() -> None:
-    rates = [schedule(step, 100, 0.05) for step in range(100)]
+    rates = [schedule(step, 100, None, None) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 5)
     assert rates[4] == rates[5] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(1 / 95)
     assert np.all(np.diff(rates[:5]) > 0)
     assert np.all(np.diff(rates[5:]) < 0)
-    assert schedule(0, 1, 0.05) == 1.0
-    assert 0 < min(schedule(s, 7, 1.0) for s in range(7)) <= max(schedule(s, 7, 1.0) for s in range(7)) == 1.0
+    assert schedule(0, 1, None, None) == 1.0
+    assert 0 < min(schedule(s, 7, 7, None) for s in range(7)) <= schedule(6, 7, 7, None) == 1.0
+
+
+def test_the_rate_stays_at_the_peak_until_the_last_steps() -> None:
+    rates = [schedule(step, 100, 5, 10) for step in range(100)]
+    assert rates[4:91] == [1.0] * 87
+    assert rates[90:] == pytest.approx([n / 10 for n in range(10, 0, -1)])
+    assert rates[:90] == [schedule(step, 10_000, 5, 0) for step in range(90)]  # wherever the run may end
 
 
 # ---- runs
@@ -129,10 +104,7 @@ def test_the_rate_rises_to_the_peak_and_falls_to_nearly_nothing() -> None:
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], str]:
     """Losses and weight hash of 14 steps on the fixture's corpus."""
     root = tmp_path_factory.mktemp("unbroken")
-    (root / "corpus").mkdir()
-    rng = np.random.default_rng(0)
-    (root / "corpus" / "a.txt").write_text("\n".join(rng.choice(SENTENCES, 150)) + "\n", "utf-8")
-    backbone = train(root / "corpus", root / "tiny", tiny())
+    backbone = train(corpus_of(root / "corpus"), root / "tiny", tiny())
     return losses(root / "tiny"), backbone.sha256
 
 
@@ -236,12 +208,42 @@ def test_ten_non_finite_losses_in_a_row_stop_the_run(
         train(corpus, tmp_path / "tiny", tiny())
 
 
-def test_span_masking_trains_other_positions(
-    corpus: Path, tmp_path: Path, unbroken: tuple[list[float], str]
+@pytest.mark.parametrize("masking", ["span", "mixed"])
+def test_other_masking_trains_other_positions(
+    corpus: Path, tmp_path: Path, unbroken: tuple[list[float], str], masking: str
 ) -> None:
-    backbone = train(corpus, tmp_path / "tiny", tiny(masking="span"))
+    backbone = train(corpus, tmp_path / "tiny", tiny(masking=masking))
     assert backbone.sha256 != unbroken[1]
-    assert "(span masking)" in (tmp_path / "tiny" / "model_card.md").read_text()
+    assert f"({masking} masking)" in (tmp_path / "tiny" / "model_card.md").read_text()
+
+
+def test_the_contrastive_term_is_added_with_its_weight_and_told(corpus: Path, tmp_path: Path) -> None:
+    train(corpus, tmp_path / "tiny", tiny(steps=4, contrastive=0.3))
+    lines = [json.loads(line) for line in (tmp_path / "tiny" / "mlm_losses.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line["contrastive"] > 0
+        assert line["loss"] == pytest.approx(line["mlm"] + 0.3 * line["contrastive"], abs=1e-5)
+
+
+def test_the_head_is_kept_and_transformers_predicts_with_it(corpus: Path, tmp_path: Path) -> None:
+    train(corpus, tmp_path / "tiny", tiny())
+    backbone = load_backbone(tmp_path / "tiny")
+    save_backbone(backbone, tmp_path / "again")
+    with safe_open(tmp_path / "tiny" / "mlm_checkpoint.safetensors", framework="pt") as file:
+        trained = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    model = MaskedLanguageModel(backbone.config)
+    model.load_state_dict({n.removeprefix("model."): t for n, t in trained.items() if n.startswith("model.")})
+    ids = torch.tensor([[2, 40, 4, 90, 60, 3], [2, 4, 81, 120, 3, 3]])
+    for folder in ("tiny", "again"):
+        theirs, told = BertForMaskedLM.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not told["missing_keys"]
+        assert not told["unexpected_keys"]
+        theirs = theirs.eval()
+        with torch.no_grad():
+            hidden = model.encoder(ids)
+            picked = model.transform_norm(torch.nn.functional.gelu(model.transform(hidden)))
+            expected = picked @ model.encoder.word_embeddings.weight.T + model.bias
+            assert torch.allclose(theirs(input_ids=ids).logits, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("compiled", "expected"), [(None, 0), (False, 0), (True, 1)])
@@ -396,7 +398,11 @@ def test_a_corpus_smaller_than_a_batch_is_refused_with_both_numbers(corpus: Path
         ({"length": 2}, "--length 2, expected at least 3"),
         ({"precision": "fp8"}, "precision 'fp8', expected fp32 or bf16"),
         ({"mask_rate": 1.0}, r"mask rate 1\.0"),
-        ({"masking": "word"}, "masking 'word', expected char or span"),
+        ({"masking": "word"}, "masking 'word', expected char, span or mixed"),
+        ({"warmup_steps": -1}, "--warmup-steps -1, expected at least 0"),
+        ({"decay_steps": -2}, "--decay-steps -2, expected at least 0"),
+        ({"contrastive": -0.5}, r"--contrastive -0\.5, expected a weight of 0 or more"),
+        ({"contrastive": 0.1, "batch_size": 7}, "--batch-size 7, expected an even one"),
         ({"learning_rate": 0.0}, r"--lr 0\.0"),
         ({"checkpoint_minutes": -1.0}, r"--checkpoint-minutes -1\.0"),
         ({"checkpoint_minutes": float("inf")}, "--checkpoint-minutes inf"),

@@ -127,7 +127,7 @@ def test_it_learns_to_read_the_context(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     rows = [str(c) * 14 for c in rng.choice(list("天气今日晴有雨旅游美食体育科技"), 400)]
     (tmp_path / "corpus" / "a.txt").write_text("\n".join(rows), "utf-8")
-    config = tiny(steps=200, learning_rate=1e-2, checkpoint_minutes=9.0, batch_size=16, ppmi_init=False)
+    config = tiny(steps=300, learning_rate=1e-2, checkpoint_minutes=9.0, batch_size=16, ppmi_init=False)
     train(tmp_path / "corpus", tmp_path / "tiny", config)
     values = losses(tmp_path / "tiny")
     assert np.mean(values[:3]) > 4.5  # ln(number of tokens) = 5.1

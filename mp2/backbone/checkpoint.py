@@ -49,7 +49,6 @@ _ACTIVATIONS = {
     "relu": "relu",
 }
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_MLM_HEAD = "cls.predictions."
 _READABLE = "a BERT-family encoder (BERT, RoBERTa-wwm, MacBERT, ERNIE) or CPT"
 
 
@@ -138,12 +137,12 @@ def read_config(folder: Path, name: str) -> BackboneConfig:
     )
 
 
-def write_config(config: BackboneConfig, folder: Path, *, has_head: bool = False) -> None:
+def write_config(config: BackboneConfig, folder: Path) -> None:
     """Write ``config.json`` in BERT form, so that ``transformers`` reads the folder too."""
     activation = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}[config.activation]
     raw = {
         "model_type": "bert",
-        "architectures": ["BertForMaskedLM" if has_head else "BertModel"],
+        "architectures": ["BertModel"],
         "num_hidden_layers": config.n_layers,
         "hidden_size": config.hidden,
         "num_attention_heads": config.n_heads,
@@ -225,7 +224,8 @@ def encoder_state(config: BackboneConfig, tensors: Mapping[str, Tensor], path: P
     Raises:
         FormatError: a tensor is missing or has another shape than the configuration says.
     """
-    modern = _modern(tensors)
+    modern = {re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name): t for name, t in tensors.items()}
+    modern = {re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name): t for name, t in modern.items()}
     names = checkpoint_names(config.n_layers)
     anchor = names["word_embeddings.weight"]
     prefix = next((p for p in _PREFIXES if p + anchor in modern), None)
@@ -261,24 +261,6 @@ def encoder_state(config: BackboneConfig, tensors: Mapping[str, Tensor], path: P
     ):  # ERNIE 3: every token has task type 0 unless told otherwise, a constant like type 0
         state["token_type_embeddings.weight"] = state["token_type_embeddings.weight"] + task_types[0].float()
     return state
-
-
-def mlm_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The masked-language-modelling head of a checkpoint, float32 under BERT's names; empty without one.
-
-    The output embeddings are not in it: they are the input's.
-    """
-    return {
-        name: tensor.to(torch.float32)
-        for name, tensor in _modern(tensors).items()
-        if name.startswith(_MLM_HEAD) and not name.startswith(_MLM_HEAD + "decoder.")
-    }
-
-
-def _modern(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, a LayerNorm's called weight and bias: gamma and beta in old checkpoints."""
-    modern = {re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name): t for name, t in tensors.items()}
-    return {re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name): t for name, t in modern.items()}
 
 
 def expected_shapes(config: BackboneConfig) -> dict[str, tuple[int, ...]]:

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from mp2.backbone.checkpoint import (
-    checkpoint_names,
-    encoder_state,
-    mlm_head,
-    read_config,
-    read_weights,
-    write_config,
-)
+from mp2.backbone.checkpoint import checkpoint_names, encoder_state, read_config, read_weights, write_config
 from mp2.backbone.config import BackboneConfig
 from mp2.backbone.encoder import Encoder
 from mp2.backbone.tokenizer import Tokenizer
@@ -44,17 +36,12 @@ _FILES = ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json")
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen encoder with its tokenizer; ``sha256`` covers the weights' names, shapes and bytes.
-
-    ``head``, where the checkpoint has one, is that of masked language modelling, under BERT's names; the
-    encoder does not use it, and it is saved again.
-    """
+    """A frozen encoder with its tokenizer; ``sha256`` covers the weights' names, shapes and bytes."""
 
     config: BackboneConfig
     encoder: Encoder
     tokenizer: Tokenizer
     sha256: str
-    head: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -95,7 +82,7 @@ def load_backbone(name: str | Path, *, revision: str | None = None) -> Backbone:
     with torch.device("meta"):
         encoder = Encoder(config)
     encoder.load_state_dict(encoder_state(config, tensors, path), assign=True)
-    return freeze(config, encoder, tokenizer, mlm_head(tensors))
+    return freeze(config, encoder, tokenizer)
 
 
 def check_backbone_name(name: str) -> None:
@@ -112,12 +99,10 @@ def folder_name(text: str) -> str:
     return Path(text).resolve().name if Path(text).is_dir() else text.rsplit("/", 1)[-1]
 
 
-def freeze(
-    config: BackboneConfig, encoder: Encoder, tokenizer: Tokenizer, head: Mapping[str, Tensor] | None = None
-) -> Backbone:
+def freeze(config: BackboneConfig, encoder: Encoder, tokenizer: Tokenizer) -> Backbone:
     """Put the encoder into evaluation mode without gradients and name its weights by their hash."""
     encoder.eval().requires_grad_(False)
-    return Backbone(config, encoder, tokenizer, weights_sha256(encoder), head or {})
+    return Backbone(config, encoder, tokenizer, weights_sha256(encoder))
 
 
 def weights_sha256(encoder: Encoder) -> str:
@@ -144,17 +129,16 @@ def random_backbone(config: BackboneConfig, vocab: Sequence[str], seed: int) -> 
 def save_backbone(backbone: Backbone, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
     """Write a checkpoint folder in BERT form: config.json, model.safetensors, and the tokenizer's files.
 
-    With a head it is one of ``BertForMaskedLM``, whose body's names begin with ``bert.``. ``dtype`` is that
-    of the stored weights; they are read back as float32.
+    ``dtype`` is that of the stored weights; they are read back as float32.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_config(backbone.config, folder, has_head=bool(backbone.head))
+    write_config(backbone.config, folder)
     backbone.tokenizer.save(folder)
-    names, prefix = checkpoint_names(backbone.config.n_layers), "bert." if backbone.head else ""
-    state = {prefix + names[ours]: tensor for ours, tensor in backbone.encoder.state_dict().items()}
+    state = backbone.encoder.state_dict()
+    names = checkpoint_names(backbone.config.n_layers)
     save_file(
-        {name: tensor.to(dtype).contiguous() for name, tensor in {**state, **backbone.head}.items()},
+        {names[ours]: tensor.to(dtype).contiguous() for ours, tensor in state.items()},
         folder / "model.safetensors",
     )
 

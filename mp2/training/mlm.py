@@ -109,16 +109,6 @@ class MaskedLanguageModel(nn.Module):
             else:
                 parameter.zero_()
 
-    def head(self) -> dict[str, Tensor]:
-        """The head's parameters under BERT's names; the output embeddings are the input's."""
-        prefix = "cls.predictions."
-        named = {"transform.dense": self.transform, "transform.LayerNorm": self.transform_norm}
-        return {f"{prefix}bias": self.bias.detach()} | {
-            f"{prefix}{name}.{kind}": tensor
-            for name, module in named.items()
-            for kind, tensor in module.state_dict().items()
-        }
-
     def forward(
         self, input_ids: Tensor, chosen: Tensor, targets: Tensor, starts: Tensor, shared: Tensor | None = None
     ) -> tuple[Tensor, ...]:

@@ -241,8 +241,7 @@ def train_mlm(
             if ranks.main:
                 write_json(out / "mlm_config.json", asdict(config), indent=1)
             run.train()
-        model = run.model.cpu()
-        backbone = freeze(model.encoder.config, model.encoder, tokenizer, model.head())
+        backbone = freeze(run.model.encoder.config, run.model.encoder.cpu(), tokenizer)
         if ranks.main:
             _write(run, backbone, digests, command)
         return backbone

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Any
 
 import click
 
 from mp2.commands.printing import as_json_text
+from mp2.errors import UsageError
 
 
 @click.group(invoke_without_command=True, short_help="List, show and check tasks.")
@@ -35,12 +38,40 @@ def tasks_show(name: str, backbone: str | None, data: str | None, as_json: bool)
 
 @tasks.command("check")
 @click.argument("card")
-@click.option("--data", type=click.Path(), help="Folder with <task>/{train,dev,test}.jsonl; or MP2_DATA.")
+@click.option("--data", help="Folder with <task>/train.*, a training file, or hub:NAME; or MP2_DATA.")
+@click.option("--backbone", help="Check lengths and label words for this backbone.  [default: mini]")
+@click.option("--max-tokens", type=int, help="Longest sequence.  [default: what the backbone allows]")
+@click.option("--shots", type=int, help="As of 'mp2 bbt'.")
+@click.option(
+    "--field", "fields", multiple=True, metavar="KEY=NAME", help="A key's name in the data; again for more."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def tasks_check(card: str, data: str | None, as_json: bool) -> None:
-    """Check a card (a TOML file or a name) and its data; report every problem, exit 2 if there are any."""
+def tasks_check(
+    card: str, backbone: str | None, max_tokens: int | None, as_json: bool, **options: Any
+) -> None:
+    """Check a card (a TOML file or a name) and its data as 'mp2 bbt' does; exit 2 for what it refuses."""
     from mp2.tasks.check import check_task
+    from mp2.tasks.show import backbone_positions, backbone_tokenizer
 
-    report = check_task(card, data)
+    n_tokens = max_tokens or backbone_positions(backbone)
+    report = check_task(card, tokenizer=backbone_tokenizer(backbone), max_tokens=n_tokens, **options)
     click.echo(as_json_text(report.as_dict()) if as_json else str(report))
     sys.exit(0 if report.ok else 2)
+
+
+@tasks.command("new")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--name", help="The task's name.  [default: from the file's name]")
+@click.option("--out", type=click.Path(path_type=Path), help="The card.  [default: NAME.toml here]")
+def tasks_new(file: Path, name: str | None, out: Path | None) -> None:
+    """Write a task card from a data file (JSON lines, CSV, TSV, parquet), to be edited."""
+    from mp2.files import write_text
+    from mp2.tasks.new_card import new_card
+
+    made = new_card(file, name)
+    path = out or Path(f"{made.task}.toml")
+    if path.exists():
+        raise UsageError(f"{path} is there already; give another --out")
+    write_text(path, made.text)
+    click.echo("\n".join([*made.found, f"wrote {path}; edit it, then:"]))
+    click.echo(f"  mp2 tasks check {path} --data {file}\n  mp2 bbt --task {path} --data {file} --no-test")

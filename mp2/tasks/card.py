@@ -20,6 +20,7 @@ from pathlib import Path
 
 from mp2.errors import UnknownNameError, UsageError
 from mp2.tasks.card_rules import DEFAULT_HUB_SPLITS, DEFAULT_MAX_ANSWER_TOKENS, CardRules, template_parts
+from mp2.tasks.encodings import not_utf8
 from mp2.tasks.problems import FirstProblem, Problems
 
 CARDS_DIR = Path(__file__).parent / "cards"
@@ -27,14 +28,14 @@ CARDS_DIR = Path(__file__).parent / "cards"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task's data lies on the Hugging Face hub.
+    """Where a task's data lies on the Hugging Face hub, or how the data files name things.
 
     ``fields`` maps our field to the hub's column (``a.b`` reaches into a nested column), ``labels`` the hub's
     label to the card's raw label, ``splits`` our split to the hub's; ``join`` joins a column that is a list
     of strings.
     """
 
-    hub: str
+    hub: str | None = None
     config: str | None = None
     fields: dict[str, str] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=lambda: dict(DEFAULT_HUB_SPLITS))
@@ -134,10 +135,11 @@ def _read(path: Path) -> TaskCard:
 
 def read_card(path: Path, problems: Problems) -> TaskCard | None:
     """Read and validate one card; report to ``problems`` and return None if there are any."""
+    data = path.read_bytes()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        problems.add(f"not UTF-8 ({error.reason} at byte {error.start}); save the card as UTF-8", path)
+        problems.add(not_utf8(data, path, f" ({error.reason} at byte {error.start})"), path)
         return None
     try:
         raw = tomllib.loads(text)

@@ -182,7 +182,11 @@ class CardRules:
                 for inner, text in value.items():
                     self._typed(text, str, "source", key, inner)
         if "hub" not in source:
-            self.report("missing; expected the name of a hub data set, as in 'clue/clue'", "source", "hub")
+            for key in ("config", "splits"):
+                if key in source:
+                    self.report(
+                        "is of a hub data set, and none is named; add hub, as in 'clue/clue'", "source", key
+                    )
         if isinstance(splits := source.get("splits"), dict):
             for split in splits:
                 if split not in SPLITS:

@@ -1,18 +1,30 @@
-"""Checks a card and its data and reports everything that is wrong: what ``mp2 tasks check`` runs."""
+"""Checks a card and its data and reports everything that is wrong: what ``mp2 tasks check`` runs.
+
+Problems are what ``mp2 bbt`` would refuse, found by the same code; remarks are what it would cut, drop or
+say.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mp2.errors import UsageError
 from mp2.tasks.card import TaskCard, find_card, read_card
-from mp2.tasks.data import data_folder, read_examples
+from mp2.tasks.columns import parse_fields
+from mp2.tasks.data import parse_records, read_examples
 from mp2.tasks.example import Example
 from mp2.tasks.fewshot import few_shot_split
-from mp2.tasks.problems import AllProblems, Problem
+from mp2.tasks.lengths import lengths
+from mp2.tasks.mrc import MrcFormatter
+from mp2.tasks.place import DataSet, Files, find_place
+from mp2.tasks.problems import AllProblems, Problem, grouped
+
+if TYPE_CHECKING:
+    from mp2.backbone.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -45,22 +57,33 @@ class CheckReport:
         }
 
     def __str__(self) -> str:
-        lines = [str(problem) for problem in self.problems]
+        lines = kinds = grouped(self.problems)
+        n, n_kinds = len(self.problems), len(kinds)
         if self.card is not None:
             counts = ", ".join(f"{n} {split}" for split, n in self.n_examples.items())
             lines.append(f"{self.card.task}: {self.card.type}" + (f", {counts}" if counts else ""))
         for split, labels in self.n_by_label.items():
             lines.append(f"  {split}: " + ", ".join(f"{label} {n}" for label, n in labels.items()))
         lines += [f"  note: {remark}" for remark in self.remarks]
-        n = len(self.problems)
-        lines.append("no problems" if not n else f"{n} problem{'s' if n > 1 else ''}")
+        of_kinds = f" of {n_kinds} kind{'s' if n_kinds > 1 else ''}" if n_kinds < n else ""
+        lines.append(f"{n} problem{'s' if n > 1 else ''}{of_kinds}" if n else "no problems")
         return "\n".join(lines)
 
 
-def check_task(name_or_path: str, data: str | Path | None = None) -> CheckReport:
-    """Validate a card and, if there is local data, every line of it.
+def check_task(
+    name_or_path: str,
+    data: str | Path | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_tokens: int | None = None,
+    shots: int | None = None,
+    fields: Sequence[str] = (),
+) -> CheckReport:
+    """Validate a card and, if there is data, every line of it.
 
-    Raises only where nothing can be checked (no such card or data folder).
+    With a backbone's ``tokenizer`` and its ``max_tokens``, label words, options and lengths are checked as
+    well. ``fields`` are ``KEY=NAME`` as of ``--field``. Raises only where nothing can be checked (no such
+    card or data folder).
     """
     path = find_card(name_or_path)
     problems = AllProblems()
@@ -69,17 +92,26 @@ def check_task(name_or_path: str, data: str | Path | None = None) -> CheckReport
         return CheckReport(
             None, tuple(problems.found), {}, {}, ("the data is checked once the card is right",)
         )
+    names = parse_fields(fields, card)
     remarks: list[str] = []
-    folder = data_folder(card, data)
+    place = find_place(card, data)
     splits: dict[str, list[Example]] = {}
-    if folder is None:
+    if place is None:
         remarks.append("no data was checked; --data DIR (or MP2_DATA) names it")
     else:
-        splits = _read_splits(card, folder, problems)
+        splits = _read_splits(card, place, problems, names)
         if "test" not in splits:
-            remarks.append(f"no {folder / 'test.jsonl'}; tune with --no-test, or put labelled examples there")
+            remarks.append(
+                "no test data; tune with --no-test, or put labelled examples beside those of train"
+            )
+    formatter = None
+    if tokenizer is not None and max_tokens is not None:
+        try:
+            formatter = MrcFormatter(card, tokenizer, max_tokens)
+        except UsageError as error:
+            problems.add(str(error), path)
     if not problems.found and "train" in splits:
-        remarks += _remarks(card, splits)
+        remarks += _as_tuning_does(card, splits, formatter, shots, problems)
     n_by_label: dict[str, dict[str, int]] = {}
     if card.type == "classification":
         for split, examples in splits.items():
@@ -94,34 +126,65 @@ def check_task(name_or_path: str, data: str | Path | None = None) -> CheckReport
     )
 
 
-def _read_splits(card: TaskCard, folder: Path, problems: AllProblems) -> dict[str, list[Example]]:
+def _read_splits(
+    card: TaskCard, place: Files | DataSet, problems: AllProblems, names: Mapping[str, str]
+) -> dict[str, list[Example]]:
     splits = {}
+    if isinstance(place, DataSet):
+        from mp2.tasks.hub import set_records, set_splits
+
+        for split in set_splits(card, place):
+            name, records = set_records(card, place, split, names)
+            splits[split] = list(parse_records(card, records, name, problems))
+        if "train" not in splits:
+            problems.add("has no train split", place.name)
+        return splits
     for split in ("train", "dev", "test"):
-        path = folder / f"{split}.jsonl"
-        if path.is_file():
-            before = len(problems.found)
-            splits[split] = list(read_examples(card, path, problems))
-            if not splits[split] and len(problems.found) == before:
-                problems.add("no examples; expected one JSON object a line", path)
+        path = place.by_split.get(split)
+        if path is None:
+            if split == "train":  # dev is optional, it is drawn from train; so is test, with --no-test
+                problems.add("missing; expected data, as JSON lines", place.folder / "train.jsonl")
         elif path.is_dir():
-            problems.add("is a folder, expected a file of JSON lines", path)
-        elif split == "train":  # dev is optional, it is drawn from train; so is test, with --no-test
-            problems.add("missing; expected JSON lines", path)
+            problems.add("is a folder, expected a file of data", path)
+        else:
+            before = len(problems.found)
+            splits[split] = list(read_examples(card, path, problems, fields=names))
+            if not splits[split] and len(problems.found) == before:
+                problems.add("no examples; expected one a line", path)
     return splits
 
 
-def _remarks(card: TaskCard, splits: dict[str, list[Example]]) -> list[str]:
-    """Return what is legal but worth knowing: too few examples for few shots, test texts in train."""
+def _as_tuning_does(
+    card: TaskCard,
+    splits: dict[str, list[Example]],
+    formatter: MrcFormatter | None,
+    shots: int | None,
+    problems: AllProblems,
+) -> list[str]:
+    """Draw the few-shot split as ``mp2 bbt`` does; what it refuses is a problem, what it says a remark."""
     remarks = []
+    fitting = splits
+    if formatter is not None:
+        fitting = {split: [e for e in examples if formatter.fits(e)] for split, examples in splits.items()}
+        for split, examples in splits.items():
+            if n := len(examples) - len(fitting[split]):
+                then = "are left out" if split != "test" else "count as wrong"
+                remarks.append(
+                    f"{n} of {len(examples)} {split} examples do not fit {formatter.max_tokens} tokens: "
+                    f"their options leave no room for the text; they {then}"
+                )
+            measured = lengths(card, formatter.tokenizer, formatter.max_tokens, fitting[split])
+            if measured is not None and (line := measured.line(f"{split} texts")):
+                remarks.append(line)
     try:
-        few_shot_split(card, splits["train"], seed=0)
+        drawn = few_shot_split(card, fitting["train"], 8, shots, dev_examples=fitting.get("dev", ()))
+        remarks += drawn.remarks
     except UsageError as error:
-        remarks.append(str(error))
+        problems.add(str(error), card.path)
     seen = {_texts(example) for example in splits["train"]}
-    for split in ("dev", "test"):
-        n = sum(_texts(example) in seen for example in splits.get(split, ()))
-        if n:
-            remarks.append(f"{n} of the {split} examples are also in train")
+    for name in ("dev", "test"):
+        if n := sum(_texts(example) in seen for example in splits.get(name, ())):
+            remarks.append(f"{n} of the {name} examples are also in train")
     return remarks
 
 

@@ -1,6 +1,7 @@
-"""Examples of a task, from JSON lines or the Hugging Face hub.
+"""Examples of a task, from files or from the Hugging Face hub.
 
-``--data DIR`` (or MP2_DATA) reads ``DIR/<task>/{train,dev,test}.jsonl``, UTF-8, one object a line:
+Where they lie is in :mod:`mp2.tasks.place`, the formats of files in :mod:`mp2.tasks.record_files`. A record
+has
 
 =================  ==========================================================================================
 type               keys
@@ -11,14 +12,12 @@ extraction         the template's fields and ``answers``: a list of ``{"text": .
 multiple_choice    the template's fields, ``options`` (2 or more strings) and ``label``, the right one's index
 =================  ==========================================================================================
 
-Other keys are ignored.
+under these names or others (:mod:`mp2.tasks.columns`). Other keys are ignored.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,113 +25,89 @@ from typing import Any
 from mp2.errors import UnknownNameError, UsageError
 from mp2.tasks.card import TaskCard
 from mp2.tasks.card_rules import SPLITS
+from mp2.tasks.columns import Columns, mapped
 from mp2.tasks.example import Example
-from mp2.tasks.problems import FirstProblem, Problems, shown
+from mp2.tasks.place import Files, find_place
+from mp2.tasks.problems import FirstProblem, Problems
 from mp2.tasks.record import RecordParser
-
-DEMO_DIR = Path(__file__).parent / "demo"
+from mp2.tasks.record_files import json_lines, read_records
 
 
 def load_examples(
-    card: TaskCard, split: str, data: str | Path | None = None, limit: int | None = None
+    card: TaskCard,
+    split: str,
+    data: str | Path | None = None,
+    limit: int | None = None,
+    fields: Mapping[str, str] | None = None,
 ) -> list[Example]:
     """Return the examples of a split, the first ``limit`` of them if given.
 
     The data comes from ``data`` or MP2_DATA, for the embedded demo tasks from the package, else from the hub.
-    Raises ``FormatError`` (file, line, field, expected) at the first bad line.
+    ``fields`` are the names of the card's keys in the data. Raises ``FormatError`` (file, line, field,
+    expected) at the first bad line.
     """
     if split not in SPLITS:
         raise UnknownNameError("split", split, SPLITS)
-    folder = data_folder(card, data)
-    if folder is None:
-        from mp2.tasks.hub import hub_records
-
-        name, records = hub_records(card, split)
-        found = parse_records(card, records, name, FirstProblem())
+    place = find_place(card, data)
+    if isinstance(place, Files):
+        found = read_examples(card, split_file(card, place, split), FirstProblem(), fields=fields)
     else:
-        path = folder / f"{split}.jsonl"
-        if not path.is_file():
-            if path.is_dir():
-                raise UsageError(f"{path} is a folder, expected a file of JSON lines")
-            have = ", ".join(sorted(p.name for p in folder.glob("*.jsonl"))) or "no .jsonl file"
-            hint = "; without test examples tune with --no-test" if split == "test" else ""
-            raise UsageError(f"task '{card.task}' has no {path}; the folder has {have}{hint}")
-        found = read_examples(card, path, FirstProblem())
+        from mp2.tasks.hub import hub_records, set_records
+
+        name, records = (
+            hub_records(card, split) if place is None else set_records(card, place, split, fields or {})
+        )
+        found = parse_records(card, records, name, FirstProblem())
     examples = list(islice(found, limit))
     if not examples:
         raise UsageError(f"the {split} data of task '{card.task}' is empty")
     return examples
 
 
-def data_folder(card: TaskCard, data: str | Path | None = None) -> Path | None:
-    """Return the folder with a task's JSON lines, or None where only the hub is left to ask.
-
-    Raises ``UsageError`` if a data folder was named but does not have the task.
-    """
-    root = data if data is not None else os.environ.get("MP2_DATA")
-    demo = DEMO_DIR / card.task
-    is_demo = card.task.startswith("demo_") and demo.is_dir()
-    if not root:
-        return demo if is_demo else None
-    given = "--data" if data is not None else "MP2_DATA"
-    if not Path(root).is_dir():
-        raise UsageError(f"{given}: there is no folder {root}")
-    folder = Path(root) / card.task
-    if folder.is_dir():
-        return folder
-    if is_demo:
-        return demo
-    deeper = sorted(p.parent for p in Path(root).glob(f"*/{card.task}") if p.is_dir())
-    if deeper:
-        hint = "; did you mean " + " or ".join(f"--data {p}" for p in deeper[:3]) + "?"
-    else:
-        tasks = sorted(p.name for p in Path(root).iterdir() if p.is_dir())
-        hint = (
-            f"; it has {len(tasks)} tasks: " + shown(", ".join(tasks), 200)
-            if tasks
-            else "; it has no task folders"
-        )
-    raise UsageError(f"{given} {root} has no folder '{card.task}' (expected {folder}/train.jsonl){hint}")
+def split_file(card: TaskCard, place: Files, split: str) -> Path:
+    """Return the file of a split; raises ``UsageError`` that says what is there instead."""
+    path = place.by_split.get(split)
+    if path is None:
+        have = ", ".join(sorted(p.name for p in place.by_split.values())) or "no data file"
+        hint = "; without test examples tune with --no-test" if split == "test" else ""
+        expected = place.folder / f"{split}.jsonl"
+        raise UsageError(f"task '{card.task}' has no {expected}; the folder has {have}{hint}")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, expected a file of data")
+    return path
 
 
 def has_split(card: TaskCard, split: str, data: str | Path | None = None) -> bool:
-    """Tell whether the task's data folder (``data``, MP2_DATA or the embedded demo's) holds a split."""
-    folder = data_folder(card, data)
-    return folder is not None and (folder / f"{split}.jsonl").is_file()
+    """Tell whether there is data of a split without asking the hub for the card's source."""
+    place = find_place(card, data)
+    if isinstance(place, Files):
+        return place.by_split.get(split) is not None
+    if place is None:
+        return False
+    from mp2.tasks.hub import set_splits
+
+    return split in set_splits(card, place)
 
 
 def read_examples(
-    card: TaskCard, path: Path, problems: Problems, *, labelled: bool = True
+    card: TaskCard,
+    path: Path,
+    problems: Problems,
+    *,
+    labelled: bool = True,
+    fields: Mapping[str, str] | None = None,
 ) -> Iterator[Example]:
-    """Yield the good examples of a JSON-lines file, skipping blank lines; bad ones go to ``problems``."""
-    with path.open("rb") as file:
-        yield from parse_lines(card, file, str(path), problems, labelled=labelled)
+    """Yield the good examples of a file, skipping blank lines; bad ones go to ``problems``."""
+    records = mapped(Columns(card, fields or {}), read_records(path, problems))
+    yield from parse_records(card, records, str(path), problems, labelled=labelled)
 
 
 def parse_lines(
     card: TaskCard, lines: Iterable[bytes | str], path: str, problems: Problems, *, labelled: bool = True
 ) -> Iterator[Example]:
     """Yield the good examples of JSON lines; ``labelled=False``: label and answers may be missing."""
-
-    def records() -> Iterator[tuple[int, Any]]:
-        for number, line in enumerate(lines, 1):
-            try:
-                text = (
-                    line.decode("utf-8-sig" if number == 1 else "utf-8") if isinstance(line, bytes) else line
-                )
-                if text.strip():
-                    yield number, json.loads(text)
-            except UnicodeDecodeError as error:
-                problems.add(f"not UTF-8: {error.reason} at byte {error.start}", path, line=number)
-            except json.JSONDecodeError as error:
-                message = f"not JSON: {error.msg} at column {error.colno}; expected one object a line"
-                problems.add(message, path, line=number)
-            except ValueError:  # of Python itself: an integer too long to convert
-                problems.add("not JSON that can be read: a number has too many digits", path, line=number)
-            except RecursionError:
-                problems.add("not JSON that can be read: nested too deep", path, line=number)
-
-    yield from parse_records(card, records(), path, problems, labelled=labelled)
+    records = mapped(Columns(card), json_lines(lines, path, problems))
+    yield from parse_records(card, records, path, problems, labelled=labelled)
 
 
 def parse_records(

@@ -1,8 +1,8 @@
-"""The true few-shot setting: 32 examples to train, 32 to select by, from the training set (section 4.1)."""
+"""The true few-shot setting: 32 examples to train, 32 to select by (section 4.1), or as many as there are."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,36 +14,91 @@ from mp2.tasks.example import Example
 TOTAL_SHOTS = 32  # section 4.1: "we randomly draw 32 samples"
 MANY_LABELS = 5  # section 4.1: "for tasks with more than 5 labels ..."
 SHOTS_PER_MANY = 8  # "... we randomly select 8 samples for each label"
+MIN_SHOTS = 2  # a label: one to learn from says nothing of what examples have in common
+
+Pools = dict[str | None, list[Example]]
+"""Distinct examples by label; under None those of a task without labels."""
 
 
 @dataclass(frozen=True)
 class FewShotSplit:
-    """Disjoint few-shot training and development sets of the same size and label balance."""
+    """Disjoint few-shot training and development sets.
+
+    ``dev`` is empty where there is nothing to select by but the training loss. ``remarks`` say what is not as
+    asked for: fewer shots, a smaller dev set or none.
+    """
 
     train: list[Example]
     dev: list[Example]
+    remarks: tuple[str, ...] = ()
 
 
 def few_shot_split(
-    card: TaskCard, examples: Sequence[Example], seed: int, shots: int | None = None
+    card: TaskCard,
+    examples: Sequence[Example],
+    seed: int,
+    shots: int | None = None,
+    *,
+    dev_examples: Sequence[Example] = (),
+    select: bool = True,
 ) -> FewShotSplit:
-    """Draw train and dev from the original training set ``examples``; the same seed draws the same.
+    """Draw train from the original training set ``examples``, and dev; the same seed draws the same.
 
     Classification is balanced by label: 32 in all for up to 5 labels (what does not divide goes to labels
     drawn by the seed), 8 a label above, or the card's ``shots_per_label``. Other types draw 32. ``shots``
-    overrides this: a label for classification, in all for other types. Repeated examples count once. Raises
-    ``UsageError`` where there are too few.
+    overrides this: a label for classification, in all for other types. Where there are fewer, all of them are
+    taken. Repeated examples count once.
+
+    Dev has as many, drawn from ``dev_examples`` if there are any, else from what train does not need. It is
+    left empty where ``select`` is false, or fewer than half as many are left.
+
+    Raises ``UsageError`` where a label, or a task without labels, has fewer than 2 training examples.
     """
     if shots is not None and shots < 1:
         raise UsageError(f"got {shots} shots, expected 1 or more")
     rng = np.random.default_rng(seed)
-    distinct = list({_content(example): example for example in reversed(examples)}.values())[::-1]
+    pools = _pools(card, examples)
+    wanted: dict[str | None, int] = (
+        _label_shots(card, shots, rng) if card.type == "classification" else {None: shots or TOTAL_SHOTS}
+    )
+    _check(card, pools, wanted)
+    train, left = _draw(pools, wanted, rng)
+    train = _shuffled(train, rng)
+    remarks = _fewer(pools, wanted)
+    if not select:
+        return FewShotSplit(train, [], remarks)
+    if dev_examples:
+        taken = {_content(example) for example in train}
+        dev_pools = _pools(card, [e for e in dev_examples if _content(e) not in taken])
+        dev, _ = _draw(dev_pools, wanted, rng)
+        if not dev:
+            raise UsageError(
+                f"every dev example of task '{card.task}' is also in train; give others, or --dev none"
+            )
+        what = "all there are that train does not have"
+    else:
+        dev = [example for label, pool in left.items() for example in pool[: wanted[label]]]
+        what = "all that train leaves"
+        if 2 * len(dev) < len(train):
+            n_all = sum(map(len, pools.values()))
+            no_dev = (
+                f"no dev set: train takes {len(train)} of {n_all} examples, and the {len(dev)} left are too "
+                "few to select by; the training loss selects"
+            )
+            return FewShotSplit(train, [], (*remarks, no_dev))
+    if len(dev) < len(train):
+        remarks += (f"dev has {len(dev)} examples: {what}",)
+    return FewShotSplit(train, _shuffled(dev, rng), remarks)
+
+
+def _pools(card: TaskCard, examples: Iterable[Example]) -> Pools:
+    distinct = list({_content(example): example for example in reversed(list(examples))}.values())[::-1]
     if card.type != "classification":
-        return _draw(card, {None: distinct}, {None: shots or TOTAL_SHOTS}, rng)
-    pools: dict[str | None, list[Example]] = {label: [] for label in card.labels}
+        return {None: distinct}
+    pools: Pools = {label: [] for label in card.labels}
     for example in distinct:
         pools[str(example.label)].append(example)
-    return _draw(card, pools, _label_shots(card, shots, rng), rng)
+    return pools
 
 
 def _label_shots(card: TaskCard, shots: int | None, rng: np.random.Generator) -> dict[str | None, int]:
@@ -56,32 +111,45 @@ def _label_shots(card: TaskCard, shots: int | None, rng: np.random.Generator) ->
     return {label: base + (index in lucky) for index, label in enumerate(labels)}
 
 
-def _draw(
-    card: TaskCard,
-    pools: dict[str | None, list[Example]],
-    n_shots: dict[str | None, int],
-    rng: np.random.Generator,
-) -> FewShotSplit:
+def _check(card: TaskCard, pools: Pools, wanted: dict[str | None, int]) -> None:
     short = [
-        f"{len(pool)} of {2 * n_shots[label]}" + (f" with label '{label}'" if label is not None else "")
+        f"{len(pool)}" + (f" with label '{label}'" if label is not None else "")
         for label, pool in pools.items()
-        if len(pool) < 2 * n_shots[label]
+        if len(pool) < min(MIN_SHOTS, wanted[label])
     ]
     if short:
-        most = min(len(pool) for pool in pools.values()) // 2
-        hint = f"--shots {most} is the most this data allows" if most else "add examples"
-        listed = "; ".join(short[:5]) + (f"; and {len(short) - 5} labels more" if len(short) > 5 else "")
-        what = "examples" if None in pools else "examples a label"
+        each, ways = "", "add examples"
+        if None not in pools:
+            each, ways = " of each label", "add examples, or take the label out of the card"
         raise UsageError(
-            f"task '{card.task}' has too few {what} to draw train and dev from: {listed}; {hint}"
+            f"task '{card.task}' has too few different training examples: {_listed(short)}; "
+            f"expected at least {MIN_SHOTS}{each}, better {max(wanted.values())}; {ways}"
         )
-    train, dev = [], []
+
+
+def _draw(
+    pools: Pools, wanted: dict[str | None, int], rng: np.random.Generator
+) -> tuple[list[Example], Pools]:
+    """Return the examples drawn, and what is left of each pool in the order of the draw."""
+    drawn, left = [], {}
     for label, pool in pools.items():
         order = rng.permutation(len(pool))
-        n = n_shots[label]
-        train += [pool[i] for i in order[:n]]
-        dev += [pool[i] for i in order[n : 2 * n]]
-    return FewShotSplit(_shuffled(train, rng), _shuffled(dev, rng))
+        drawn += [pool[i] for i in order[: wanted[label]]]
+        left[label] = [pool[i] for i in order[wanted[label] :]]
+    return drawn, left
+
+
+def _fewer(pools: Pools, wanted: dict[str | None, int]) -> tuple[str, ...]:
+    short = [
+        f"{len(pool)} of {wanted[label]}" + (f" with label '{label}'" if label is not None else "")
+        for label, pool in pools.items()
+        if len(pool) < wanted[label]
+    ]
+    return (f"train has fewer examples than asked for: {_listed(short)}",) if short else ()
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return ", ".join(parts[:5]) + (f", and {len(parts) - 5} labels more" if len(parts) > 5 else "")
 
 
 def _shuffled(examples: list[Example], rng: np.random.Generator) -> list[Example]:

@@ -1,32 +1,39 @@
-"""Task data from the Hugging Face hub, through the optional library ``datasets`` (extra ``mp2[hub]``).
+"""Task data through the library ``datasets`` (extra ``mp2[hub]``): the card's source, or a named set.
 
-The hub's rows are turned into the objects of :mod:`mp2.tasks.data` and validated like lines of a file.
+Rows are mapped as those of files are (:mod:`mp2.tasks.columns`) and validated like them.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from mp2.errors import MissingDependencyError, UsageError
 from mp2.tasks.card import TaskCard
+from mp2.tasks.columns import Columns, mapped
+from mp2.tasks.place import DataSet
+
+Records = Iterator[tuple[int, Any]]
+_SPLITS = {"train": ("train",), "dev": ("dev", "validation"), "test": ("test",)}
 
 
-def hub_records(card: TaskCard, split: str) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
+def hub_records(card: TaskCard, split: str) -> tuple[str, Records]:
     """Return a name for messages and the (row from 1, object) pairs of a split.
 
     Raises ``UsageError`` that names both ways to get data if the card has no source, the library is missing
     or the hub cannot be reached.
     """
     local = f"give a folder with --data DIR (or MP2_DATA) that has {card.task}/{split}.jsonl"
-    if card.source is None:
+    if card.source is None or card.source.hub is None:
         raise UsageError(
             f"no data for task '{card.task}': its card names no hub data set; {local}. "
             "'mp2 tasks show' shows the fields"
         )
     source = card.source
-    where = source.hub + (f" ({source.config})" if source.config else "")
+    hub = card.source.hub
+    where = hub + (f" ({source.config})" if source.config else "")
     if split not in source.splits:
         have = ", ".join(source.splits)
         raise UsageError(f"{where} has no {split} data for task '{card.task}', only {have}; {local}")
@@ -38,78 +45,60 @@ def hub_records(card: TaskCard, split: str) -> tuple[str, Iterator[tuple[int, di
             f"download {where}"
         ) from error
     try:
-        rows = datasets.load_dataset(source.hub, source.config, split=source.splits[split])
+        rows = datasets.load_dataset(hub, source.config, split=source.splits[split])
     except Exception as error:  # the library's and its HTTP client's errors have no common base
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UsageError(
             f"no data for task '{card.task}'. Two ways: {local}; or be online to download {where}, "
             f"which failed ({reason})"
         ) from error
-    return f"{where} {source.splits[split]}", _objects(card, rows)
+    return f"{where} {source.splits[split]}", _mapped(card, rows, {}, hub=True)
 
 
-def _objects(card: TaskCard, rows: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    assert card.source is not None
-    source = card.source
-    keys = [*card.fields, *card.gold_keys]
-    column = {key: source.fields.get(key, key) for key in keys}
-    names = _class_names(rows, column["label"]) if card.type == "classification" else None
-    for number, row in enumerate(rows, 1):
-        record: dict[str, Any] = {}
-        for key in keys:
-            try:
-                record[key] = _reach(row, column[key])
-            except KeyError:
-                continue  # reported as missing by the validator
-        for key in card.fields:
-            if isinstance(record.get(key), list | tuple):
-                record[key] = source.join.join(map(str, record[key]))
-        if card.type == "classification" and "label" in record:
-            label = str(_name_of(record["label"], names))
-            record["label"] = source.labels.get(label, label)
-        elif card.type == "multiple_choice":
-            record["options"] = list(record.get("options", ()))
-            record["label"] = _option_index(record.get("label"), record["options"])
-        elif card.type == "extraction":
-            record["answers"] = _squad_answers(record.get("answers"))
-        yield number, record
+def set_records(card: TaskCard, place: DataSet, split: str, fields: Mapping[str, str]) -> tuple[str, Records]:
+    """Return the same for a split of a set that was named; ``fields`` are its names for the card's keys."""
+    name = set_splits(card, place).get(split)
+    where = place.name + (f" ({place.config})" if place.config else "")
+    if name is None:
+        have = ", ".join(_load(place)) or "none"
+        raise UsageError(f"{where} has no {split} split for task '{card.task}'; its splits: {have}")
+    own = card.source is not None and card.source.hub == place.name
+    return f"{where} {name}", _mapped(card, _load(place)[name], fields, hub=own)
 
 
-def _reach(row: Any, path: str) -> Any:
-    for step in path.split("."):
-        if not isinstance(row, dict):
-            raise KeyError(step)
-        row = row[step]
-    return row
+def set_splits(card: TaskCard, place: DataSet) -> dict[str, str]:
+    """Return which of the set's splits are our train, dev and test."""
+    have = _load(place)
+    if card.source is not None and card.source.hub == place.name:
+        return {ours: theirs for ours, theirs in card.source.splits.items() if theirs in have}
+    return {
+        ours: name for ours, names in _SPLITS.items() if (name := next((n for n in names if n in have), None))
+    }
 
 
-def _class_names(rows: Any, column: str) -> list[str] | None:
+@cache
+def _load(place: DataSet) -> dict[str, Any]:
+    """Return the set's splits by name."""
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise MissingDependencyError(f"{place.name}: needs datasets; pip install 'mp2[hub]'") from error
+    try:
+        if place.saved:
+            found = datasets.load_from_disk(place.name)
+        else:
+            found = datasets.load_dataset(place.name, place.config)
+    except Exception as error:  # the library's and its HTTP client's errors have no common base
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UsageError(f"{place.name} could not be loaded by datasets ({reason})") from error
+    return dict(found) if isinstance(found, dict) else {"train": found}
+
+
+def _mapped(card: TaskCard, rows: Any, fields: Mapping[str, str], *, hub: bool) -> Records:
+    label = fields.get("label", "label")
+    if hub and card.source is not None and "label" not in fields:
+        label = card.source.fields.get("label", "label")
     features = getattr(rows, "features", None) or {}
-    names = getattr(features.get(column), "names", None)
-    return list(names) if names is not None else None
-
-
-def _name_of(label: Any, names: list[str] | None) -> Any:
-    """Return the name of a class index; -1 (unlabelled) and labels without names stay as they are."""
-    if names is not None and isinstance(label, int) and 0 <= label < len(names):
-        return names[label]
-    return label
-
-
-def _option_index(label: Any, options: list[str]) -> Any:
-    """Return the index that a label means: an index, the text of an option, or a letter (A is the first)."""
-    if isinstance(label, str):
-        if label in options:
-            return options.index(label)
-        if len(label) == 1 and "A" <= label <= "Z":
-            return ord(label) - ord("A")
-    return label
-
-
-def _squad_answers(answers: Any) -> Any:
-    """Return SQuAD's ``{text: [...], answer_start: [...]}`` as a list of ``{text, start}``, each once."""
-    if not isinstance(answers, dict) or "text" not in answers:
-        return answers
-    starts: list[int] = answers.get("answer_start") or answers.get("start") or []
-    pairs = dict.fromkeys(zip(answers["text"], starts, strict=False))
-    return [{"text": text, "start": start} for text, start in pairs]
+    names = getattr(features.get(label), "names", None)
+    columns = Columns(card, fields, hub, None if names is None else tuple(names))
+    return mapped(columns, iter(enumerate(rows, 1)))

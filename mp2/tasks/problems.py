@@ -6,6 +6,8 @@ The functions that read cards and examples report to a ``Problems`` sink:
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -66,3 +68,17 @@ def shown(value: object, limit: int = 40) -> str:
     """Return ``value`` as a message shows it: its repr, cut to ``limit`` characters."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def grouped(problems: Sequence[Problem]) -> list[str]:
+    """Return a line for each kind of problem: its first one, their number and the first three places."""
+    kinds: dict[tuple[str, str | None, str], list[Problem]] = {}
+    for problem in problems:
+        shape = re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "", problem.message)
+        kinds.setdefault((problem.path, problem.field, shape), []).append(problem)
+    lines = []
+    for members in kinds.values():
+        places = ", ".join(str(p.line) for p in members[:3])
+        more = f" ({len(members)} such lines, first {places})" if len(members) > 1 else ""
+        lines.append(f"{members[0]}{more}")
+    return lines

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from mp2.tasks.card import TaskCard
+from mp2.tasks.columns import option_index
 from mp2.tasks.example import Answer, Example
 from mp2.tasks.problems import Problems, shown
+
+MANY_LABELS = 20  # a message lists as many
 
 
 class RecordParser:
@@ -51,8 +54,11 @@ class RecordParser:
 
     def _text(self, record: dict[str, Any], name: str) -> str:
         if name not in record:
-            keys = ", ".join(record) or "nothing"
-            self._report(f"missing; the card's template shows {{{name}}}, the line has {keys}", name)
+            keys = ", ".join(map(str, record)) or "nothing"
+            hint = f"; --field {name}=NAME gives its name there" if record else ""
+            self._report(
+                f"missing; the card's template shows {{{name}}}, the line has {keys[:200]}{hint}", name
+            )
             return ""
         value = record[name]
         if not isinstance(value, str):
@@ -75,16 +81,18 @@ class RecordParser:
             return None
         label = record["label"]
         if not isinstance(label, str):
-            quoted = f'; write it as "{label}"' if str(label) in self._card.labels else ""
-            self._report(f"got {shown(label)}, expected a string{quoted}", "label")
+            self._report(f"got {shown(label)}, expected one of {self._known_labels()}", "label")
             return None
         if label not in self._card.labels:
-            self._report(f"unknown label '{label}'; the card knows {self._known_labels()}", "label")
+            self._report(f"unknown label {shown(label)}; the card knows {self._known_labels()}", "label")
             return None
         return label
 
     def _known_labels(self) -> str:
-        return ", ".join(self._card.labels)
+        """Return the labels, the first of them where there are many."""
+        labels = list(self._card.labels)
+        more = f", ... ({len(labels)} in all)" if len(labels) > MANY_LABELS else ""
+        return ", ".join(labels[:MANY_LABELS]) + more
 
     def _options(self, record: dict[str, Any]) -> tuple[str, ...]:
         value = record.get("options")
@@ -104,14 +112,28 @@ class RecordParser:
         if "label" not in record and not self._labelled:
             return None
         label = record.get("label")
+        if isinstance(label, str):
+            label = self._meant(label.strip(), record.get("options"))
         if not isinstance(label, int) or isinstance(label, bool):
-            self._report(f"got {shown(label)}, expected the index of the right option, from 0", "label")
+            self._report(
+                f"got {shown(label)}, expected the right option: its index from 0, its letter or its text",
+                "label",
+            )
             return None
         if n_options and not 0 <= label < n_options:
             self._report(
                 f"got {label}, expected 0 to {n_options - 1}: there are {n_options} options", "label"
             )
         return label
+
+    def _meant(self, label: str, options: object) -> Any:
+        """Return the index that a text means; a number that is also an option's text is reported."""
+        found = option_index(label, options)
+        if isinstance(options, list) and label in options and label.isdigit() and int(label) != found:
+            self._report(
+                f"{shown(label)} is both an index and the text of option {found}; write its letter", "label"
+            )
+        return found
 
     def _answers(self, record: dict[str, Any], context: str) -> tuple[Answer, ...]:
         if "answers" not in record and not self._labelled:
@@ -127,6 +149,9 @@ class RecordParser:
         )
 
     def _answer(self, index: int, item: object, context: str) -> Answer | None:
+        if isinstance(item, str):  # one that the context has, has been given its start already
+            self._report(f"answer {index}: {shown(item)} does not occur in the context", "answers")
+            return None
         text = item.get("text") if isinstance(item, dict) else None
         start = item.get("start") if isinstance(item, dict) else None
         if not isinstance(text, str) or not isinstance(start, int) or isinstance(start, bool):
@@ -139,11 +164,11 @@ class RecordParser:
             self._report(f"answer {index} is empty", "answers")
             return None
         if start < 0 or context[start : start + len(text)] != text:
-            there = f"'{context[start : start + len(text)]}'" if 0 <= start < len(context) else "nothing"
+            there = shown(context[start : start + len(text)]) if 0 <= start < len(context) else "nothing"
             found = context.find(text)
             hint = f"; it first stands at {found}" if found >= 0 else "; it does not occur in the context"
             self._report(
-                f"answer {index}: context has {there} at {start}, expected '{text}'{hint}", "answers"
+                f"answer {index}: context has {there} at {start}, expected {shown(text)}{hint}", "answers"
             )
             return None
         return Answer(text, start)

@@ -11,16 +11,17 @@ import numpy as np
 
 from mp2.errors import UsageError
 from mp2.tasks.card import TaskCard, list_cards, load_card
-from mp2.tasks.data import data_folder, load_examples
+from mp2.tasks.data import load_examples
 from mp2.tasks.example import Example
+from mp2.tasks.lengths import UNCUT
 from mp2.tasks.mrc import MrcFormatter, filled_template
+from mp2.tasks.place import find_place
 
 if TYPE_CHECKING:
     from mp2.backbone.tokenizer import Tokenizer
 
 PERCENTILES = (50, 90, 99, 100)
 N_MEASURED = 1000  # examples of the training data whose lengths are measured
-UNCUT = 1_000_000  # tokens: more than any example has
 
 
 def task_rows() -> list[dict[str, Any]]:
@@ -56,7 +57,7 @@ class TaskView:
     card: TaskCard
     example: str
     gold: str | None
-    n_template_tokens: int | None
+    n_template_tokens: int
     token_percentiles: dict[str, int]
     n_measured: int
     notes: tuple[str, ...]
@@ -97,14 +98,13 @@ class TaskView:
             lines.append(
                 f"labels    {len(card.labels)}: " + ", ".join(f"{k} = {v}" for k, v in card.labels.items())
             )
-        if card.source:
+        if card.source and card.source.hub:
             config = f" ({card.source.config})" if card.source.config else ""
             lines.append(f"hub       {card.source.hub}{config}")
         lines += [f"example   {self.example}"]
         if self.gold is not None:
             lines.append(f"answer    {self.gold}")
-        if self.n_template_tokens is not None:
-            lines.append(f"tokens    {self.n_template_tokens} for template and options")
+        lines.append(f"tokens    {self.n_template_tokens} for template and options")
         if self.token_percentiles:
             shown = ", ".join(f"{n} at {p}" for p, n in self.token_percentiles.items())
             lines.append(f"          {shown} of {self.n_measured} training examples, uncut")
@@ -112,19 +112,17 @@ class TaskView:
         return "\n".join(lines)
 
 
-def view_task(
-    name_or_path: str, data: str | Path | None = None, backbone: str | Path | None = None
-) -> TaskView:
+def view_task(name_or_path: str, data: str | Path | None = None, backbone: str | None = None) -> TaskView:
     """Return a task's view; without local data the example has placeholders (the hub is not asked).
 
     Tokens are counted with the tokenizer of ``backbone``, or of the embedded one where none is given.
     """
-    tokenizer = _tokenizer(backbone)
+    tokenizer = backbone_tokenizer(backbone)
     card = load_card(name_or_path)
     notes: list[str] = []
     examples: list[Example] = []
     try:
-        if data_folder(card, data) is not None:
+        if find_place(card, data) is not None:
             examples = load_examples(card, "train", data, limit=N_MEASURED)
         else:
             notes.append("no local data; --data DIR (or MP2_DATA) shows a real example and the lengths")
@@ -132,30 +130,38 @@ def view_task(
         if data is not None:
             raise
         notes.append(str(error))
-    n_template, percentiles = None, {}
-    if tokenizer is not None:
-        formatter = MrcFormatter(card, tokenizer, UNCUT)
-        n_template = formatter.n_fixed_tokens
-        percentiles = token_percentiles([formatter.training_input(e, 0).n_tokens for e in examples])
+    formatter = MrcFormatter(card, tokenizer, UNCUT)
+    percentiles = token_percentiles([formatter.training_input(e, 0).n_tokens for e in examples])
     return TaskView(
         card=card,
         example=filled_template(card, examples[0] if examples else _placeholder(card)),
         gold=_gold(card, examples[0]) if examples else None,
-        n_template_tokens=n_template,
+        n_template_tokens=formatter.n_fixed_tokens,
         token_percentiles=percentiles,
         n_measured=len(examples),
         notes=tuple(notes),
     )
 
 
-def _tokenizer(backbone: str | Path | None) -> Tokenizer | None:
+def backbone_tokenizer(backbone: str | None) -> Tokenizer:
+    """Return the tokenizer of a backbone (None: the embedded one), of a local one without its weights."""
     from mp2.backbone.load import EMBEDDED, load_backbone
     from mp2.backbone.tokenizer import Tokenizer
 
-    folder = EMBEDDED["mini"] if backbone is None else EMBEDDED.get(str(backbone), Path(backbone))
-    if folder.is_dir():
-        return Tokenizer.from_folder(folder)  # without the weights, which may be large
-    return load_backbone(backbone).tokenizer if backbone is not None else None
+    name = backbone or "mini"
+    folder = EMBEDDED.get(name, Path(name))
+    return Tokenizer.from_folder(folder) if folder.is_dir() else load_backbone(name).tokenizer
+
+
+def backbone_positions(backbone: str | None) -> int:
+    """Return the longest sequence of a backbone (None: the embedded one)."""
+    from mp2.backbone.checkpoint import read_config
+    from mp2.backbone.load import EMBEDDED, load_backbone
+
+    name = backbone or "mini"
+    folder = EMBEDDED.get(name, Path(name))
+    config = read_config(folder, name) if folder.is_dir() else load_backbone(name).config
+    return config.max_positions
 
 
 def token_percentiles(lengths: Sequence[int]) -> dict[str, int]:

@@ -18,7 +18,7 @@ from mp2.limits import check_new_folder, check_threads, memory_bytes
 from mp2.prompts import PromptSet, load_prompts
 from mp2.prompts.prompt_set import EMBEDDED as PROMPTS
 from mp2.tasks import TaskCard, list_cards, load_card
-from mp2.tasks.data import has_split
+from mp2.tasks.place import tasks_in
 from mp2.training.config import PretrainConfig
 from mp2.training.mixture import load_mixture
 from mp2.training.outputs import PretrainResult
@@ -159,7 +159,8 @@ def pretrain_command(
     root = Path(inputs.data) if inputs.data else None
     cards = [load_card(name) for name in inputs.tasks]
     if not cards:
-        cards = [card for card in list_cards() if has_split(card, "train", root)]
+        names = tasks_in(root)
+        cards = [card for card in list_cards() if card.task in names]
         if not cards:
             raise UsageError("no task has training data; pass --data DIR (DIR/<task>/train.jsonl) or --tasks")
     twice = sorted({card.task for card in cards if sum(c.task == card.task for c in cards) > 1})

@@ -104,7 +104,7 @@ TUNING: list[tuple[list[object], str]] = [
     (["--data", "ROOT/no-label"], "train.jsonl:2: field 'label': unknown label 'poss'"),
     (["--backbone", "mimi"], "unknown backbone 'mimi'. Did you mean 'mini'"),
     (["--backbone", "ROOT/empty"], "config.json: no such file"),
-    (["--data", "ROOT/folder-in-place"], "train.jsonl is a folder, expected a file of JSON lines"),
+    (["--data", "ROOT/folder-in-place"], "train.jsonl is a folder, expected a file of data"),
     (["--prompts", "mini-dep"], "unknown prompts 'mini-dep'. Did you mean 'mini-deep'"),
     (["--prompts", "mini-deep"], "these prompts are for a 4-layer backbone"),
     (["--prompts", "ROOT/noise.bin"], "noise.bin: not a safetensors file"),

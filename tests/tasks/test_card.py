@@ -128,7 +128,7 @@ BAD = [
     ('c = "房"', 'c = " "', "labels.c", 13, "empty word"),
     ('c = "房"', "c = 3", "labels.c", 13, "got 3, expected a string"),
     ('c = "房"', 'c = "房"\n[source]\nurl = "x"', "source.url", 15, "no such key; expected one of hub"),
-    ('c = "房"', 'c = "房"\n[source]\nconfig = "x"', "source.hub", 14, "missing; expected the name of a hub"),
+    ('c = "房"', 'c = "房"\n[source]\nconfig = "x"', "source.config", 15, "is of a hub data set, and none"),
     (
         'c = "房"',
         'c = "房"\n[source]\nhub = "x"\n[source.labels]\n0 = "z"',

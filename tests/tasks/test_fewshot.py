@@ -80,7 +80,8 @@ def test_the_same_seed_draws_the_same_and_another_one_not() -> None:
 def test_extraction_and_choice_draw_32_or_the_shots_given() -> None:
     card = load_card("cote_mfw")
     examples = [Example({"context": f"上海{i}"}, None, (), (Answer("上海", 0),), i) for i in range(80)]
-    assert [len(part) for part in vars(few_shot_split(card, examples, 1)).values()] == [32, 32]
+    split = few_shot_split(card, examples, 1)
+    assert (len(split.train), len(split.dev), split.remarks) == (32, 32, ())
     assert len(few_shot_split(card, examples, 1, shots=5).dev) == 5
     card = load_card("ccpm")
     examples = [Example({"context": f"{i}"}, i % 2, ("一", "二"), (), i) for i in range(64)]
@@ -94,12 +95,67 @@ def test_shots_count_a_label(make_card: MakeCard) -> None:
     assert set(counts(few_shot_split(card, pool(card, 9), 1).train).values()) == {4}
 
 
-def test_too_few_examples_name_the_labels_and_what_would_fit() -> None:
+def test_fewer_examples_than_asked_for_are_taken_with_a_remark() -> None:
     card = load_card("chnsent")
     examples = [e for e in pool(card, 40) if e.label == "0" or e.source_line < 11]
-    with pytest.raises(UsageError, match="11 of 32 with label '1'; --shots 5 is the most"):
-        few_shot_split(card, examples, 1)
-    with pytest.raises(UsageError, match="0 of 32 with label '1'; add examples"):
+    split = few_shot_split(card, examples, 1)
+    assert counts(split.train) == {"0": 16, "1": 11}
+    assert counts(split.dev) == {"0": 16}
+    assert split.remarks == (
+        "train has fewer examples than asked for: 11 of 16 with label '1'",
+        "dev has 16 examples: all that train leaves",
+    )
+
+
+def test_32_examples_are_enough_and_leave_no_dev() -> None:
+    card = load_card("chnsent")
+    split = few_shot_split(card, pool(card, 16), 1)
+    assert counts(split.train) == {"0": 16, "1": 16}
+    assert split.dev == []
+    assert split.remarks == (
+        "no dev set: train takes 32 of 32 examples, and the 0 left are too few to select by; "
+        "the training loss selects",
+    )
+    split = few_shot_split(card, pool(card, 20), 1)  # 8 left: less than half
+    assert (len(split.train), split.dev) == (32, [])
+    assert len(few_shot_split(card, pool(card, 24), 1).dev) == 16
+
+
+def test_without_selection_there_is_no_dev_and_train_stays_the_same() -> None:
+    card = load_card("chnsent")
+    split = few_shot_split(card, pool(card, 40), 1, select=False)
+    assert (split.dev, split.remarks) == ([], ())
+    assert split.train == few_shot_split(card, pool(card, 40), 1).train
+
+
+def test_dev_examples_of_their_own_are_dev_and_never_also_in_train() -> None:
+    card = load_card("chnsent")
+    examples = pool(card, 16)
+    own = [Example({"text": f"dev-{label}-{i}"}, label) for label in "01" for i in range(16)]
+    split = few_shot_split(card, examples, 1, dev_examples=own)
+    assert counts(split.dev) == {"0": 16, "1": 16}
+    assert {e.fields["text"] for e in split.dev} == {e.fields["text"] for e in own}
+    assert split.train == few_shot_split(card, examples, 1).train
+    split = few_shot_split(card, examples, 1, dev_examples=[*examples, *own[:3]])
+    assert {e.fields["text"] for e in split.dev} == {e.fields["text"] for e in own[:3]}
+    assert split.remarks == ("dev has 3 examples: all there are that train does not have",)
+    with pytest.raises(
+        UsageError, match=r"every dev example .* is also in train; give others, or --dev none"
+    ):
+        few_shot_split(card, examples, 1, dev_examples=examples)
+
+
+def test_fewer_than_two_a_label_are_refused() -> None:
+    card = load_card("chnsent")
+    examples = pool(card, 40)
+    with pytest.raises(
+        UsageError, match="too few different training examples: 1 with label '1'; expected at"
+    ):
+        few_shot_split(card, [e for e in examples if e.label == "0" or e.source_line < 1], 1)
+    with pytest.raises(
+        UsageError, match=r"0 with label '1'.*add examples, or take the label out of the card"
+    ):
         few_shot_split(card, [e for e in examples if e.label == "0"], 1)
     with pytest.raises(UsageError, match="got 0 shots"):
         few_shot_split(card, examples, 1, shots=0)
+    assert len(few_shot_split(card, examples, 1, shots=1).train) == 2  # what is asked for is given

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from mp2.backbone.tokenizer import Tokenizer
 from mp2.cli import main
 from mp2.tasks import check_task
 
@@ -38,7 +39,7 @@ def test_a_folder_in_a_files_place_is_called_that(user: Path, split: str) -> Non
     path.unlink(missing_ok=True)
     path.mkdir()
     (problem,) = check_task(str(user / "fruit.toml"), user).problems
-    assert str(problem) == f"{path}: is a folder, expected a file of JSON lines"
+    assert str(problem) == f"{path}: is a folder, expected a file of data"
 
 
 def test_every_problem_is_reported_with_its_line(user: Path, write_jsonl: Write) -> None:
@@ -61,7 +62,7 @@ def test_without_test_examples_a_task_is_ok_with_a_note(user: Path) -> None:
     report = check_task(str(user / "fruit.toml"), user)
     assert report.ok
     (remark,) = report.remarks
-    assert "test.jsonl; tune with --no-test" in remark
+    assert "no test data; tune with --no-test" in remark
     (user / "fruit" / "train.jsonl").unlink()
     (problem,) = check_task(str(user / "fruit.toml"), user).problems
     assert Path(problem.path).name == "train.jsonl"
@@ -92,11 +93,73 @@ def test_a_bad_card_is_reported_whole_before_its_data(user: Path) -> None:
     assert done.output.splitlines()[-1] == "6 problems"
 
 
-def test_too_few_examples_for_few_shots_are_a_remark(user: Path, write_jsonl: Write) -> None:
+def test_fewer_examples_than_shots_are_remarks_and_fewer_than_two_a_problem(
+    user: Path, write_jsonl: Write
+) -> None:
     write_jsonl(user / "fruit" / "train.jsonl", [{"text": f"好{i}", "label": "abc"[i % 3]} for i in range(9)])
     report = check_task(str(user / "fruit.toml"), user)
     assert report.ok
-    assert any("too few examples a label" in remark for remark in report.remarks)
+    assert any("3 of 1" in remark and "with label 'a'" in remark for remark in report.remarks)
+    assert any("no dev set: train takes 9 of 9 examples" in remark for remark in report.remarks)
+    write_jsonl(user / "fruit" / "train.jsonl", [{"text": f"好{i}", "label": "abc"[i % 3]} for i in range(5)])
+    (problem,) = check_task(str(user / "fruit.toml"), user).problems
+    assert "too few different training examples: 1 with label 'c'; expected at least 2 of each" in str(
+        problem
+    )
+
+
+def test_a_repeated_problem_is_one_line_with_a_count_and_three_places(user: Path, write_jsonl: Write) -> None:
+    lines = [{"text": f"好{i}", "label": "no" if i % 2 else "a"} for i in range(100)]
+    path = write_jsonl(user / "fruit" / "train.jsonl", [*lines, {"text": "好", "label": 7}, {"text": "好"}])
+    report = check_task(str(user / "fruit.toml"), user)
+    assert len(report.problems) == 52
+    first, second, third, *rest = str(report).splitlines()
+    assert first == (
+        f"{path}:2: field 'label': unknown label 'no'; the card knows a, b, c (51 such lines, first 2, 4, 6)"
+    )
+    assert second == f"{path}:102: field 'label': missing; expected one of a, b, c"
+    assert "fruit: classification" in third
+    assert rest[-1] == "52 problems of 2 kinds"
+
+
+def test_long_values_are_shown_shortened(user: Path, write_jsonl: Write) -> None:
+    write_jsonl(user / "fruit" / "train.jsonl", [{"text": "好", "label": "x" * 5000}])
+    assert all(len(line) < 300 for line in str(check_task(str(user / "fruit.toml"), user)).splitlines())
+
+
+def test_what_a_backbone_cuts_is_said_and_what_it_cannot_spell_is_a_problem(
+    user: Path, write_jsonl: Write, tokenizer: Tokenizer
+) -> None:
+    lines = [{"text": f"{'今' * (60 if i % 3 else 5)}{i:02}", "label": "abc"[i % 3]} for i in range(90)]
+    write_jsonl(user / "fruit" / "train.jsonl", lines)
+    card = user / "fruit.toml"
+    report = check_task(str(card), user, tokenizer=tokenizer, max_tokens=40)
+    assert report.ok
+    assert any(
+        "67 % of the train texts are too long and are cut to 40, half of them by" in r for r in report.remarks
+    )
+    card.write_text(card.read_text(encoding="utf-8").replace("房", "龘"), encoding="utf-8")
+    (problem,) = check_task(str(card), user, tokenizer=tokenizer, max_tokens=40).problems
+    assert "cannot spell the label words '龘' (c)" in str(problem)
+    (problem,) = check_task(str(card), user, tokenizer=tokenizer, max_tokens=20).problems
+
+
+def test_options_that_do_not_fit_are_counted(
+    tmp_path: Path, card_toml: dict[str, str], write_jsonl: Write, tokenizer: Tokenizer
+) -> None:
+    (tmp_path / "pick.toml").write_text(card_toml["multiple_choice"], encoding="utf-8")
+    lines = [
+        {"context": f"今{i}", "question": "好", "options": ["一", "二" * (99 if i < 7 else 3)], "label": 0}
+        for i in range(40)
+    ]
+    write_jsonl(tmp_path / "pick" / "train.jsonl", lines)
+    report = check_task(str(tmp_path / "pick.toml"), tmp_path, tokenizer=tokenizer, max_tokens=60)
+    assert any("7 of 40 train examples do not fit 60 tokens" in r for r in report.remarks)
+    write_jsonl(tmp_path / "pick" / "train.jsonl", lines[:7])
+    (problem,) = check_task(
+        str(tmp_path / "pick.toml"), tmp_path, tokenizer=tokenizer, max_tokens=60
+    ).problems
+    assert "too few different training examples: 0" in str(problem)
 
 
 def test_without_data_only_the_card_is_checked(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:

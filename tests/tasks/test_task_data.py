@@ -10,7 +10,7 @@ import pytest
 
 from mp2.errors import FormatError, UnknownNameError, UsageError
 from mp2.tasks import AllProblems, Answer, TaskCard, load_card, load_examples, parse_lines, read_examples
-from mp2.tasks.data import DEMO_DIR
+from mp2.tasks.place import DEMO_DIR
 
 MakeCard = Callable[..., TaskCard]
 GOOD: dict[str, dict[str, Any]] = {
@@ -63,8 +63,9 @@ BAD: list[tuple[str, Any, str | None, str]] = [
     ("classification", '{"text": "\\ud800", "label": "a"}', "text", "surrogate"),
     ("classification", {"text": "x"}, "label", "missing; expected one of a, b, c"),
     ("classification", {"text": "x", "label": "d"}, "label", "unknown label 'd'; the card knows a, b, c"),
-    ("classification", {"text": "x", "label": 0}, "label", "got 0, expected a string"),
-    ("extraction", {"context": "天气", "question": "?", "answers": "天"}, "answers", "expected a list of"),
+    ("classification", {"text": "x", "label": 0}, "label", "unknown label '0'; the card knows a, b, c"),
+    ("classification", {"text": "x", "label": [0]}, "label", r"got \[0\], expected one of a, b, c"),
+    ("extraction", {"context": "天气", "question": "?", "answers": 3}, "answers", "expected a list of"),
     ("extraction", {"context": "", "question": "?", "answers": []}, "context", "empty"),
     (
         "extraction",
@@ -72,7 +73,13 @@ BAD: list[tuple[str, Any, str | None, str]] = [
         "answers",
         "the card needs 'unanswerable",
     ),
-    ("extraction", {"context": "天", "question": "?", "answers": ["天"]}, "answers", "answer 0: got '天'"),
+    (
+        "extraction",
+        {"context": "天", "question": "?", "answers": ["地"]},
+        "answers",
+        "answer 0: '地' does not occur",
+    ),
+    ("extraction", {"context": "天", "question": "?", "answers": [3]}, "answers", "answer 0: got 3"),
     (
         "extraction",
         {"context": "今天", "question": "?", "answers": [{"text": "天", "start": 0}]},
@@ -112,8 +119,15 @@ BAD: list[tuple[str, Any, str | None, str]] = [
         "option 1 repeats",
     ),
     ("multiple_choice", {**GOOD["multiple_choice"], "label": 3}, "label", "got 3, expected 0 to 2"),
-    ("multiple_choice", {**GOOD["multiple_choice"], "label": "2"}, "label", "expected the index"),
-    ("multiple_choice", {**GOOD["multiple_choice"], "label": True}, "label", "expected the index"),
+    ("multiple_choice", {**GOOD["multiple_choice"], "label": "3"}, "label", "got 3, expected 0 to 2"),
+    ("multiple_choice", {**GOOD["multiple_choice"], "label": "四"}, "label", "its index from 0, its letter"),
+    ("multiple_choice", {**GOOD["multiple_choice"], "label": True}, "label", "its index from 0, its letter"),
+    (
+        "multiple_choice",
+        {**GOOD["multiple_choice"], "options": ["1", "0"], "label": "1"},
+        "label",
+        "'1' is both an index and the text of option 0; write its letter",
+    ),
 ]
 
 
@@ -134,11 +148,32 @@ def test_a_bad_line_names_file_line_field_and_expectation(
         load_examples(card, "train", tmp_path)
 
 
-def test_a_number_that_is_a_label_gets_the_hint_to_quote_it() -> None:
-    problems = AllProblems()
-    lines = [json.dumps({"text": "x", "label": 1})]
-    assert not list(parse_lines(load_card("chnsent"), lines, "f", problems))
-    assert 'write it as "1"' in str(problems.found[0])
+@pytest.mark.parametrize(
+    ("label", "raw"), [(1, "1"), (1.0, "1"), ("1", "1"), (" 1 ", "1"), (True, "true"), ("True", "true")]
+)
+def test_whole_numbers_and_truth_values_are_labels(make_card: MakeCard, label: object, raw: str) -> None:
+    card = make_card("classification", ('a = "体育"', '1 = "体育"'), ('b = "财经"', 'true = "财经"'))
+    (example,) = parse_lines(card, [json.dumps({"text": "x", "label": label})], "f", AllProblems())
+    assert example.label == raw
+
+
+@pytest.mark.parametrize("label", [1, "1", "B", "二"])
+def test_the_right_option_is_an_index_a_letter_or_its_text(make_card: MakeCard, label: object) -> None:
+    line = json.dumps({**GOOD["multiple_choice"], "label": label})
+    (example,) = parse_lines(make_card("multiple_choice"), [line], "f", AllProblems())
+    assert example.label == 1
+
+
+def test_an_answer_without_a_start_is_where_the_context_has_it_first(make_card: MakeCard) -> None:
+    for answers in (
+        "天气",
+        ["天气"],
+        '[{"text": "天气", "start": 2}]',
+        {"text": ["天气"], "answer_start": [2]},
+    ):
+        line = json.dumps({**GOOD["extraction"], "answers": answers})
+        (example,) = parse_lines(make_card("extraction"), [line], "f", AllProblems())
+        assert example.answers == (Answer("天气", 2),)
 
 
 def test_collecting_keeps_the_good_lines_and_every_problem(

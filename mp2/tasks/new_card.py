@@ -1,0 +1,198 @@
+"""A first task card from a data file, to be edited: what ``mp2 tasks new`` writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mp2.errors import UsageError
+from mp2.tasks.columns import written
+from mp2.tasks.problems import FirstProblem
+from mp2.tasks.record_files import read_records
+
+MAX_LABELS = 200  # more values than that are no set of labels
+
+_LABEL_NAMES = (
+    "label",
+    "labels",
+    "label_desc",
+    "label_des",
+    "category",
+    "class",
+    "target",
+    "tag",
+    "y",
+    "标签",
+    "类别",
+)
+_OPTION_NAMES = ("options", "choices", "choice", "candidates")
+_ANSWER_NAMES = ("answers", "answer")
+_CONTEXT_NAMES = ("context", "passage", "content", "article", "text", "document")
+_QUESTION_NAMES = ("question", "query")
+_IGNORED = ("id", "idx", "index", "guid", "uid")
+
+
+@dataclass(frozen=True)
+class NewCard:
+    """The text of a card, and what was found in the data in words."""
+
+    task: str
+    text: str
+    found: tuple[str, ...]
+
+
+def new_card(path: Path, task: str | None = None) -> NewCard:
+    """Propose a card for a data file: its type, its columns, a template and, for classification, its labels.
+
+    Raises ``UsageError`` where no label, options or answers are found, ``FormatError`` at a line that is bad.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}; give a data file: .jsonl, .json, .csv, .tsv or .parquet")
+    rows = [row for _, row in read_records(path, FirstProblem()) if isinstance(row, dict)]
+    if not rows:
+        raise UsageError(f"{path} has no records; expected an object, or a row of a table, for each example")
+    name = task or _task_name(path)
+    columns = [str(column) for column in rows[0]]
+    if options := _first(columns, _OPTION_NAMES):
+        return _choice(name, columns, options)
+    answers = _first(columns, _ANSWER_NAMES)
+    if answers and (context := _first(columns, _CONTEXT_NAMES)) and not _first(columns, _LABEL_NAMES):
+        return _extraction(name, columns, context, answers, rows)
+    return _classification(name, path, columns, rows)
+
+
+def _task_name(path: Path) -> str:
+    stem = path.parent.name if path.stem.startswith("train") else path.stem
+    name = re.sub(r"[^a-z0-9_]+", "_", stem.lower()).strip("_0123456789")
+    return name or "my_task"
+
+
+def _first(columns: Sequence[str], names: Sequence[str]) -> str | None:
+    lower = {column.lower(): column for column in columns}
+    return next((lower[name] for name in names if name in lower), None)
+
+
+def _choice(task: str, columns: Sequence[str], options: str) -> NewCard:
+    label = _first(columns, (*_LABEL_NAMES, *_ANSWER_NAMES)) or "label"
+    context = _first([c for c in columns if c != options], _CONTEXT_NAMES)
+    question = _first(columns, _QUESTION_NAMES)
+    fields = {"options": options, "label": label}
+    parts = []
+    for key, column, shown in (
+        ("context", context, "文档：“{context}”"),
+        ("question", question, "问题：“{question}”"),
+    ):
+        if column:
+            fields[key] = column
+            parts.append(shown)
+    if not parts:
+        raise UsageError(f"options are in '{options}', but no column with a text or a question was found")
+    template = "，".join([*parts, "选项：{options}"])
+    text = _card(task, "multiple_choice", template, "accuracy", {}, fields)
+    return NewCard(task, text, (f"multiple choice: options in '{options}', the right one in '{label}'",))
+
+
+def _extraction(
+    task: str, columns: Sequence[str], context: str, answers: str, rows: Sequence[dict[str, Any]]
+) -> NewCard:
+    fields = {"context": context, "answers": answers}
+    template = "文档：“{context}”，答案是？"
+    if question := _first(columns, _QUESTION_NAMES):
+        fields["question"] = question
+        template = "文档：“{context}”，问题：“{question}”，答案是？"
+    none = sum(not row.get(answers) or row[answers] == "[]" for row in rows)
+    extra = "unanswerable = true                # some questions have no answer\n" if none else ""
+    found = [f"extraction: answers in '{answers}' are spans of '{context}'"]
+    found += [f"{none} of {len(rows)} questions have no answer"] if none else []
+    return NewCard(task, _card(task, "extraction", template, "f1", {}, fields, extra), tuple(found))
+
+
+def _classification(task: str, path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> NewCard:
+    label = _label_column(path, columns, rows)
+    counts = Counter(str(written(row[label])) for row in rows if row.get(label) not in (None, ""))
+    texts = [
+        column
+        for column in columns
+        if column != label
+        and column.lower() not in (*_IGNORED, *_LABEL_NAMES)
+        and all(isinstance(row.get(column), str) for row in rows)
+        and any(row[column].strip() for row in rows)
+    ]
+    if not texts:
+        raise UsageError(f"{path}: no column of texts beside '{label}'; expected at least one")
+    keys = ["text"] if len(texts) == 1 else [f"text{i}" for i in range(1, len(texts) + 1)]
+    fields = {**dict(zip(keys, texts, strict=True)), "label": label}
+    shown = "和".join(f"“{{{key}}}”" for key in keys)
+    template = (
+        f"文本分类：{shown}的类别是？选项：{{options}}"
+        if len(keys) == 1
+        else f"{shown}的关系是？选项：{{options}}"
+    )
+    numbers = all(re.fullmatch(r"-?\d+", value) for value in counts)
+    order = sorted(counts, key=int) if numbers else sorted(counts)
+    words = {value: f"类别{value}" if numbers else value for value in order}
+    found = [
+        f"classification: {len(counts)} labels in '{label}', texts in "
+        + ", ".join(f"'{column}'" for column in texts),
+        *(f"  {value}: {counts[value]} examples" for value in order[:20]),
+    ]
+    if numbers:
+        found.append("the labels are numbers: write in [labels] what each of them means")
+    return NewCard(task, _card(task, "classification", template, "accuracy", words, fields), tuple(found))
+
+
+def _label_column(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
+    """Return the column named as a label, else the one of fewest values, each of which repeats."""
+    named = _first(columns, _LABEL_NAMES)
+    found: dict[str, int] = {}
+    for column in columns:
+        values = [written(row.get(column)) for row in rows]
+        n = len(set(map(str, values)))
+        if all(isinstance(value, str) for value in values) and 2 <= n <= min(MAX_LABELS, len(rows) // 2):
+            found[column] = n
+    if named in found:
+        return str(named)
+    if not found:
+        raise UsageError(
+            f"{path}: no column looks like labels (2 to {MAX_LABELS} values that repeat); it has "
+            f"{', '.join(columns)}"
+        )
+    return min(found, key=lambda column: found[column])
+
+
+def _card(
+    task: str,
+    kind: str,
+    template: str,
+    metric: str,
+    labels: dict[str, str],
+    fields: dict[str, str],
+    extra: str = "",
+) -> str:
+    lines = [
+        f'task = "{task}"',
+        f'family = "{kind.replace("_", " ")}"            # what kind of task: edit',
+        f'type = "{kind}"',
+        f"template = {_toml(template)}   # what the model reads: edit",
+        f'metric = "{metric}"',
+        'track = "extra"',
+        "version = 1                        # raise it when template or labels change",
+    ]
+    text = "\n".join(lines) + "\n" + extra
+    if labels:
+        text += "\n[labels]                           # label in the data = the word shown for it: edit\n"
+        text += "".join(f"{_toml(raw)} = {_toml(word)}\n" for raw, word in labels.items())
+    renamed = {key: column for key, column in fields.items() if key != column}
+    if renamed:
+        text += "\n[source.fields]                    # our name = the column of the data\n"
+        text += "".join(f"{key} = {_toml(column)}\n" for key, column in renamed.items())
+    return text
+
+
+def _toml(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

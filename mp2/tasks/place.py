@@ -1,0 +1,142 @@
+"""Where a task's data lie: files of a folder, one training file and its neighbours, a set of ``datasets``.
+
+``--data`` (or MP2_DATA) is one of
+
+======================  =====================================================================================
+a folder                with ``<task>/train.*``, or with ``train.*`` itself; ``dev.*`` and ``test.*`` beside
+it a training file         any name; where it has ``train`` in it, dev and test are the files named alike a
+saved data set        a folder that ``datasets`` wrote (``save_to_disk``) ``hub:NAME[:CONFIG]``   a data set
+of the hub, or a folder, that ``datasets.load_dataset`` loads
+======================  =====================================================================================
+
+Files end in .jsonl, .json, .csv, .tsv or .parquet. FewCLUE's folders work as they are: ``train_0.json`` and
+``dev_0.json`` are taken, with ``test_public.json``; give ``--data .../train_3.json`` for another of its five
+splits.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from mp2.errors import UsageError
+from mp2.tasks.card import TaskCard
+from mp2.tasks.problems import shown
+from mp2.tasks.record_files import FORMATS
+
+DEMO_DIR = Path(__file__).parent / "demo"
+HUB_PREFIX = "hub:"
+_NAMES = {
+    "train": ("train", "train_0"),
+    "dev": ("dev", "valid", "validation", "dev_0"),
+    "test": ("test_public", "test"),  # FewCLUE's test.json has no labels
+}
+_SAVED = ("dataset_dict.json", "state.json")
+
+
+@dataclass(frozen=True)
+class Files:
+    """The data files of a task by split; ``folder`` is what messages name."""
+
+    folder: Path
+    by_split: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A set that the library ``datasets`` loads: by name (``hub``), or from the folder it was saved in."""
+
+    name: str
+    config: str | None = None
+    saved: bool = False
+
+
+Place = Files | DataSet
+
+
+def find_place(card: TaskCard, data: str | Path | None = None) -> Place | None:
+    """Return where a task's data lie; None where only the card's own source is left to ask.
+
+    Raises ``UsageError`` if a place was named that does not have the task.
+    """
+    root = data if data is not None else os.environ.get("MP2_DATA")
+    demo = DEMO_DIR / card.task
+    is_demo = card.task.startswith("demo_") and demo.is_dir()
+    if not root:
+        return _files(demo) if is_demo else None
+    given = "--data" if data is not None else "MP2_DATA"
+    if str(root).startswith(HUB_PREFIX):
+        name, _, config = str(root).removeprefix(HUB_PREFIX).partition(":")
+        if not name:
+            raise UsageError(f"{given} {root}: expected hub:NAME or hub:NAME:CONFIG")
+        return DataSet(name, config or None)
+    path = Path(root)
+    if path.is_file():
+        return _neighbours(path, given)
+    if not path.is_dir():
+        raise UsageError(f"{given}: there is no folder {root}")
+    for folder in (path / card.task, path):
+        if any((folder / name).is_file() for name in _SAVED):
+            return DataSet(str(folder), saved=True)
+        if folder.is_dir() and (folder != path or _files(path).by_split):
+            return _files(folder)
+        if is_demo:
+            return _files(demo)
+    raise UsageError(_no_folder(card, path, given))
+
+
+def tasks_in(data: str | Path | None = None) -> set[str]:
+    """Return the names of the task folders with training data in the data folder (``data`` or MP2_DATA)."""
+    root = data if data is not None else os.environ.get("MP2_DATA")
+    if not root or not Path(root).is_dir():
+        return set()
+    return {path.name for path in Path(root).iterdir() if path.is_dir() and "train" in _files(path).by_split}
+
+
+def _no_folder(card: TaskCard, root: Path, given: str) -> str:
+    deeper = sorted(p.parent for p in root.glob(f"*/{card.task}") if p.is_dir())
+    if deeper:
+        hint = "; did you mean " + " or ".join(f"--data {p}" for p in deeper[:3]) + "?"
+    else:
+        tasks = sorted(p.name for p in root.iterdir() if p.is_dir())
+        hint = (
+            f"; it has {len(tasks)} tasks: " + shown(", ".join(tasks), 200)
+            if tasks
+            else "; it has no task folders"
+        )
+    folder = root / card.task
+    return f"{given} {root} has no folder '{card.task}' (expected {folder}/train.jsonl){hint}"
+
+
+def _files(folder: Path) -> Files:
+    """Return a folder's data files; raises ``UsageError`` where a split has two."""
+    found: dict[str, Path] = {}
+    for split, names in _NAMES.items():
+        for name in names:
+            paths = [path for ending in FORMATS if (path := folder / (name + ending)).exists()]
+            if len(paths) > 1:
+                both = " and ".join(path.name for path in paths)
+                raise UsageError(
+                    f"{folder} has {both}; keep one of them, or name the training file with --data"
+                )
+            if paths:
+                found[split] = paths[0]
+                break
+    return Files(folder, found)
+
+
+def _neighbours(train: Path, given: str) -> Files:
+    """Return a training file with the dev and test files named like it."""
+    if train.suffix not in FORMATS:
+        raise UsageError(f"{given} {train}: expected a file that ends in {', '.join(FORMATS)}, or a folder")
+    found = {"train": train}
+    if "train" in train.stem:
+        for split in ("dev", "test"):
+            stems = [train.stem.replace("train", name) for name in ("dev", "valid", "validation")]
+            if split == "test":
+                stems = ["test_public", train.stem.replace("train", "test")]
+            paths = [p for stem in stems if (p := train.with_name(stem + train.suffix)).is_file()]
+            if paths:
+                found[split] = paths[0]
+    return Files(train.parent, found)

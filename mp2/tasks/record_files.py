@@ -1,0 +1,144 @@
+"""The records of a data file, whatever its format: JSON lines, a JSON array, CSV, TSV, parquet.
+
+A record is an object with the file's own names; :mod:`mp2.tasks.columns` maps these to the card's fields.
+Text is UTF-8 with or without a byte order mark. CSV and TSV need a line of column names; TSV has no quotes.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mp2.errors import MissingDependencyError, UsageError
+from mp2.tasks.encodings import not_utf8
+from mp2.tasks.problems import Problems, shown
+
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+Records = Iterator[tuple[int, Any]]
+"""(line or row from 1, object)"""
+
+
+def read_records(path: Path, problems: Problems) -> Records:
+    """Yield the records of a file by its suffix; lines that cannot be read go to ``problems``."""
+    if path.suffix == ".parquet":
+        return _parquet(path, problems)
+    if path.suffix in (".csv", ".tsv"):
+        return _table(path, problems)
+    if path.suffix == ".json" and _first_sign(path) == b"[":
+        return _array(path, problems)
+    if path.suffix not in FORMATS:
+        raise UsageError(f"{path}: expected a file that ends in {', '.join(FORMATS)}")
+    return _lines(path, problems)
+
+
+def json_lines(lines: Iterable[bytes | str], path: str, problems: Problems) -> Records:
+    """Yield the objects of JSON lines, skipping blank ones."""
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8") if isinstance(line, bytes) else line
+            if text.strip():
+                yield number, json.loads(text)
+        except UnicodeDecodeError as error:
+            where = f" ({error.reason} at byte {error.start})"
+            problems.add(not_utf8(error.object, path, where), path, line=number)
+        except json.JSONDecodeError as error:
+            message = f"not JSON: {error.msg} at column {error.colno}; expected one object a line"
+            problems.add(message, path, line=number)
+        except ValueError:  # of Python itself: an integer too long to convert
+            problems.add("not JSON that can be read: a number has too many digits", path, line=number)
+        except RecursionError:
+            problems.add("not JSON that can be read: nested too deep", path, line=number)
+
+
+def _first_sign(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+
+
+def _lines(path: Path, problems: Problems) -> Records:
+    with path.open("rb") as file:
+        yield from json_lines(file, str(path), problems)
+
+
+def _text(path: Path, problems: Problems) -> str | None:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        problems.add(not_utf8(data, path, f" ({error.reason})"), path, line=line)
+        return None
+
+
+def _array(path: Path, problems: Problems) -> Records:
+    text = _text(path, problems)
+    if text is None:
+        return
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = error.lineno if isinstance(error, json.JSONDecodeError) else None
+        problems.add(f"not JSON: {error}; expected an array of objects", path, line=line)
+        return
+    yield from enumerate(values, 1)
+
+
+def _table(path: Path, problems: Problems) -> Records:
+    """CSV as spreadsheets write it; TSV as it is published: tabs, no quotes, no line breaks in cells."""
+    text = _text(path, problems)
+    if text is None:
+        return
+    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is shorter than an article
+    tsv = path.suffix == ".tsv"
+    cells = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter="\t" if tsv else ",",
+        quoting=csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL,
+        strict=True,
+    )
+    columns: list[str] | None = None
+    try:
+        for row in cells:
+            if not any(cell.strip() for cell in row):
+                continue
+            if columns is None:
+                columns = [name.strip() for name in row]
+                if len(columns) < 2 or len(set(columns)) < len(columns):
+                    problems.add(
+                        f"the first line is {shown(row)}, expected the names of 2 or more columns, each once",
+                        path,
+                        line=1,
+                    )
+                    return
+            elif len(row) != len(columns):
+                problems.add(
+                    f"has {len(row)} cells, expected {len(columns)}: {', '.join(columns)}",
+                    path,
+                    line=cells.line_num,
+                )
+            else:
+                yield cells.line_num, dict(zip(columns, row, strict=True))
+    except csv.Error as error:
+        problems.add(f"not {path.suffix[1:].upper()}: {error}", path, line=cells.line_num)
+
+
+def _parquet(path: Path, problems: Problems) -> Records:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise MissingDependencyError(f"{path}: parquet needs pyarrow; pip install 'mp2[hub]'") from error
+    try:
+        batches = parquet.ParquetFile(path).iter_batches()
+        number = 0
+        for batch in batches:
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (ValueError, OSError) as error:  # pyarrow's errors are children of these
+        problems.add(f"not a parquet file: {str(error).splitlines()[0]}", path)

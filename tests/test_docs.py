@@ -52,10 +52,12 @@ def test_the_card_of_the_tasks_page_is_good_and_its_example_fits_it(tmp_path: Pa
     (tmp_path / "reviews.toml").write_text(card, "utf-8")
     (line,) = re.findall(r"my_data/reviews/train\.jsonl\s+(\{.*\})", page)
     (tmp_path / "my_data" / "reviews").mkdir(parents=True)
-    (tmp_path / "my_data" / "reviews" / "train.jsonl").write_text(line + "\n", "utf-8")
+    labels = ["good", "bad", "good", "bad"]
+    lines = [line.replace("房间", f"房间{i}").replace("good", label) for i, label in enumerate(labels)]
+    (tmp_path / "my_data" / "reviews" / "train.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     report = check_task(str(tmp_path / "reviews.toml"), tmp_path / "my_data")
     assert report.ok, str(report)
-    assert report.n_by_label == {"train": {"bad": 0, "good": 1}}
+    assert report.n_by_label == {"train": {"bad": 2, "good": 2}}
 
 
 def test_the_reference_of_the_commands_is_fresh() -> None:

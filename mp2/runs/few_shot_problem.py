@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mp2.engine.pending import Pending, settled, then
+from mp2.errors import UsageError
 from mp2.optimizers.router_search import stage_one_iterations
 from mp2.optimizers.two_stage import Prompt, Scores
 from mp2.runs.config import BbtConfig
@@ -44,6 +45,8 @@ class FewShotProblem:
         self.data = data or TaskData(config, card, model)
         self.max_tokens = self.data.max_tokens
         split = few_shot_split(card, self.data.pool, config.seed, config.shots)
+        if not split.dev:  # until selection by the training loss is wired in
+            raise UsageError(f"task '{card.task}': {split.remarks[-1]}; give more examples or fewer --shots")
         self._dev = split.dev
         self.train_inputs = [self.data.formatter.training_input(e, i) for i, e in enumerate(split.train)]
         self.dev_inputs = self.data.inputs(split.dev)

@@ -381,7 +381,7 @@ def test_resume_refuses_changed_data(world: World, tmp_path: Path, monkeypatch: 
         (["--shallow"], "prompts of"),
         (["--iters", "0"], "iters is 0, expected at least 1"),
         (["--seeds", "8,x"], "expected whole numbers with commas"),
-        (["--shots", "500"], "too few examples"),
+        (["--shots", "500"], "no dev set: train takes"),
         (["--max-tokens", "500"], "max_tokens is 500, expected at most 96"),
         (["--max-tokens", "12"], "does not fit 12 tokens"),
         (

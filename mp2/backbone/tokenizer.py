@@ -111,12 +111,16 @@ class Tokenizer:
         """Write what ``from_folder`` reads back as the same tokenizer: vocab.txt, or tokenizer.json."""
         vocab_file, settings_file = folder / "vocab.txt", folder / "tokenizer_config.json"
         if self._lowercase is None:
-            (folder / "tokenizer.json").write_text(self._tokenizer.to_str(pretty=True) + "\n", "utf-8")
+            (folder / "tokenizer.json").write_text(self.to_json(), "utf-8")
             vocab_file.unlink(missing_ok=True)  # it would be read in its place
             return
         vocab_file.write_text("\n".join(self.tokens()) + "\n", "utf-8")
         if settings_file.exists() or not self._lowercase:
             settings_file.write_text(json.dumps({"do_lower_case": self._lowercase}) + "\n", "utf-8")
+
+    def to_json(self) -> str:
+        """Return it as a ``tokenizer.json`` of the library (without ``encode_special_tokens``)."""
+        return str(self._tokenizer.to_str(pretty=True)) + "\n"
 
     @property
     def vocab_size(self) -> int:

@@ -7,25 +7,49 @@ from typing import Any
 import click
 
 from mp2.commands.printing import as_json_text
+from mp2.errors import UsageError
 
 
-@click.command(short_help="Write an engine folder of ONNX graphs.")
-@click.option("--backbone", required=True, help="A name (cpt-large, mini ...), a folder or a hub id.")
-@click.option("--out", required=True, type=click.Path(file_okay=False), help="Engine folder to write.")
-@click.option("--prompts", help="tensorrt: prompts that plans are tuned for and fp8 is calibrated under.")
-@click.option("--runtime", default="onnxruntime", show_default=True, help="onnxruntime | tensorrt")
-@click.option("--precision", help="fp32; with tensorrt fp16, bf16 or fp8.  [default: fp32; tensorrt: fp16]")
+@click.command(short_help="Write a bundle of tuned runs, or an engine folder of ONNX graphs.")
+@click.option("--run", "first", type=click.Path(), help="Runs to write a bundle of: --run RUN [RUN ...].")
+@click.argument("more", nargs=-1, type=click.Path(), metavar="[RUN]...")
+@click.option("--backbone", help="A name (cpt-large, mini ...), a folder or a hub id.")
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder to write.")
+@click.option("--prompts", help="tensorrt: prompts that plans are tuned for. --run: where they are now.")
+@click.option("--runtime", help="onnxruntime | tensorrt  [default: onnxruntime]")
+@click.option(
+    "--precision",
+    help="fp32; tensorrt: fp16, bf16, fp8; --run: fp32, fp16, bf16.  [default: fp32; tensorrt: fp16]",
+)
 @click.option("--task", help="tensorrt: tune plans for this task's few-shot set.")
 @click.option("--data", type=click.Path(), help="Folder with TASK/train.jsonl; or MP2_DATA.")
 @click.option("--popsize", type=int, help="tensorrt: population plans are tuned for.  [default: 20]")
 @click.option("--graphs-only", is_flag=True, help="tensorrt: build no plans, so that no GPU is needed.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def export(as_json: bool, **options: Any) -> None:
-    """Write an engine folder of ONNX graphs and compare every output with torch (exit 1 if one differs)."""
-    from mp2.export import export_command
+def export(as_json: bool, first: str | None, more: tuple[str, ...], **options: Any) -> None:
+    """Write a bundle that answers the tasks of finished runs without mp2 (--run), or an engine folder.
+
+    An engine folder has the graphs of a backbone that 'mp2 bbt --engine' tunes with. Every output is compared
+    with torch; exit 1 if one differs.
+    """
+    from mp2.export import bundle_command, export_command
 
     show = (lambda line: None) if as_json else click.echo
-    summary = export_command(**options, show=show)
+    if first is not None:
+        engines_own = ("runtime", "task", "data", "popsize", "graphs_only")
+        if wrong := [f"--{name.replace('_', '-')}" for name in engines_own if options[name]]:
+            raise UsageError(
+                f"{', '.join(wrong)}: for an engine folder, not for a bundle; drop --run or these"
+            )
+        options = {name: value for name, value in options.items() if name not in engines_own}
+        summary = bundle_command([first, *more], **options, show=show)
+    else:
+        if more:
+            raise UsageError(f"{more[0]}: expected options only; runs are given as --run RUN [RUN ...]")
+        if options["backbone"] is None:
+            raise UsageError("give --backbone NAME for an engine folder, or --run RUN for a bundle")
+        options["runtime"] = options["runtime"] or "onnxruntime"
+        summary = export_command(**options, show=show)
     if as_json:
         click.echo(as_json_text(summary))
 

@@ -164,6 +164,12 @@ def read_manifest(path: Path) -> Manifest:
         raise FormatError(f"not JSON ({error}); export the engine again", path=path) from error
     if not isinstance(raw, dict):
         raise FormatError(f"a {type(raw).__name__}, expected an object; export the engine again", path=path)
+    if raw.get("format") == "mp2 bundle":
+        raise FormatError(
+            "a bundle of 'mp2 export --run', expected an engine folder; make one with "
+            "'mp2 export --backbone NAME --out DIR'",
+            path=path.parent,
+        )
     version = raw.get("schema_version")
     if version != SCHEMA_VERSION:
         raise FormatError(

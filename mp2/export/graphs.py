@@ -268,32 +268,36 @@ def head_model(b: GraphBuilder) -> onnx.ModelProto:
 
 # -- deployment --------------------------------------------------------------------------------------------
 
+PREFIX_GRAPH, INLINE_GRAPH = "backbone.onnx", "backbone_inline.onnx"
+
 
 def backbone_model(b: GraphBuilder) -> onnx.ModelProto:
-    """Text [N, T] and deep prompts as keys and values -> span logits and last hidden states.
+    """Text and deep prompts as keys and values -> what heads start from; `PREFIX_GRAPH`.
 
-    prompt_keys and prompt_values [P, L, h, m, d_h], of which row i has the first prompt_length[i] (m may be
-    0); P is 1 (one prompt for the whole batch) or N (row i has prompt i). For the rest see `_finish`.
+    input_ids, attention_mask [N, T] (1 = a real token); prompt_keys, prompt_values [P, L, h, m, d_h], of
+    which row i has the first prompt_length[i] (m may be 0). P is 1 (one prompt for the whole batch) or N (row
+    i has prompt i). For the head and the outputs see `_finish`.
     """
     ids, mask, length = _text(b)
     config = b.config
     shape: Shape = ["P", config.n_layers, config.n_heads, "m", config.head_size]
     keys, values = (b.input(f"prompt_{kind}", TensorProto.FLOAT, shape) for kind in ("keys", "values"))
     bias = b.bias(b.one("Concat", _prompt_mask(b, ids, length, b.sizes(keys, 3, 4)), mask, axis=1))
-    hidden = b.embed(ids, b.constant(np.array(0, np.int64)))
+    states = [b.embed(ids, b.constant(np.array(0, np.int64)))]
     for i in range(config.n_layers):
         own = (  # [1, P, h, m, d_h]
             b.one("Unsqueeze", b.one("Gather", x, b.constant(np.array(i, np.int64)), axis=1), b.ints(0))
             for x in (keys, values)
         )
-        hidden = b.layer(i, hidden, bias, (next(own), next(own)))
-    return _finish(b, "backbone", hidden)
+        states.append(b.layer(i, states[-1], bias, (next(own), next(own))))
+    return _finish(b, "backbone", states, mask)
 
 
 def backbone_inline_model(b: GraphBuilder) -> onnx.ModelProto:
-    """Text [N, T] and shallow prompts as rows -> span logits and last hidden states of the text's tokens.
+    """Text and shallow prompts as rows of the sequence -> what heads start from; `INLINE_GRAPH`.
 
-    prompt_rows [P, m, H] stand after [CLS], of which row i has the first prompt_length[i]; P is 1 or N.
+    As `backbone_model`, with prompt_rows [P, m, H] after [CLS] in place of keys and values. The outputs are
+    of the text's tokens alone.
     """
     ids, mask, length = _text(b)
     prompts = b.input("prompt_rows", TensorProto.FLOAT, ["P", "m", b.config.hidden])
@@ -306,17 +310,19 @@ def backbone_inline_model(b: GraphBuilder) -> onnx.ModelProto:
         first, rest = b.part(x, b.ints(0), b.ints(1), axis), b.part(x, b.ints(1), b.ints(_END), axis)
         return b.one("Concat", first, between, rest, axis=axis)
 
-    hidden = inserted(text, rows, 2)
+    def taken_out(x: str) -> str:
+        rest = b.part(x, b.one("Add", m, b.ints(1)), b.ints(_END), 2)
+        return b.one("Concat", b.part(x, b.ints(0), b.ints(1), 2), rest, axis=2)
+
+    states = [inserted(text, rows, 2)]
     bias = b.bias(inserted(mask, _prompt_mask(b, ids, length, m), 1))
     for i in range(b.config.n_layers):
-        hidden = b.layer(i, hidden, bias, None)
-    rest = b.part(hidden, b.one("Add", m, b.ints(1)), b.ints(_END), 2)
-    first = b.part(hidden, b.ints(0), b.ints(1), 2)
-    return _finish(b, "backbone_inline", b.one("Concat", first, rest, axis=2))
+        states.append(b.layer(i, states[-1], bias, None))
+    return _finish(b, "backbone_inline", [taken_out(state) for state in states], mask)
 
 
 def _text(b: GraphBuilder) -> tuple[str, str, str]:
-    """Declare input_ids [N, T], attention_mask [N, T] (1 = a real token) and prompt_length [P]."""
+    """Declare input_ids, attention_mask [N, T] and prompt_length [P]; the mask comes as bool."""
     ids = b.input("input_ids", TensorProto.INT64, ["N", "T"])
     mask = b.input("attention_mask", TensorProto.INT64, ["N", "T"])
     length = b.input("prompt_length", TensorProto.INT64, ["P"])
@@ -330,22 +336,28 @@ def _prompt_mask(b: GraphBuilder, ids: str, length: str, m: str) -> str:
     return b.one("Expand", mask, b.join(b.sizes(ids, 0, 1), b.ints(1)))
 
 
-def _finish(b: GraphBuilder, name: str, hidden: str) -> onnx.ModelProto:
-    """Take span_weight [P, 2, H], span_bias [P, 2]; give start_logits, end_logits [N, T], hidden [N, T, H].
+def _finish(b: GraphBuilder, name: str, states: Sequence[str], mask: str) -> onnx.ModelProto:
+    """Take the span head as inputs; give its logits, and what other heads start from; all float32.
 
-    All are float32. ``hidden`` is what heads other than the span head start from.
+    span_weight [P, 2, H] and span_bias [P, 2] give start_logits and end_logits [N, T]. ``hidden`` [N, T, H]
+    are the last hidden states, ``pooled`` [N, L + 1, H] the mean over a row's tokens of what enters layer 0
+    and of every layer's output (``states``).
     """
-    weight = b.input("span_weight", TensorProto.FLOAT, ["P", 2, b.config.hidden])
+    width = b.config.hidden
+    weight = b.input("span_weight", TensorProto.FLOAT, ["P", 2, width])
     bias = b.input("span_bias", TensorProto.FLOAT, ["P", 2])
-    last = b.one("Squeeze", b.full(hidden), b.ints(0))
-    product = b.one("MatMul", last, b.one("Transpose", weight, perm=[0, 2, 1]))
+    full = [b.one("Squeeze", b.full(state), b.ints(0)) for state in states]  # [N, T, H]
+    product = b.one("MatMul", full[-1], b.one("Transpose", weight, perm=[0, 2, 1]))
     logits = b.one("Add", product, b.one("Unsqueeze", bias, b.ints(1)))
     parts = b.op("Split", logits, n_outputs=2, axis=-1, num_outputs=2)
     start, end = (b.one("Squeeze", part, b.ints(-1)) for part in parts)
-    shape: Shape = ["N", "T"]
-    outputs = [
-        (start, "start_logits", TensorProto.FLOAT, shape),
-        (end, "end_logits", TensorProto.FLOAT, shape),
-        (last, "hidden", TensorProto.FLOAT, [*shape, b.config.hidden]),
+    real = b.one("Unsqueeze", b.one("Cast", mask, to=TensorProto.FLOAT), b.ints(1))  # [N, 1, T]
+    share = b.one("Div", real, b.one("ReduceSum", real, b.ints(2), keepdims=1))
+    pooled = b.one("Concat", *(b.one("MatMul", share, x) for x in full), axis=1)
+    outputs: list[tuple[str, str, int, Shape]] = [
+        (start, "start_logits", TensorProto.FLOAT, ["N", "T"]),
+        (end, "end_logits", TensorProto.FLOAT, ["N", "T"]),
+        (full[-1], "hidden", TensorProto.FLOAT, ["N", "T", width]),
+        (pooled, "pooled", TensorProto.FLOAT, ["N", b.config.n_layers + 1, width]),
     ]
     return b.model(name, outputs)

@@ -12,6 +12,7 @@ import torch
 from mp2.backbone import Backbone
 from mp2.errors import Mp2Error
 from mp2.export.emulated import emulated
+from mp2.export.graphs import INLINE_GRAPH
 
 if TYPE_CHECKING:
     from mp2.engine.runtime import Prefix, Runtime
@@ -85,6 +86,22 @@ class _Probe:
             rows.append(self.encoder.layer(index, hidden[c % len(hidden)], mask, own))
         return torch.stack(rows)
 
+    def states(self, n: int, mask: torch.Tensor, which: int, m: int, inline: bool) -> torch.Tensor:
+        """Text n's states before and after every layer, [L + 1, T, H], under ``m`` rows of a prompt."""
+        rows = m if inline else 0
+        hidden, seen = self.encoder.embed(self.ids[n : n + 1], rows), mask[n : n + 1]
+        if rows:
+            own = self.encoder.embed_inline(self.rows[which : which + 1, :m])
+            hidden = torch.cat([hidden[:, :1], own, hidden[:, 1:]], 1)
+            seen = torch.cat([seen[:, :1], torch.ones(1, m, dtype=torch.bool), seen[:, 1:]], 1)
+        found = [hidden]
+        for i in range(self.config.n_layers):
+            prefix = None
+            if m and not inline:
+                prefix = (self.keys[i, which, None, :, :m], self.values[i, which, None, :, :m])
+            found.append(self.encoder.layer(i, found[-1], seen, prefix))
+        return torch.cat([torch.cat([x[:, :1], x[:, 1 + rows :]], 1) for x in found])
+
 
 @torch.inference_mode()
 def compare_stages(runtime: Runtime, backbone: Backbone) -> Iterator[Comparison]:
@@ -132,20 +149,20 @@ def compare_stages(runtime: Runtime, backbone: Backbone) -> Iterator[Comparison]
 
 @torch.inference_mode()
 def compare_whole(folder: Path, backbone: Backbone, precision: str, graph: str) -> Iterator[Comparison]:
-    """Yield comparisons of a deployment ``graph`` in ``folder``, ``backbone`` or ``backbone_inline``.
+    """Yield comparisons of the deployment ``graph`` in ``folder``, `PREFIX_GRAPH` or `INLINE_GRAPH`.
 
     One prompt for all rows, and a batch that mixes: a prompt, a shorter one, none.
     """
     from mp2.engine.onnx.session import OnnxSession
 
-    probe, inline = _Probe(backbone), graph == "backbone_inline"
-    session = OnnxSession(emulated(folder / f"{graph}.onnx").SerializeToString())
+    probe, inline = _Probe(backbone), graph == INLINE_GRAPH
+    width, limit = probe.config.hidden, WHOLE_TOLERANCE[precision]
+    session = OnnxSession(emulated(folder / graph).SerializeToString())
     shape = (_N, probe.ids.shape[1])
-    every = torch.ones_like(probe.mask)
     names = ("prompt_rows",) if inline else ("prompt_keys", "prompt_values")
     prompts = (probe.rows,) if inline else (probe.keys.transpose(0, 1), probe.values.transpose(0, 1))
     cases = {  # the prompt that each row has and how many rows of it
-        "": ([0], [_M], every),
+        "": ([0], [_M], torch.ones_like(probe.mask)),
         ", padded": ([1], [_M], probe.mask),
         ", a prompt a row": ([0, 1, 1], [_M, _M - 2, 0], probe.mask),
     }
@@ -158,29 +175,24 @@ def compare_whole(folder: Path, backbone: Backbone, precision: str, graph: str) 
             "span_bias": probe.bias[pick],
             **{name: x[pick] for name, x in zip(names, prompts, strict=True)},
         }
-        outputs = {"start_logits": shape, "end_logits": shape, "hidden": (*shape, probe.config.hidden)}
-        start, end, hidden = session.run(feeds, outputs)
-        rows = []
-        for n in range(_N):
-            which, m = pick[n % len(pick)], length[n % len(length)]
-            ids, real = probe.ids[n : n + 1], mask[n : n + 1]
-            if inline:
-                own = probe.rows[which : which + 1, :m] if m else None
-                rows.append(probe.encoder(ids, real, inline=own))
-            else:
-                keys, values = (x[:, which, None, :, :m] for x in (probe.keys, probe.values))
-                rows.append(probe.encoder(ids, real, list(zip(keys, values, strict=True))))
-        expected = torch.cat(rows)
-        logits = torch.einsum("nth,nch->ntc", expected, probe.weight[pick].expand(_N, -1, -1))
+        pooled = (_N, probe.config.n_layers + 1, width)
+        outputs = {"start_logits": shape, "end_logits": shape, "hidden": (*shape, width), "pooled": pooled}
+        got = dict(zip(outputs, session.run(feeds, outputs), strict=True))
+        rows = [
+            probe.states(n, mask, pick[n % len(pick)], length[n % len(length)], inline) for n in range(_N)
+        ]
+        states = torch.stack(rows)  # [N, L + 1, T, H]
+        logits = torch.einsum("nth,nch->ntc", states[:, -1], probe.weight[pick].expand(_N, -1, -1))
         logits = logits + probe.bias[pick].expand(_N, -1)[:, None]
-        limit = WHOLE_TOLERANCE[precision]
-        for name, x, wanted in (
-            ("start_logits", start, logits[..., 0]),
-            ("end_logits", end, logits[..., 1]),
-            ("hidden", hidden, expected),
-        ):
-            got, wanted = x[mask], wanted[mask]
-            yield _compare(f"{graph}{case}: {name}", got, wanted, limit)
+        expected = {
+            "start_logits": logits[..., 0],
+            "end_logits": logits[..., 1],
+            "hidden": states[:, -1],
+            "pooled": (states * mask[:, None, :, None]).sum(2) / mask.sum(1)[:, None, None],
+        }
+        for name, wanted in expected.items():
+            seen = slice(None) if name == "pooled" else mask
+            yield _compare(f"{graph}{case}: {name}", got[name][seen], wanted[seen], limit)
 
 
 def _compare(

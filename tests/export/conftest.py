@@ -13,7 +13,7 @@ from mp2.engine.tensorrt.profiles import TaskShapes
 from mp2.export import export_engine
 from mp2.export.calibration import input_maxima, random_inputs
 from mp2.export.engine_folder import save_graph
-from mp2.export.graphs import GraphBuilder, backbone_inline_model, backbone_model
+from mp2.export.graphs import INLINE_GRAPH, PREFIX_GRAPH, GraphBuilder, backbone_inline_model, backbone_model
 from mp2.export.weights import store_backbone
 from mp2.prompts import random_prompts
 
@@ -47,11 +47,8 @@ def whole(tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> 
             folder = made[precision] = tmp_path_factory.mktemp("whole")
             maxima = input_maxima(tiny_backbone, random_inputs(tiny_backbone))
             store = store_backbone(tiny_backbone, folder, precision, maxima)
-            for write in (backbone_model, backbone_inline_model):
-                name = write.__name__.removesuffix("_model")
-                save_graph(
-                    write(GraphBuilder(tiny_backbone.config, store, precision)), folder / f"{name}.onnx"
-                )
+            for name, write in ((PREFIX_GRAPH, backbone_model), (INLINE_GRAPH, backbone_inline_model)):
+                save_graph(write(GraphBuilder(tiny_backbone.config, store, precision)), folder / name)
         return made[precision]
 
     return get

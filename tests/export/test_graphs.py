@@ -22,6 +22,7 @@ from mp2.export import export_engine
 from mp2.export import parity as parity_module
 from mp2.export.calibration import calibration_inputs, input_maxima, random_inputs, task_inputs
 from mp2.export.emulated import emulated
+from mp2.export.graphs import INLINE_GRAPH, PREFIX_GRAPH
 from mp2.export.parity import compare_whole
 from mp2.export.weights import FP8_MAX, fp8_scale, quantize
 
@@ -136,13 +137,13 @@ def test_emulation_rounds_as_onnxruntime_does_on_the_typed_graph(typed: Typed, p
 
 
 @pytest.mark.parametrize("precision", FOLDER_PRECISIONS)
-@pytest.mark.parametrize("graph", ["backbone", "backbone_inline"])
+@pytest.mark.parametrize("graph", [PREFIX_GRAPH, INLINE_GRAPH])
 def test_deployment_graphs_answer_as_the_encoder_does_whatever_a_batch_mixes(
     tiny_backbone: Backbone, whole: Callable[[str], Path], graph: str, precision: str
 ) -> None:
     comparisons = list(compare_whole(whole(precision), tiny_backbone, precision, graph))
     assert [c.line() for c in comparisons if not c.ok] == []
-    assert len(comparisons) == 3 * 3
+    assert len(comparisons) == 3 * 4
 
 
 def test_a_typed_folder_is_verified_like_any_other(typed: Typed, tiny_backbone: Backbone) -> None:

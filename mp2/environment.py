@@ -8,9 +8,10 @@ from collections.abc import MutableMapping
 
 from mp2.limits import usable_cores
 
-# How often an idle OpenMP thread looks for work before it sleeps. GNU's default, some milliseconds, takes the
-# core from whoever else could use it; so few are enough for what follows in the same layer.
-SPIN_COUNT = 10_000
+# How often an idle OpenMP thread looks for work before it sleeps. GNU's default, 300,000 times, takes the core
+# from whoever else could use it: beside one busy process a layer's visit took five times as long
+# (benchmarks/speed/cpu_settings.py).
+SPIN_COUNT = 1_000
 _SPIN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _THREADS = "OMP_NUM_THREADS"
 VARIABLES = (*_SPIN, _THREADS)

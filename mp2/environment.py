@@ -8,8 +8,8 @@ from collections.abc import MutableMapping
 
 from mp2.limits import usable_cores
 
-# How often an idle OpenMP thread looks for work before it sleeps. GNU's default, 300,000 times, takes the core
-# from whoever else could use it: beside one busy process a layer's visit took five times as long
+# How often an idle OpenMP thread looks for work before it sleeps. GNU's default, 300,000 times, takes the
+# core from whoever else could use it: beside one busy process a layer's visit took five times as long
 # (benchmarks/speed/cpu_settings.py).
 SPIN_COUNT = 1_000
 _SPIN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")

@@ -10,7 +10,7 @@ from mp2.commands.printing import as_json_text
 from mp2.errors import UsageError
 
 
-@click.command(short_help="Write a bundle of tuned runs, or an engine folder of ONNX graphs.")
+@click.command(short_help="Write ONNX graphs: a bundle of runs, or an engine.")
 @click.option("--run", "first", type=click.Path(), help="Runs to write a bundle of: --run RUN [RUN ...].")
 @click.argument("more", nargs=-1, type=click.Path(), metavar="[RUN]...")
 @click.option("--backbone", help="A name (cpt-large, mini ...), a folder or a hub id.")

@@ -1,0 +1,54 @@
+"""Attention for training on CPUs: the same numbers, nothing left changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mp2.backbone import BackboneConfig
+from mp2.training.attention import trainable_attention
+from mp2.training.mlm import MaskedLanguageModel
+
+SHAPE = BackboneConfig(name="x", n_layers=2, hidden=16, n_heads=2, ffn=24, vocab_size=50, max_positions=20)
+
+
+def gradients(precision: torch.dtype, plain: bool) -> list[torch.Tensor]:
+    model = MaskedLanguageModel(SHAPE)
+    model.initialise(torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    ids, targets = (torch.randint(5, 50, shape, generator=generator) for shape in ((4, 12), (8,)))
+    batch = ids, torch.arange(1, 48, 6), targets, torch.zeros(4, dtype=torch.long)
+    cpu = torch.device("cpu")
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        if plain:
+            with trainable_attention(cpu):
+                [loss] = model(*batch)
+        else:
+            [loss] = model(*batch)
+    loss.backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_gradients_are_those_of_the_fused_kernel(precision: torch.dtype, tolerance: float) -> None:
+    for ours, theirs in zip(gradients(precision, True), gradients(precision, False), strict=True):
+        assert (ours - theirs).norm() <= tolerance * theirs.norm() + 1e-7
+
+
+def test_the_switches_are_as_before_after_the_block_and_after_an_error() -> None:
+    def switches() -> tuple[bool, bool]:
+        return (
+            torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed(),
+            torch.backends.cuda.flash_sdp_enabled(),
+        )
+
+    before = switches()
+
+    def fails() -> None:
+        with trainable_attention(torch.device("cpu")):
+            assert switches() != before
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert switches() == before

@@ -18,7 +18,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 @pytest.mark.slow
 def test_every_command_of_the_page_works_in_an_empty_folder(tmp_path: Path) -> None:
     blocks = re.findall(r"```bash\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     script = "set -euo pipefail\n" + "\n".join(blocks)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(

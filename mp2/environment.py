@@ -1,4 +1,11 @@
-"""What the command line puts into its environment before torch, which reads it once, is loaded."""
+"""What the command line puts into its environment before torch, which reads it once, is loaded.
+
+A program that uses mp2 as a library gets none of this by itself. It can have the same before it imports
+torch (or anything that does):
+
+    from mp2 import environment
+    environment.prepare()
+"""
 
 from __future__ import annotations
 

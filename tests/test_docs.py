@@ -67,6 +67,11 @@ def test_the_reference_of_the_commands_is_fresh() -> None:
     )
 
 
+def test_the_table_of_sources_is_fresh() -> None:
+    written = runpy.run_path(str(ROOT / "docs" / "make_sources.py"))["page"]()
+    assert (ROOT / "docs" / "sources.md").read_text("utf-8") == written, "run: python docs/make_sources.py"
+
+
 def test_the_picture_can_be_drawn_again(tmp_path: Path) -> None:
     runpy.run_path(str(ROOT / "docs" / "pictures" / "make_idea.py"))["main"](tmp_path / "idea.svg")
     assert "<svg" in (tmp_path / "idea.svg").read_text("utf-8")

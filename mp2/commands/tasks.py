@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mp2.commands.printing import as_json_text
+from mp2.commands.printing import as_json_text, note
 from mp2.errors import UsageError
 
 
@@ -75,3 +76,33 @@ def tasks_new(file: Path, name: str | None, out: Path | None) -> None:
     write_text(path, made.text)
     click.echo("\n".join([*made.found, f"wrote {path}; edit it, then:"]))
     click.echo(f"  mp2 tasks check {path} --data {file}\n  mp2 bbt --task {path} --data {file} --no-test")
+
+
+@tasks.command("fetch")
+@click.argument("names", nargs=-1, required=True)
+@click.option(
+    "--to", type=click.Path(path_type=Path), required=True, help="Data folder; --data DIR reads it."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def tasks_fetch(names: tuple[str, ...], to: Path, as_json: bool) -> None:
+    """Load the public data of tasks (names, cards or 'all'); what is there already stays.
+
+    Exit status 1 if one of several could not be loaded, and why; the others are.
+    """
+    from mp2.tasks.fetch import fetch_all
+
+    fetched, failed = fetch_all(names, to, note)
+    if as_json:
+        click.echo(as_json_text([asdict(one) for one in fetched]))
+    else:
+        click.echo("\n".join([*map(str, fetched), f"{len(fetched)} tasks in {to}: --data {to} reads them"]))
+    sys.exit(1 if failed else 0)
+
+
+@tasks.command("sources")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def tasks_sources(as_json: bool) -> None:
+    """List where every card's data come from: source, format, licence, whether it was confirmed."""
+    from mp2.tasks.sources_table import markdown, source_rows
+
+    click.echo(as_json_text(source_rows()) if as_json else markdown().rstrip())

@@ -28,11 +28,18 @@ CARDS_DIR = Path(__file__).parent / "cards"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task's data lies on the Hugging Face hub, or how the data files name things.
+    """Where a task's public data lies, and how it names things.
 
-    ``fields`` maps our field to the hub's column (``a.b`` reaches into a nested column), ``labels`` the hub's
-    label to the card's raw label, ``splits`` our split to the hub's; ``join`` joins a column that is a list
-    of strings.
+    Either a data set of the Hugging Face hub (``hub``, ``config``, ``splits``: ours to the hub's) or
+    ``files``: our split to an address, ``#`` before the name in an archive, several with spaces. ``format``,
+    ``columns`` and ``separator`` are of such files (:mod:`mp2.tasks.source_formats`), ``digests`` their
+    checksums by split or for ``all``. ``page`` is where people look, ``note`` what they should know.
+
+    ``fields`` maps our field to the source's column (``a.b`` reaches into a nested column), ``labels`` its
+    label to the card's raw label; ``join`` joins a column that is a list of strings. ``held_out`` is the
+    share of train that becomes test where the source has no labelled one, ``counts`` the examples expected by
+    split. ``confirmed`` says that address and format were found in public code or an index; false: nobody of
+    us has seen them.
     """
 
     hub: str | None = None
@@ -41,6 +48,17 @@ class Source:
     splits: dict[str, str] = field(default_factory=lambda: dict(DEFAULT_HUB_SPLITS))
     labels: dict[str, str] = field(default_factory=dict)
     join: str = " "
+    files: dict[str, str] = field(default_factory=dict)
+    format: str = ""
+    columns: str = ""
+    separator: str = "\t"
+    digests: dict[str, str] = field(default_factory=dict)
+    held_out: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)
+    page: str = ""
+    licence: str = ""
+    note: str = ""
+    confirmed: bool = False
 
 
 @dataclass(frozen=True)

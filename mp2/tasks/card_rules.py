@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mp2.tasks.problems import Problems, shown
+from mp2.tasks.source_formats import SOURCE_FORMATS
 
 TYPES = ("classification", "extraction", "multiple_choice")
 TRACKS = ("upstream", "unseen_data", "unseen_task", "extra")
@@ -35,8 +36,20 @@ _OPTIONAL: dict[str, type] = {
     "labels": dict,
     "source": dict,
 }
-_SOURCE = {"hub": str, "config": str, "fields": dict, "splits": dict, "labels": dict, "join": str}
-_KIND = {str: "a string", int: "a whole number", bool: "true or false", dict: "a table"}
+_SOURCE: dict[str, type] = {
+    **dict.fromkeys(("hub", "config", "join", "format", "columns", "separator"), str),
+    **dict.fromkeys(("fields", "splits", "labels", "files", "digests", "counts"), dict),
+    **dict.fromkeys(("page", "licence", "note"), str),
+    "held_out": float,
+    "confirmed": bool,
+}
+_KIND: dict[type, str] = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "a table",
+}
 
 
 @cache
@@ -180,19 +193,27 @@ class CardRules:
                 self.report(f"no such key; expected one of {', '.join(_SOURCE)}", "source", key)
             elif self._typed(value, _SOURCE[key], "source", key) and isinstance(value, dict):
                 for inner, text in value.items():
-                    self._typed(text, str, "source", key, inner)
+                    self._typed(text, int if key == "counts" else str, "source", key, inner)
         if "hub" not in source:
             for key in ("config", "splits"):
                 if key in source:
                     self.report(
                         "is of a hub data set, and none is named; add hub, as in 'clue/clue'", "source", key
                     )
-        if isinstance(splits := source.get("splits"), dict):
-            for split in splits:
+        for key in ("splits", "files", "counts"):
+            for split in source[key] if isinstance(source.get(key), dict) else ():
                 if split not in SPLITS:
-                    self.report(
-                        f"no such split; expected one of {', '.join(SPLITS)}", "source", "splits", split
-                    )
+                    self.report(f"no such split; expected one of {', '.join(SPLITS)}", "source", key, split)
+        if "hub" in source and "files" in source:
+            self.report("beside hub; a source has one or the other", "source", "files")
+        if isinstance(form := source.get("format"), str) and form not in SOURCE_FORMATS:
+            self.report(
+                f"got {shown(form)}, expected one of {', '.join(map(repr, SOURCE_FORMATS))}",
+                "source",
+                "format",
+            )
+        if isinstance(share := source.get("held_out"), float) and not 0 <= share < 1:
+            self.report(f"got {share}, expected a share from 0 to below 1", "source", "held_out")
         if labels and isinstance(mapped := source.get("labels"), dict):
             for hub_label, raw_label in mapped.items():
                 if isinstance(raw_label, str) and raw_label not in labels:

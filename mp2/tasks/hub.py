@@ -28,8 +28,8 @@ def hub_records(card: TaskCard, split: str) -> tuple[str, Records]:
     local = f"give a folder with --data DIR (or MP2_DATA) that has {card.task}/{split}.jsonl"
     if card.source is None or card.source.hub is None:
         raise UsageError(
-            f"no data for task '{card.task}': its card names no hub data set; {local}. "
-            "'mp2 tasks show' shows the fields"
+            f"no data for task '{card.task}': its card names no hub data set; {local}; "
+            f"'mp2 tasks fetch {card.task} --to DIR' loads it or says what to do"
         )
     source = card.source
     hub = card.source.hub

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from mp2.errors import FormatError, MissingDependencyError, UsageError
-from mp2.tasks import Answer, load_card, load_examples
+from mp2.tasks import Answer, TaskCard, load_card, load_examples
 
 
 class Rows(list[dict[str, Any]]):
@@ -45,15 +46,13 @@ def test_class_indices_become_raw_labels(hub: dict[Any, Any]) -> None:
 
 
 def test_our_test_split_is_the_hubs_labelled_one(hub: dict[Any, Any]) -> None:
-    hub[("shibing624/nli_zh", "LCQMC", "validation")] = Rows(
-        [{"sentence1": "一", "sentence2": "二", "label": 1}]
-    )
-    (example,) = load_examples(load_card("lcqmc"), "test")
+    hub[("clue/clue", "afqmc", "validation")] = Rows([{"sentence1": "一", "sentence2": "二", "label": 1}])
+    (example,) = load_examples(load_card("afqmc"), "test")
     assert (example.fields, example.label) == ({"text1": "一", "text2": "二"}, "1")
     with pytest.raises(
-        UsageError, match=r"has no dev data for task 'lcqmc', only train, test; give a folder"
+        UsageError, match=r"has no dev data for task 'afqmc', only train, test; give a folder"
     ):
-        load_examples(load_card("lcqmc"), "dev")
+        load_examples(load_card("afqmc"), "dev")
 
 
 def test_an_unlabelled_row_is_named(hub: dict[Any, Any]) -> None:
@@ -87,10 +86,14 @@ def test_squad_answers_are_converted_and_repeats_dropped(hub: dict[Any, Any]) ->
     assert example.answers == (Answer("天气", 2), Answer("今天", 0))
 
 
-def test_an_answer_text_becomes_the_options_index(hub: dict[Any, Any]) -> None:
+def test_an_answer_text_becomes_the_options_index(
+    hub: dict[Any, Any], make_card: Callable[..., TaskCard]
+) -> None:
+    source = '\n[source]\nhub = "x/y"\nfields = { options = "choice", label = "answer" }\n'
+    card = make_card("multiple_choice", ("version = 1\n", "version = 1\n" + source))
     row = {"context": ["男：好", "女：不"], "question": "谁", "choice": ["男", "女"], "answer": "女", "id": 1}
-    hub[("clue/clue", "c3", "train")] = Rows([row])
-    (example,) = load_examples(load_card("c3"), "train")
+    hub[("x/y", None, "train")] = Rows([row])
+    (example,) = load_examples(card, "train")
     assert example.fields["context"] == "男：好 女：不"
     assert (example.options, example.label) == (("男", "女"), 1)
 
@@ -117,5 +120,7 @@ def test_without_the_library_the_error_names_both_ways(monkeypatch: pytest.Monke
 
 
 def test_a_task_without_a_source_asks_for_a_folder(hub: dict[Any, Any]) -> None:
-    with pytest.raises(UsageError, match="names no hub data set; give a folder with --data"):
+    with pytest.raises(
+        UsageError, match=r"names no hub data set; give a folder with --data.*mp2 tasks fetch dogwhistle"
+    ):
         load_examples(load_card("dogwhistle"), "train")

@@ -87,7 +87,7 @@ class Layer(nn.Module):
 class Encoder(nn.Module):
     """The frozen body: embed, layer 0 .. L-1, each callable alone.
 
-    Every token has token type 0. There is no dropout, in training neither.
+    Every token has the configuration's token type. There is no dropout, in training neither.
     """
 
     def __init__(self, config: BackboneConfig) -> None:
@@ -134,8 +134,13 @@ class Encoder(nn.Module):
         words: Tensor = self.word_embeddings(ids)
         return words[None]
 
+    @property
+    def token_type_row(self) -> Tensor:
+        """Embedding [H] of the token type that every token has."""
+        return self.token_type_embeddings.weight[self.config.token_type]
+
     def _embed(self, words: Tensor, positions: Tensor) -> Tensor:
-        embedded: Tensor = self.embedding_norm(words + positions + self.token_type_embeddings.weight[0])
+        embedded: Tensor = self.embedding_norm(words + positions + self.token_type_row)
         return embedded
 
     def layer(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from mp2.backbone.checkpoint import checkpoint_names, encoder_state, read_config, read_weights, write_config
+from mp2.backbone.checkpoint import checkpoint_names, read_encoder
 from mp2.backbone.config import BackboneConfig
+from mp2.backbone.config_file import read_config, write_config
 from mp2.backbone.encoder import Encoder
+from mp2.backbone.hub import download
+from mp2.backbone.mlm_head import MlmHead, read_mlm_head
 from mp2.backbone.tokenizer import Tokenizer
-from mp2.errors import FormatError, MissingDependencyError, UnknownNameError
+from mp2.backbone.weights import read_weights, tensors_sha256
+from mp2.errors import FormatError, UnknownNameError, UsageError
 
 EMBEDDED = {"mini": Path(__file__).parent / "mini"}
 """Backbones whose weights ship with the package."""
@@ -31,17 +34,20 @@ HUB_NAMES = {
 }
 """Short names of hub checkpoints; any other hub id works too."""
 
-_FILES = ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json")
-
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen encoder with its tokenizer; ``sha256`` covers the weights' names, shapes and bytes."""
+    """A frozen encoder with its tokenizer; ``sha256`` covers the weights and the token type.
+
+    ``revision`` is the commit of a hub checkpoint, None for a local one.
+    """
 
     config: BackboneConfig
     encoder: Encoder
     tokenizer: Tokenizer
     sha256: str
+    mlm_head: MlmHead | None = None
+    revision: str | None = None
 
     @property
     def name(self) -> str:
@@ -57,32 +63,41 @@ def load_backbone(name: str | Path, *, revision: str | None = None) -> Backbone:
         FormatError: the folder is not a readable checkpoint; the message names file and field.
         MissingDependencyError: the hub cannot be reached (offline); the message says what works instead.
     """
-    text = str(name)
-    check_backbone_name(text)
-    if text in EMBEDDED:
-        folder = EMBEDDED[text]
-    elif Path(text).is_dir():
-        folder = Path(text)
-    elif Path(text).is_file():
-        raise FormatError("is a file, expected the checkpoint folder that it lies in", path=text)
-    elif text in HUB_NAMES:
-        folder = _download(HUB_NAMES[text], text, revision)
-    else:
-        folder = _download(text, text, revision)
-    config = read_config(folder, text if text in EMBEDDED or text in HUB_NAMES else folder_name(text))
+    folder, name_of_it, commit = _find(str(name), revision)
+    file = read_config(folder)
+    weights = read_weights(folder)
+    config, state = read_encoder(file, name_of_it, weights)
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise FormatError(
-            f"is {config.vocab_size}, but the vocabulary has {tokenizer.vocab_size} tokens: "
+            f"is {config.vocab_size}, but the vocabulary has token ids up to {tokenizer.vocab_size - 1}: "
             "vocabulary and weights do not belong together",
-            path=folder / "config.json",
+            path=file.path,
             field="vocab_size",
         )
-    path, tensors = read_weights(folder)
     with torch.device("meta"):
         encoder = Encoder(config)
-    encoder.load_state_dict(encoder_state(config, tensors, path), assign=True)
-    return freeze(config, encoder, tokenizer)
+    encoder.load_state_dict(state, assign=True)
+    head = read_mlm_head(file, config, weights, state["word_embeddings.weight"])
+    return replace(freeze(config, encoder, tokenizer), mlm_head=head, revision=commit)
+
+
+def _find(name: str, revision: str | None) -> tuple[Path, str, str | None]:
+    """A checkpoint's folder, what the backbone is called, and the commit of a hub checkpoint."""
+    check_backbone_name(name)
+    is_local = name in EMBEDDED or Path(name).exists()
+    if is_local and revision is not None:
+        raise UsageError(
+            f"revision '{revision}' was given, and backbone '{name}' is not from the hub: drop --revision"
+        )
+    if name in EMBEDDED:
+        return EMBEDDED[name], name, None
+    if is_local and not Path(name).is_dir():
+        raise FormatError("is a file, expected the checkpoint folder that it lies in", path=name)
+    if is_local:
+        return Path(name), folder_name(name), None
+    folder = download(HUB_NAMES.get(name, name), name, revision, [*EMBEDDED, *HUB_NAMES])
+    return folder, name if name in HUB_NAMES else folder_name(name), folder.name
 
 
 def check_backbone_name(name: str) -> None:
@@ -106,12 +121,9 @@ def freeze(config: BackboneConfig, encoder: Encoder, tokenizer: Tokenizer) -> Ba
 
 
 def weights_sha256(encoder: Encoder) -> str:
-    """Hash over all parameters: name, shape and float32 bytes, in name order."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.detach().float().contiguous().cpu().numpy()).cast("B"))
-    return digest.hexdigest()
+    """Hash over all parameters, and over the token type where it is not 0."""
+    token_type = encoder.config.token_type
+    return tensors_sha256(encoder.state_dict(), f"token_type{token_type}" if token_type else "")
 
 
 def random_backbone(config: BackboneConfig, vocab: Sequence[str], seed: int) -> Backbone:
@@ -129,52 +141,19 @@ def random_backbone(config: BackboneConfig, vocab: Sequence[str], seed: int) -> 
 def save_backbone(backbone: Backbone, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
     """Write a checkpoint folder in BERT form: config.json, model.safetensors, and the tokenizer's files.
 
-    ``dtype`` is that of the stored weights; they are read back as float32.
+    ``dtype`` is that of the stored weights; they are read back as float32. A masked-language-model head is
+    kept, under BERT's names.
     """
-    folder = Path(folder)
+    folder, head = Path(folder), backbone.mlm_head
     folder.mkdir(parents=True, exist_ok=True)
-    write_config(backbone.config, folder)
     backbone.tokenizer.save(folder)
-    state = backbone.encoder.state_dict()
     names = checkpoint_names(backbone.config.n_layers)
-    save_file(
-        {names[ours]: tensor.to(dtype).contiguous() for ours, tensor in state.items()},
-        folder / "model.safetensors",
+    tensors = {names[ours]: tensor for ours, tensor in backbone.encoder.state_dict().items()}
+    tensors |= {} if head is None else head.state()
+    write_config(
+        backbone.config,
+        folder,
+        architecture="BertForMaskedLM" if head is not None and head.transform is not None else "BertModel",
+        tied_head=head is None or head.tied,
     )
-
-
-def _download(repo: str, name: str, revision: str | None) -> Path:
-    """Folder of a hub checkpoint in the local cache; one snapshot, only the files that are read."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*_FILES, "*.safetensors*"]))
-        if not any(folder.glob("*.safetensors")):
-            patterns = [*_FILES, "pytorch_model*.bin*"]
-            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-        return folder
-    except HFValidationError as error:
-        raise UnknownNameError(
-            "backbone", name, [*EMBEDDED, *HUB_NAMES], "It is no folder here and no possible hub id either."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UnknownNameError(
-            "revision", str(revision), [], f"The hub has no such revision of {repo}."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UnknownNameError(
-            "backbone", name, [*EMBEDDED, *HUB_NAMES], f"The hub has no {repo}."
-        ) from error
-    except (LocalEntryNotFoundError, EntryNotFoundError, OSError) as error:
-        raise MissingDependencyError(
-            f"backbone '{name}' is not on this machine and the hub ({repo}) cannot be reached: "
-            f"{type(error).__name__}. Pass a local checkpoint folder (config.json, vocab.txt, "
-            "model.safetensors or pytorch_model.bin), or '--backbone mini', which ships with mp2."
-        ) from error
+    save_file({n: t.to(dtype).contiguous() for n, t in tensors.items()}, folder / "model.safetensors")

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mp2.backbone.load import Backbone
 from mp2.errors import FormatError, MismatchError, UnknownNameError, UsageError
 from mp2.files import write_tensors
 from mp2.prompts.bernoulli import inference_weights
+from mp2.tensor_files import float_tensor, open_safetensors
 
 SCHEMA_VERSION = 1
 EMBEDDED = {
@@ -207,21 +207,20 @@ def load_prompts(source: str | Path, backbone: Backbone | None = None) -> Prompt
         if path.suffix or len(path.parts) > 1:
             raise UsageError(f"no prompt file '{text}' (embedded ones: {', '.join(EMBEDDED)})")
         raise UnknownNameError("prompts", text, EMBEDDED, "A prompt file (*.safetensors) works too.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise FormatError(f"not a safetensors file: {error}", path=path) from error
-    meta = read_meta(metadata.get("mp2_prompts"), path)
-    missing = [name for name in meta.shapes() if name not in tensors]
-    if missing:
-        raise FormatError(f"no tensor '{missing[0]}' in the file", path=path, field=missing[0])
-    for name, shape in meta.shapes().items():
-        got = tuple(tensors[name].shape)
-        if got != shape:
-            raise FormatError(f"has shape {got}, expected {shape} from the metadata", path=path, field=name)
-    prompts = PromptSet(meta=meta, **{name: tensors[name] for name in meta.shapes()})
+    tensors = {}
+    with open_safetensors(path) as file:
+        meta = read_meta((file.metadata() or {}).get("mp2_prompts"), path)
+        there = set(file.keys())
+        for name, shape in meta.shapes().items():
+            if name not in there:
+                raise FormatError(f"no tensor '{name}' in the file", path=path, field=name)
+            got = tuple(file.get_slice(name).get_shape())
+            if got != shape:
+                raise FormatError(
+                    f"has shape {got}, expected {shape} from the metadata", path=path, field=name
+                )
+            tensors[name] = float_tensor(file, name, path)
+    prompts = PromptSet(meta=meta, **tensors)
     if backbone is not None:
         prompts.check_fits(backbone)
     return prompts

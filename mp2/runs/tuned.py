@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mp2.errors import FormatError, MismatchError
 from mp2.files import write_bytes
+from mp2.tensor_files import open_safetensors
 
 SCHEMA_VERSION = 1
 
@@ -47,20 +48,15 @@ def save_tuned(path: Path, z: NDArray[np.float32], meta: TunedMeta) -> None:
 
 def load_tuned(path: Path) -> tuple[NDArray[np.float32], TunedMeta]:
     """Read a tuned prompt; raises ``FormatError`` if the file is not one."""
-    from safetensors import SafetensorError, safe_open
-
     if not path.exists():
         raise FormatError("no such file: the run has not ended, or lost it", path=path)
     if path.is_dir():
         raise FormatError("is a folder, expected the tuned prompt of the run, a file", path=path)
-    try:
-        with safe_open(path, framework="numpy") as file:
-            text = (file.metadata() or {}).get("mp2")
-            if text is None or "z" not in file.keys():  # noqa: SIM118 - not a dict
-                raise FormatError("expected a tuned prompt (tensor z, metadata mp2)", path=path)
-            z = file.get_tensor("z")
-    except SafetensorError as error:
-        raise FormatError(f"not a safetensors file: {error}", path=path) from error
+    with open_safetensors(path, "numpy") as file:
+        text = (file.metadata() or {}).get("mp2")
+        if text is None or "z" not in file.keys():  # noqa: SIM118 - not a dict
+            raise FormatError("expected a tuned prompt (tensor z, metadata mp2)", path=path)
+        z = file.get_tensor("z")
     try:
         meta = TunedMeta(**json.loads(text))
     except (TypeError, ValueError) as error:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from mp2.errors import FormatError, RunLockedError, UsageError
 from mp2.files import write_tensors, write_text
+from mp2.tensor_files import open_safetensors
 
 LOCK = "lock"  # in every training folder
 
@@ -59,13 +59,13 @@ def save_checkpoint(
 
 def checkpoint_state(path: Path) -> dict[str, Any]:
     """The JSON state of a checkpoint; raises ``FormatError`` for a file that is none."""
+    with open_safetensors(path, expected="training checkpoint") as file:
+        metadata = file.metadata() or {}
+    if "state" not in metadata:
+        raise FormatError("not a training checkpoint: it has no training state", path=path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        if "state" not in metadata:
-            raise FormatError("not a training checkpoint: it has no training state", path=path)
         state: dict[str, Any] = json.loads(metadata["state"])
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"not a training checkpoint: {error}", path=path) from error
     return state
 
@@ -77,7 +77,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         FormatError: damaged file, or a checkpoint of another model.
     """
     state = checkpoint_state(path)
-    with safe_open(path, framework="pt") as file:
+    with open_safetensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():

@@ -230,7 +230,7 @@ def test_cpt_loads_its_encoder_and_ignores_the_generation_decoder(tmp_path: Path
     model = write_cpt(tmp_path / "cpt")
     backbone = load_backbone(tmp_path / "cpt")
     with torch.no_grad():
-        expected = model(IDS).last_hidden_state
+        expected = model(IDS, token_type_ids=torch.ones_like(IDS)).last_hidden_state
     assert (backbone.encoder(IDS) - expected).abs().max() <= 1e-5
     config = backbone.config
     assert (config.n_layers, config.hidden, config.n_heads, config.ffn) == (4, 24, 4, 40)
@@ -256,7 +256,7 @@ def test_a_saved_backbone_has_the_tokenizer_it_was_loaded_with(
         cased = Fast.from_str(tokenizer.to_str())
         cased.normalizer = BertNormalizer(lowercase=False)
         cased.save(str(folder / "tokenizer.json"))
-        (folder / "vocab.txt").unlink()
+        (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     loaded, text = load_backbone(folder), "这个A东西a [SEP]"
     save_backbone(tiny_backbone, tmp_path / "copy")  # files of another tokenizer are there already
     save_backbone(loaded, tmp_path / "copy")
@@ -313,7 +313,7 @@ def test_offline_the_message_names_both_ways() -> None:
     [
         ("model_type", "gpt2", r"field 'model_type': model type 'gpt2' is not supported.*BERT-family.*CPT"),
         ("model_type", "roberta", r"'roberta' is not supported"),
-        ("position_embedding_type", "relative_key", r"'relative_key' positions are not supported"),
+        ("position_embedding_type", "relative_key", r"'relative_key', expected 'absolute'"),
         ("hidden_act", "silu", r"field 'hidden_act': 'silu' is not supported, expected one of gelu"),
         ("hidden_size", None, r"field 'hidden_size': is None, expected a positive integer"),
         ("num_hidden_layers", "3", r"field 'num_hidden_layers': is '3', expected a positive"),
@@ -321,13 +321,13 @@ def test_offline_the_message_names_both_ways() -> None:
         ("type_vocab_size", "two", r"field 'type_vocab_size': is 'two'"),
         ("layer_norm_eps", "tiny", r"field 'layer_norm_eps': is 'tiny'"),
         ("num_attention_heads", 5, r"hidden size 24 is not a multiple of 5 heads"),
-        ("num_hidden_layers", 4, r"16 tensors are missing, the first is 'encoder\.layer\.3\..*says 4 layers"),
+        ("num_hidden_layers", 4, r"'num_hidden_layers': is 4, but model\.safetensors has 3 layers"),
         (
             "max_position_embeddings",
             97,
             r"'embeddings.position_embeddings.weight' has shape \(96, 24\), expected \(97, 24\)",
         ),
-        ("vocab_size", 20, r"field 'vocab_size': is 20, but the vocabulary has \d+ tokens"),
+        ("vocab_size", 20, r"'embeddings.word_embeddings.weight' has shape \(\d+, 24\), expected \(20, 24\)"),
     ],
 )
 def test_a_bad_configuration_names_file_field_and_value(
@@ -342,7 +342,7 @@ def test_a_bad_configuration_names_file_field_and_value(
     ("content", "expected"),
     [
         (b"{", r"config\.json: not JSON"),
-        (b"\xff\xfe", "not JSON"),
+        (b"\xff\xfe", "not UTF-8 text"),
         (b"[1]", "is a JSON list, expected an object"),
     ],
 )
@@ -370,7 +370,7 @@ def test_a_missing_and_an_odd_shaped_tensor_are_named(folder: Path) -> None:
     tensors = tensors_of(folder)
     name = "encoder.layer.1.attention.self.key.weight"
     rewrite(folder, {n: t for n, t in tensors.items() if n != name})
-    with pytest.raises(FormatError, match=rf"1 tensors are missing, the first is '{name}'.*3 layers"):
+    with pytest.raises(FormatError, match=rf"1 tensors are missing, the first is '{name}'"):
         load_backbone(folder)
     rewrite(folder, {**tensors, name: torch.zeros(24, 23)})
     with pytest.raises(FormatError, match=rf"'{name}' has shape \(24, 23\), expected \(24, 24\)"):
@@ -445,7 +445,7 @@ def test_a_state_dict_inside_a_training_checkpoint_is_told_of(folder: Path) -> N
 
 def test_quantised_weights_are_not_taken_for_weights(folder: Path) -> None:
     rewrite(folder, {name: (100 * t).to(torch.int8) for name, t in tensors_of(folder).items()})
-    with pytest.raises(FormatError, match="is int8, expected float32, float16 or bfloat16"):
+    with pytest.raises(FormatError, match="is I8, expected one of F32, F16, BF16: quantised"):
         load_backbone(folder)
 
 
@@ -461,9 +461,17 @@ def test_a_bin_that_is_no_dictionary_is_refused(folder: Path) -> None:
         load_backbone(folder)
 
 
-@pytest.mark.parametrize("text", ['{"metadata": {}}', "[]", '{"weight_map": {"a": 3}}', "{"])
-def test_an_index_without_a_weight_map_is_refused(folder: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"metadata": {}}', "field 'weight_map': is not there or empty"),
+        ("[]", "is a JSON list, expected an object"),
+        ('{"weight_map": {"a": 3}}', "field 'weight_map': tensor 'a' is in 3, expected the name of a file"),
+        ("{", "not JSON"),
+    ],
+)
+def test_an_index_without_a_weight_map_is_refused(folder: Path, text: str, expected: str) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(FormatError, match=r"index\.json: field 'weight_map': not an index of shards"):
+    with pytest.raises(FormatError, match=rf"index\.json: {expected}"):
         load_backbone(folder)

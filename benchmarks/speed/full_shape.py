@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 
 from benchmarks.command import one_line_errors
 from benchmarks.provenance import save
-from mp2.backbone import load_backbone
-from mp2.backbone.checkpoint import checkpoint_names, expected_shapes, read_config
+from mp2.backbone import BackboneConfig, load_backbone
+from mp2.backbone.checkpoint import checkpoint_names, expected_shapes
 from mp2.prompts import random_prompts, save_prompts
 
 HIDDEN, HEADS, VOCAB, POSITIONS = 1024, 16, 51271, 1024
@@ -62,7 +62,15 @@ def write_checkpoint(folder: Path, n_layers: int) -> None:
     }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "vocab.txt").write_text("\n".join(vocabulary()) + "\n", "utf-8")
-    shape = read_config(folder, "cpt-large-random")
+    shape = BackboneConfig(
+        name="cpt-large-random",
+        n_layers=n_layers,
+        hidden=HIDDEN,
+        n_heads=HEADS,
+        ffn=4 * HIDDEN,
+        vocab_size=VOCAB,
+        max_positions=POSITIONS,
+    )
     shapes, names = expected_shapes(shape), checkpoint_names(n_layers)
     generator = torch.Generator().manual_seed(0)
     tensors = {}

@@ -11,6 +11,7 @@ from mp2.backbone.load import (
     save_backbone,
     weights_sha256,
 )
+from mp2.backbone.mlm_head import MlmHead
 from mp2.backbone.tokenizer import Pieces, Tokenizer
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "BackboneConfig",
     "Encoder",
     "Layer",
+    "MlmHead",
     "Pieces",
     "Prefix",
     "Tokenizer",

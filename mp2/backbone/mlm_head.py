@@ -68,14 +68,10 @@ class MlmHead:
         A head without a transform has CPT's names.
         """
         if self.transform is None:
-            own = {} if self.tied else {_CPT_DECODER: self.decoder}
-            return {**own, _CPT_BIAS: self.bias[None]}
-        own = {} if self.tied else {_DECODER: self.decoder}
-        return {
-            **{theirs: getattr(self.transform, ours) for ours, theirs in _NAMES.items()},
-            **own,
-            _BIAS: self.bias,
-        }
+            return {_CPT_BIAS: self.bias[None]} | ({} if self.tied else {_CPT_DECODER: self.decoder})
+        tensors = {theirs: getattr(self.transform, ours) for ours, theirs in _NAMES.items()}
+        own = {} if self.tied else {_DECODER: self.decoder, _DECODER_BIAS: self.bias.clone()}
+        return {**tensors, _BIAS: self.bias, **own}
 
     def sha256(self) -> str:
         """Hash over its own tensors; the word embeddings of a tied head are in the backbone's."""

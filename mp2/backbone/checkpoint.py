@@ -69,11 +69,11 @@ def body_prefix(weights: Weights) -> str:
     return usual[0]
 
 
-def read_encoder(file: ConfigFile, name: str, weights: Weights) -> tuple[BackboneConfig, dict[str, Tensor]]:
-    """The body's shape, and its parameters as float32 under the encoder's own names.
+def read_shape(file: ConfigFile, name: str, weights: Weights) -> BackboneConfig:
+    """The body's shape; no tensor's values are read.
 
     Raises:
-        FormatError: a tensor is missing, or has another shape than the configuration says.
+        FormatError: there are fewer layers than the configuration says, or no tables.
     """
     prefix = body_prefix(weights)
     n_layers = weights.n_layers(prefix + "encoder.layer.")
@@ -87,7 +87,16 @@ def read_encoder(file: ConfigFile, name: str, weights: Weights) -> tuple[Backbon
     for size, table in _TABLES.items():
         shape = weights.shape(f"{prefix}embeddings.{table}_embeddings.weight")
         tables[size] = shape[0] if shape else 0
-    config = file.shape(name, tables)
+    return file.shape(name, tables)
+
+
+def read_state(file: ConfigFile, config: BackboneConfig, weights: Weights) -> dict[str, Tensor]:
+    """The body's parameters as float32 under the encoder's own names.
+
+    Raises:
+        FormatError: a tensor is missing, or has another shape than the configuration says.
+    """
+    prefix = body_prefix(weights)
     names = checkpoint_names(config.n_layers)
     shapes = {prefix + names[ours]: shape for ours, shape in expected_shapes(config).items()}
     task_types = prefix + _TASK_TYPES
@@ -97,7 +106,7 @@ def read_encoder(file: ConfigFile, name: str, weights: Weights) -> tuple[Backbon
     state = {ours: tensors[prefix + theirs] for ours, theirs in names.items()}
     if file.task_types:
         state["token_type_embeddings.weight"] = state["token_type_embeddings.weight"] + tensors[task_types][0]
-    return config, state
+    return state
 
 
 def expected_shapes(config: BackboneConfig) -> dict[str, tuple[int, ...]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from mp2.backbone.checkpoint import checkpoint_names, read_encoder
+from mp2.backbone.checkpoint import checkpoint_names, read_shape, read_state
 from mp2.backbone.config import BackboneConfig
 from mp2.backbone.config_file import read_config, write_config
 from mp2.backbone.encoder import Encoder
@@ -66,7 +66,8 @@ def load_backbone(name: str | Path, *, revision: str | None = None) -> Backbone:
     folder, name_of_it, commit = _find(str(name), revision)
     file = read_config(folder)
     weights = read_weights(folder)
-    config, state = read_encoder(file, name_of_it, weights)
+    config = read_shape(file, name_of_it, weights)
+    state = read_state(file, config, weights)
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise FormatError(
@@ -80,6 +81,15 @@ def load_backbone(name: str | Path, *, revision: str | None = None) -> Backbone:
     encoder.load_state_dict(state, assign=True)
     head = read_mlm_head(file, config, weights, state["word_embeddings.weight"])
     return replace(freeze(config, encoder, tokenizer), mlm_head=head, revision=commit)
+
+
+def backbone_config(name: str | Path) -> BackboneConfig:
+    """The shape of a backbone by short name, local folder or hub id, without reading its weights.
+
+    Raises as ``load_backbone`` does.
+    """
+    folder, name_of_it, _ = _find(str(name), None)
+    return read_shape(read_config(folder), name_of_it, read_weights(folder))
 
 
 def _find(name: str, revision: str | None) -> tuple[Path, str, str | None]:

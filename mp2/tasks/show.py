@@ -155,13 +155,9 @@ def backbone_tokenizer(backbone: str | None) -> Tokenizer:
 
 def backbone_positions(backbone: str | None) -> int:
     """Return the longest sequence of a backbone (None: the embedded one)."""
-    from mp2.backbone.checkpoint import read_config
-    from mp2.backbone.load import EMBEDDED, load_backbone
+    from mp2.backbone.load import backbone_config
 
-    name = backbone or "mini"
-    folder = EMBEDDED.get(name, Path(name))
-    config = read_config(folder, name) if folder.is_dir() else load_backbone(name).config
-    return config.max_positions
+    return backbone_config(backbone or "mini").max_positions
 
 
 def token_percentiles(lengths: Sequence[int]) -> dict[str, int]:

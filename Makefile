@@ -55,4 +55,4 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)  ## speed against a plain PyTorch loop, same run, same machine
-	$(BIN)/python -m benchmarks.speed.spine_speed
+	$(BIN)/python -m benchmarks.speed.throughput --shape mini

@@ -23,6 +23,7 @@ from benchmarks.command import one_line_errors
 from benchmarks.provenance import RESULTS, provenance
 from mp2.backbone import Backbone, load_backbone
 from mp2.files import write_json
+from mp2.heads import span_scores
 from mp2.prompts import PromptSet, load_prompts
 from mp2.tasks import MrcFormatter, decode, load_card, load_examples, score
 
@@ -56,13 +57,13 @@ def scores(
     inputs = [made for i, example in enumerate(examples) for made in formatter.inputs(example, i)]
     found = {}
     for way in WAYS:
-        starts, ends = [], []
+        outputs = []
         for item in inputs:
             hidden = last_hidden(backbone, torch.from_numpy(item.input_ids)[None], m, way)
             logp = (hidden @ prompts.span_weight.T + prompts.span_bias).double().log_softmax(1)[0].numpy()
-            starts.append(logp[:, 0])
-            ends.append(logp[:, 1])
-        found[way] = round(100 * score(card, decode(card, examples, inputs, starts, ends), examples), 1)
+            outputs.append(span_scores(item, logp))
+        predictions = [x.prediction for x in decode(card, examples, inputs, outputs)]
+        found[way] = round(100 * score(card, predictions, examples), 1)
     return found
 
 

@@ -81,7 +81,7 @@ class Problem:
         keys = [np.packbits(r.reshape(-1)).tobytes().hex() for r in routers]
         new = {k: i for i, k in enumerate(keys) if k not in self._losses}
         if new:
-            found = self._problem.objective.router_losses(routers[list(new.values())])
+            found = self._problem.objective.router_losses(routers[list(new.values())]).fetch()
             losses = dict(zip(new, map(float, found), strict=True))
             self._losses.update(losses)
             self._keep({"losses": losses})
@@ -94,7 +94,7 @@ class Problem:
 
     def dev(self, router: np.ndarray) -> dict[str, float]:
         """Dev score and loss of a router [L', K]."""
-        scores = self._problem.dev_scores(self.space.fuse(router))
+        scores = self._problem.dev_scores(self.space.fuse(router)).fetch()
         return {"dev_score": scores.score, "dev_loss": scores.loss}
 
     def _keep(self, values: dict[str, Any]) -> None:

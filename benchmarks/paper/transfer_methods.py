@@ -34,7 +34,7 @@ import torch
 from filelock import FileLock
 
 from mp2.backbone import load_backbone
-from mp2.engine import create_runtime
+from mp2.engine import create_backend
 from mp2.errors import UsageError
 from mp2.optimizers.config import LayerConfig
 from mp2.prompts import PromptSet, load_prompts, save_prompts
@@ -110,7 +110,7 @@ class Lab:
             if key in self.prompts:
                 raise UsageError(f"--prompts: both {self.prompts[key][0]} and {name} are {key}")
             self.prompts[key] = (name, found)
-        self.runtime = create_runtime(
+        self.runtime = create_backend(
             "torch", self.backbone, device=settings.device, threads=1, precision=settings.precision
         )
 

@@ -35,7 +35,7 @@ from benchmarks.provenance import save
 from benchmarks.speed.engine_work import INTRINSIC_DIM, PROMPT_TOKENS, make_backbone, task_inputs
 from benchmarks.speed.forward_parts import clock
 from benchmarks.speed.rounds import check_rounds, ranged, spread
-from mp2.engine import Objective, create_runtime
+from mp2.engine import Objective, create_backend
 from mp2.prompts import random_prompts
 
 POPULATION = 20
@@ -58,15 +58,15 @@ def visits(precision: str, without: str, seconds: float) -> list[float]:
         if without == "attention":
             stack.enter_context(mock.patch("mp2.engine.cpu.attention._native", return_value=False))
         if without == "second half":
-            path = "mp2.engine.cpu.runtime.make_second_half"
+            path = "mp2.engine.cpu.backend.make_second_half"
             stack.enter_context(mock.patch(path, return_value=None))
         backbone = make_backbone("mini")
         prompts = random_prompts(
             backbone, "deep", prompt_tokens=PROMPT_TOKENS, intrinsic_dim=INTRINSIC_DIM, seed=1
         )
         inputs = task_inputs("demo_topic", backbone, None, None)
-        runtime = create_runtime("torch", backbone, precision=precision)
-        objective = Objective(runtime, backbone, prompts, inputs)
+        runtime = create_backend("torch", backbone, precision=precision)
+        objective = Objective(runtime.forward(prompts), inputs)
         rng = np.random.default_rng(0)
         n_layers = backbone.config.n_layers
         objective.set_incumbent(rng.standard_normal((n_layers, INTRINSIC_DIM)).astype(np.float32))
@@ -75,7 +75,7 @@ def visits(precision: str, without: str, seconds: float) -> list[float]:
         end = time.perf_counter() + seconds
         while len(found) < 3 or time.perf_counter() < end:  # the first prepares weights and is dropped
             start = clock()
-            objective.layer_losses(n_layers // 2, candidates)
+            objective.layer_losses(n_layers // 2, candidates).fetch()
             found.append(clock() - start)
     return found[1:]
 

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from mp2.backbone import Backbone, BackboneConfig, load_backbone, random_backbone
-from mp2.engine import create_objective, create_runtime
-from mp2.engine.select import AnyObjective
+from mp2.engine import Objective, create_backend
 from mp2.prompts import PromptSet, load_prompts, random_prompts
 from mp2.tasks import MrcFormatter, MrcInput, few_shot_split, load_card, load_examples
 
@@ -109,7 +108,7 @@ class Engine:
 
     def objective(
         self, backbone: Backbone, prompts: PromptSet, inputs: Sequence[MrcInput], device: str, engines: Path
-    ) -> AnyObjective:
+    ) -> Objective:
         """The few-shot objective; an engine folder that is missing is exported first."""
         folder = None
         if self.runtime.startswith("onnxruntime"):
@@ -118,10 +117,10 @@ class Engine:
             folder = engines / backbone.name
             if not folder.is_dir():
                 export_engine(backbone, folder)
-        runtime = create_runtime(
+        runtime = create_backend(
             self.runtime, backbone, engine_dir=folder, device=device, precision=self.precision
         )
-        return create_objective(runtime, backbone, prompts, inputs)
+        return Objective(runtime.forward(prompts), inputs)
 
 
 def necessary_flops(config: BackboneConfig, lengths: Sequence[int], n_layers: int, prompt_tokens: int) -> int:

@@ -36,10 +36,12 @@ from benchmarks.speed.engine_work import (
     task_inputs,
 )
 from mp2.backbone import Backbone
-from mp2.engine import Objective, OnnxRuntime, Runtime, TorchRuntime
+from mp2.engine import Objective
+from mp2.engine.chain import ChainBackend
+from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.folder import layer_file
-from mp2.engine.forward import usual_micro_batch_tokens
 from mp2.engine.onnx.library import load_onnxruntime
+from mp2.engine.onnx.runtime import OnnxRuntime
 from mp2.export import export_engine
 from mp2.prompts import random_prompts
 
@@ -67,16 +69,16 @@ def compare(shape: str, task: str, data: Path | None, rounds: int, folder: Path)
         backbone, "deep", prompt_tokens=PROMPT_TOKENS, intrinsic_dim=INTRINSIC_DIM, seed=1
     )
     inputs = task_inputs(task, backbone, data, None if shape == "mini" else FEW)
-    torch_runtime = TorchRuntime(backbone)
+    torch_runtime = CpuBackend(backbone)
     onnx_runtime = OnnxRuntime(backbone, engine, threads=1)
-    tokens = usual_micro_batch_tokens(torch_runtime, backbone.config)
-    made: dict[str, tuple[Runtime, int]] = {
+    tokens = torch_runtime.usual_tokens()
+    made: dict[str, tuple[ChainBackend, int]] = {
         "torch": (torch_runtime, tokens),
         "onnxruntime": (onnx_runtime, tokens),
         "onnxruntime, small": (onnx_runtime, tokens // 4),
     }
     objectives = {
-        name: Objective(runtime, backbone, prompts, inputs, micro_batch_tokens=size)
+        name: Objective(runtime.forward(prompts, micro_batch_tokens=size), inputs)
         for name, (runtime, size) in made.items()
     }
     rng = np.random.default_rng(0)
@@ -86,20 +88,20 @@ def compare(shape: str, task: str, data: Path | None, rounds: int, folder: Path)
 
     def visits(objective: Objective) -> None:
         for layer in range(n_layers):
-            losses = objective.layer_losses(layer, z[layer] + moves)
+            losses = objective.layer_losses(layer, z[layer] + moves).fetch()
             objective.commit(layer, z[layer] + moves[int(np.argmin(losses))])
 
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in objectives}
     for objective in objectives.values():  # opens sessions and packs weights
         objective.set_incumbent(z)
-        objective.layer_losses(0, z[0] + moves[:2])
+        objective.layer_losses(0, z[0] + moves[:2]).fetch()
     for _ in range(rounds):
         for name, objective in objectives.items():
-            stage1 = thread_seconds(lambda o=objective: o.router_losses(routers))  # type: ignore[misc]
+            stage1 = thread_seconds(lambda o=objective: o.router_losses(routers).fetch())  # type: ignore[misc]
             stage2 = thread_seconds(lambda o=objective: visits(o))  # type: ignore[misc]
             times[name][0].append(1e3 * stage1 / POPULATION)
             times[name][1].append(1e3 * stage2 / POPULATION / n_layers)
-    exact = objectives["torch"].router_losses(routers)
+    exact = objectives["torch"].router_losses(routers).fetch()
     rows = {
         name: {
             "micro_batch_tokens": made[name][1],
@@ -107,7 +109,9 @@ def compare(shape: str, task: str, data: Path | None, rounds: int, folder: Path)
             "stage2_ms": round(median(stage2), 2),
             "stage1_best_ms": round(min(stage1), 2),
             "stage2_best_ms": round(min(stage2), 2),
-            "loss_error": float(f"{np.abs(objectives[name].router_losses(routers) - exact).max():.1e}"),
+            "loss_error": float(
+                f"{np.abs(objectives[name].router_losses(routers).fetch() - exact).max():.1e}"
+            ),
         }
         for name, (stage1, stage2) in times.items()
     }

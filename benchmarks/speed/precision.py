@@ -29,8 +29,8 @@ import torch
 from benchmarks.command import one_line_errors
 from benchmarks.provenance import save
 from mp2.backbone import load_backbone
-from mp2.engine.cuda.objective import CudaObjective
-from mp2.engine.cuda.runtime import CUDA_PRECISIONS, CudaRuntime
+from mp2.engine import Objective
+from mp2.engine.cuda.backend import CUDA_PRECISIONS, CudaBackend
 from mp2.optimizers.cma_layers import LayerSearches
 from mp2.optimizers.config import LayerConfig
 from mp2.prompts import load_prompts, random_prompts
@@ -67,18 +67,18 @@ def losses_of(
     pool = [e for e in load_examples(card, "train", data) if formatter.fits(e)]
     train = few_shot_split(card, pool, SEED).train
     inputs = [formatter.training_input(example, i) for i, example in enumerate(train)]
-    runtime = CudaRuntime(backbone, device=device, precision=precision)
-    objective = CudaObjective(runtime, backbone, prompts, inputs)
+    runtime = CudaBackend(backbone, device=device, precision=precision)
+    objective = Objective(runtime.forward(prompts), inputs)
     z = prompts.fuse(torch.ones(prompts.z.shape[:2])).numpy()
     objective.set_incumbent(z)
     found, times = {}, []
     n_layers, d = z.shape
     for layer, offsets in populations(n_layers, d, range(n_layers)).items():
         candidates = (z[layer] + offsets).astype(np.float32)
-        found[layer] = objective.layer_losses(layer, candidates)
+        found[layer] = objective.layer_losses(layer, candidates).fetch()
         for _ in range(3 if device != "cpu" else 0):  # emulated, a time would say nothing
             start = time.perf_counter()
-            objective.layer_losses(layer, candidates)
+            objective.layer_losses(layer, candidates).fetch()
             times.append((time.perf_counter() - start) / len(candidates))
     return found, 1e3 * median(times or [0.0]), runtime.notes
 
@@ -132,17 +132,17 @@ def large(device: str) -> list[dict[str, Any]]:
     rows, rounds = [], 5
     objectives = {}
     for precision in ("bf16", "fp8", "fp16"):
-        runtime = CudaRuntime(backbone, device=device, precision=precision)
-        objectives[precision] = CudaObjective(runtime, backbone, prompts, inputs)
+        runtime = CudaBackend(backbone, device=device, precision=precision)
+        objectives[precision] = Objective(runtime.forward(prompts), inputs)
         for _ in range(3):
-            objectives[precision].full_losses(z)
+            objectives[precision].full_losses(z).fetch()
     times: dict[str, list[float]] = {precision: [] for precision in objectives}
     rates = []
     for _ in range(rounds):  # taking turns
         rates.append(matrix_rate(device, "bf16"))
         for precision, objective in objectives.items():
             start = time.perf_counter()
-            objective.full_losses(z)
+            objective.full_losses(z).fetch()
             times[precision].append((time.perf_counter() - start) / len(z))
     for precision, objective in objectives.items():
         seconds = median(times[precision])

@@ -58,7 +58,7 @@ def inside(problem: FewShotProblem) -> dict[str, Any]:
     def one_round() -> None:
         for layer in range(space.n_layers):
             candidates = z[layer] + np.float32(1e-2) * moves
-            losses = objective.layer_losses(layer, candidates)
+            losses = objective.layer_losses(layer, candidates).fetch()
             objective.commit(layer, candidates[int(np.argmin(losses))])
 
     one_round()

@@ -48,7 +48,8 @@ from benchmarks.speed.full_shape import HEADS, HIDDEN, POSITIONS, VOCAB, vocabul
 from benchmarks.speed.plain_loop import PlainLoop
 from benchmarks.speed.table4_render import KINDS, PAPER, PUBLISHED, STATED, TASKS, table
 from mp2.backbone import Backbone, BackboneConfig, random_backbone
-from mp2.engine import create_objective, create_runtime
+from mp2.engine import Objective, Scorer, create_backend
+from mp2.heads import SpanHead
 from mp2.prompts import PromptSet, random_prompts
 from mp2.runs.config import BbtConfig
 from mp2.runs.few_shot_problem import FewShotProblem
@@ -107,22 +108,24 @@ def our_seconds(model: FrozenModel, problem: FewShotProblem) -> dict[str, float]
     on_gpu, n_layers = str(model.runtime.device).startswith("cuda"), model.backbone.config.n_layers
     p = problem.config.layers.popsize if on_gpu else POPULATION
     found: dict[str, dict[float, float]] = {"stage1": {}, "stage2": {}, "dev": {}}
+    prompts = model.prompts
+    z = prompts.z.mean(1).detach().cpu().numpy()
+    routers = np.ones((p, *prompts.z.shape[:2]), dtype=bool)
     for depth in sorted({1, min(3, n_layers)}):
-        body, prompts = first_layers(model.backbone, model.prompts, depth)
-        objective = create_objective(model.runtime, body, prompts, problem.train_inputs)
-        z = prompts.z.mean(1).detach().cpu().numpy()
-        n_searched = len(z)
-        routers = np.ones((p, n_searched, prompts.z.shape[1]), dtype=bool)
+        head = SpanHead(prompts.span_weight, prompts.span_bias, depth)  # runs the layers below it
+        forward = model.runtime.forward(prompts, head)
+        objective, scorer = Objective(forward, problem.train_inputs), Scorer(forward)
+        n_searched = min(depth, len(z))
 
-        def visits(objective: Any = objective, z: np.ndarray = z) -> None:
+        def visits(objective: Objective = objective, n_searched: int = n_searched) -> None:
             objective.set_incumbent(z)
-            for layer in range(len(z)):
-                objective.layer_losses(layer, np.repeat(z[layer][None], p, 0))
+            for layer in range(n_searched):
+                objective.layer_losses(layer, np.repeat(z[layer][None], p, 0)).fetch()
 
-        runs = depth if n_searched == 1 else (depth + 1) / 2  # layers that a visit runs, in the mean
-        found["stage1"][depth] = _steady(lambda o=objective, r=routers: o.router_losses(r)) / p
+        runs = depth if len(z) == 1 else (depth + 1) / 2  # layers that a visit runs, in the mean
+        found["stage1"][depth] = _steady(lambda o=objective: o.router_losses(routers).fetch()) / p
         found["stage2"][runs] = _steady(visits) / (p * n_searched)
-        found["dev"][depth] = _steady(lambda o=objective, z=z: o.log_probs(z, problem.dev_inputs))
+        found["dev"][depth] = _steady(lambda s=scorer: s.outputs(z, problem.dev_inputs).fetch())
     at = {"stage1": n_layers, "stage2": n_layers if len(z) == 1 else (n_layers + 1) / 2, "dev": n_layers}
     return {name: extrapolate(seconds, at[name]) for name, seconds in found.items()}
 
@@ -269,7 +272,7 @@ def main() -> None:
     end = time.perf_counter() + 60 * args.budget_minutes
     if todo:
         backbone = make_backbone(args.layers)
-        runtime = create_runtime(
+        runtime = create_backend(
             args.runtime,
             backbone,
             engine_dir=args.engine,

@@ -24,10 +24,10 @@ import torch
 from benchmarks.command import one_line_errors
 from benchmarks.provenance import save
 from mp2.backbone import Backbone, load_backbone
-from mp2.engine import Runtime, create_runtime
+from mp2.engine import Objective, create_backend
 from mp2.engine.agreement import agreement
+from mp2.engine.chain import ChainBackend
 from mp2.engine.folder import TENSORRT_PRECISIONS, EngineFolder
-from mp2.engine.select import create_objective
 from mp2.engine.tensorrt.profiles import TaskShapes
 from mp2.errors import MissingDependencyError
 from mp2.export import build_plans, export_engine
@@ -41,7 +41,9 @@ RANKED = 60  # candidates whose order is compared: three generations' worth, so 
 ROUNDS = 5
 
 
-def ranks(runtime: Runtime, backbone: Backbone, prompts: PromptSet, inputs: list[MrcInput]) -> dict[str, Any]:
+def ranks(
+    runtime: ChainBackend, backbone: Backbone, prompts: PromptSet, inputs: list[MrcInput]
+) -> dict[str, Any]:
     """Rank agreement and loss error of populations at each layer."""
     rows = [
         agreement(runtime, backbone, prompts, inputs, layer, n_candidates=RANKED)
@@ -55,9 +57,11 @@ def ranks(runtime: Runtime, backbone: Backbone, prompts: PromptSet, inputs: list
     }
 
 
-def times(runtime: Runtime, backbone: Backbone, prompts: PromptSet, inputs: list[MrcInput]) -> dict[str, Any]:
+def times(
+    runtime: ChainBackend, backbone: Backbone, prompts: PromptSet, inputs: list[MrcInput]
+) -> dict[str, Any]:
     """ms an evaluation: a stage I population, and stage II by layer (medians of rounds after a first)."""
-    objective = create_objective(runtime, backbone, prompts, inputs)
+    objective = Objective(runtime.forward(prompts), inputs)
     z = prompts.fuse(torch.ones(prompts.z.shape[:2])).detach().numpy()
     rng = np.random.default_rng(0)
     full = z + 0.05 * rng.standard_normal((POPULATION, *z.shape))
@@ -111,7 +115,7 @@ def run(args: argparse.Namespace, precision: str) -> dict[str, Any]:
     row["build_s"] = round(time.perf_counter() - started, 1)
     row |= ranks(runtime, backbone, prompts, inputs)
     row |= times(runtime, backbone, prompts, inputs)
-    beside = create_runtime("torch", backbone, device="cuda", precision=precision)
+    beside = create_backend("torch", backbone, device="cuda", precision=precision)
     row["torch"] = times(beside, backbone, prompts, inputs)
     return row
 

@@ -106,8 +106,8 @@ def point(
         times = []
         # cost falls by the same from each layer to the next: the mean over all is that of the first and last
         for layer in sorted({0, size["layers"] - 1}):
-            objective.layer_losses(layer, candidates[:2] if device == "cpu" else candidates)
-            times.append(_seconds(lambda i=layer: objective.layer_losses(i, candidates), device))  # type: ignore[misc]
+            objective.layer_losses(layer, candidates[:2] if device == "cpu" else candidates).fetch()
+            times.append(_seconds(lambda i=layer: objective.layer_losses(i, candidates).fetch(), device))  # type: ignore[misc]
         return mean(times) / size["population"]
 
     def plain_s() -> float:

@@ -33,7 +33,7 @@ from benchmarks.speed.engine_work import (
     task_inputs,
 )
 from benchmarks.speed.plain_loop import PlainLoop
-from mp2.engine.select import AnyObjective
+from mp2.engine import Objective
 from mp2.optimizers.config import LayerConfig
 
 POPULATION = 20
@@ -43,7 +43,7 @@ Record = dict[str, Any]
 class Subject:
     """One engine under measurement."""
 
-    def __init__(self, objective: AnyObjective, device: str) -> None:
+    def __init__(self, objective: Objective, device: str) -> None:
         self.objective = objective
         self.device = device
         self.peak_mb = 0.0
@@ -54,7 +54,7 @@ class Subject:
 
         def work() -> None:
             nonlocal losses
-            losses = self.objective.layer_losses(layer, candidates)
+            losses = self.objective.layer_losses(layer, candidates).fetch()
             self.objective.commit(layer, incumbent)
 
         reset_peak_memory(self.device)
@@ -118,12 +118,12 @@ class Comparison:
         for subject in self.subjects.values():
             subject.objective.set_incumbent(self.z)
             if self.device == "cpu":  # from layer 0 every layer is prepared
-                subject.objective.layer_losses(0, candidates[0])
+                subject.objective.layer_losses(0, candidates[0]).fetch()
                 continue
             for _ in range(2):  # the second time records CUDA graphs
                 for layer, population in enumerate(candidates):
                     subject.visit(layer, population, self.z[layer])
-                subject.objective.router_losses(self.routers)
+                subject.objective.router_losses(self.routers).fetch()
 
     def populations(self, number: int) -> np.ndarray:
         """Candidates [L, P, d] of round ``number``."""
@@ -162,6 +162,6 @@ class Comparison:
             subject, own = self.subjects[name], found[name]
             own["matrix_dtype"] = str(matrix_dtype(self.device, own["precision"])).removeprefix("torch.")
             own["matrix_rate"] = matrix_rate(self.device, own["precision"])
-            own["stage1_s"] = seconds(lambda s=subject: s.objective.router_losses(self.routers))  # type: ignore[misc]
+            own["stage1_s"] = seconds(lambda s=subject: s.objective.router_losses(self.routers).fetch())  # type: ignore[misc]
             own["peak_mb"] = subject.peak_mb
         return {**self.facts, "plain_s": mean(plain_s), "engines": found}

@@ -38,10 +38,7 @@ import torch
 from benchmarks.command import one_line_errors
 from benchmarks.provenance import save
 from benchmarks.speed.engine_work import INTRINSIC_DIM, PROMPT_TOKENS, SHAPES, make_backbone, synchronize
-from mp2.engine import create_runtime
-from mp2.engine.cuda.launches import launching, spread
-from mp2.engine.pending import settled
-from mp2.engine.select import AnyObjective
+from mp2.engine import Objective, create_backend
 from mp2.optimizers.config import RouterConfig
 from mp2.prompts import load_prompts, random_prompts
 from mp2.runs.command import read_seeds
@@ -62,20 +59,21 @@ def load(shape: str, kind: str, device: str, precision: str) -> FrozenModel:
         if shape == "mini"
         else random_prompts(backbone, kind, prompt_tokens=PROMPT_TOKENS, intrinsic_dim=INTRINSIC_DIM)  # type: ignore[arg-type]
     )
-    runtime = create_runtime("torch", backbone, device=device, precision=precision)
+    runtime = create_backend("torch", backbone, device=device, precision=precision)
     return FrozenModel(backbone, prompts, runtime)
 
 
 def engine_figures(model: FrozenModel, configs: Sequence[BbtConfig], rounds: int) -> dict[str, Any]:
     """Visits of all layers by populations of 20, fetched one by one and after all were launched."""
     objectives = [make_problem(config, model).objective for config in configs]
-    n_lanes = spread(objectives, min(len(objectives), AT_ONCE))
+    n_lanes = min(len(objectives), AT_ONCE, *(o.side_by_side() for o in objectives))
+    model.runtime.share(n_lanes)
     space = model.space()
     z = space.fuse(np.ones((space.n_layers, space.n_modules), dtype=bool))
     rng = np.random.default_rng(0)
     moves = rng.standard_normal((len(objectives), POPULATION, space.n_dims)).astype(np.float32)
 
-    def visits(evaluate: Callable[[list[AnyObjective], int], list[np.ndarray]]) -> tuple[float, np.ndarray]:
+    def visits(evaluate: Callable[[list[Objective], int], list[np.ndarray]]) -> tuple[float, np.ndarray]:
         for objective in objectives:
             objective.set_incumbent(z)
         synchronize()
@@ -90,12 +88,12 @@ def engine_figures(model: FrozenModel, configs: Sequence[BbtConfig], rounds: int
     def candidates(k: int, layer: int) -> np.ndarray:
         return z[layer] + np.float32(1e-2) * moves[k]
 
-    def alone(these: list[AnyObjective], layer: int) -> list[np.ndarray]:
-        return [o.layer_losses(layer, candidates(k, layer)) for k, o in enumerate(these)]
+    def alone(these: list[Objective], layer: int) -> list[np.ndarray]:
+        return [o.layer_losses(layer, candidates(k, layer)).fetch() for k, o in enumerate(these)]
 
-    def together(these: list[AnyObjective], layer: int) -> list[np.ndarray]:
-        pending = [launching(o).layer_losses(layer, candidates(k, layer)) for k, o in enumerate(these)]
-        return [settled(p) for p in pending]
+    def together(these: list[Objective], layer: int) -> list[np.ndarray]:
+        pending = [o.layer_losses(layer, candidates(k, layer)) for k, o in enumerate(these)]
+        return [p.fetch() for p in pending]
 
     for _ in range(3):  # run, recorded, replayed
         visits(alone)

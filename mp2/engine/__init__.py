@@ -1,18 +1,8 @@
-"""Runtimes that run the encoder stage by stage, and the few-shot objective on top of them."""
+"""Backends that run a frozen encoder under whole populations of prompts, and losses and scores on top."""
 
-from mp2.engine.cpu.runtime import TorchRuntime
+from mp2.engine.backend import Backend, Forward, Pending
 from mp2.engine.objective import Objective
-from mp2.engine.onnx.runtime import OnnxRuntime
-from mp2.engine.runtime import Prefix, Runtime
-from mp2.engine.select import RUNTIMES, create_objective, create_runtime
+from mp2.engine.scorer import Scorer
+from mp2.engine.select import RUNTIMES, create_backend
 
-__all__ = [
-    "RUNTIMES",
-    "Objective",
-    "OnnxRuntime",
-    "Prefix",
-    "Runtime",
-    "TorchRuntime",
-    "create_objective",
-    "create_runtime",
-]
+__all__ = ["RUNTIMES", "Backend", "Forward", "Objective", "Pending", "Scorer", "create_backend"]

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mp2.backbone import Backbone
-from mp2.engine.cpu.runtime import TorchRuntime
-from mp2.engine.runtime import Runtime, is_out_of_memory
-from mp2.engine.select import create_objective
+from mp2.engine.backend import Backend, is_out_of_memory
+from mp2.engine.objective import Objective
+from mp2.engine.select import exact_backend
 from mp2.errors import OutOfMemoryError
 from mp2.prompts import PromptSet
 
@@ -49,8 +48,7 @@ class Agreement:
 
 
 def agreement(
-    runtime: Runtime,
-    backbone: Backbone,
+    backend: Backend,
     prompts: PromptSet,
     inputs: Sequence[MrcInput],
     layer: int,
@@ -61,29 +59,29 @@ def agreement(
     """Return how losses of a first CMA-ES population at ``layer`` agree with torch in float32.
 
     The candidates, steps of ``sigma`` from the prompt with every module on, are the same in every call. torch
-    runs on the runtime's device, or on the CPU where the weights in float32 do not fit beside it; shallow
+    runs on the backend's device, or on the CPU where the weights in float32 do not fit beside it; shallow
     prompts have layer 0 only.
     """
     z = prompts.fuse(torch.ones(prompts.z.shape[:2])).detach().numpy()
     steps = np.random.default_rng(_SEED).standard_normal((n_candidates, z.shape[1]))
     candidates = z[layer] + sigma * steps
 
-    def losses(on: Runtime) -> np.ndarray:
-        objective = create_objective(on, backbone, prompts, inputs)
+    def losses(on: Backend) -> np.ndarray:
+        objective = Objective(on.forward(prompts), inputs)
         objective.set_incumbent(z)
-        return objective.layer_losses(layer, candidates)
+        return objective.layer_losses(layer, candidates).fetch()
 
     try:
-        exact = losses(TorchRuntime(backbone, device=runtime.device))
+        exact = losses(exact_backend(backend.backbone, backend.device))
     except Exception as error:
-        if not (isinstance(error, OutOfMemoryError) or is_out_of_memory(error)) or runtime.device == "cpu":
+        if not (isinstance(error, OutOfMemoryError) or is_out_of_memory(error)) or backend.device == "cpu":
             raise
         exact = None
-    if torch.device(runtime.device).type == "cuda":
+    if torch.device(backend.device).type == "cuda":
         torch.cuda.empty_cache()  # not every runtime allocates through torch
     if exact is None:
-        exact = losses(TorchRuntime(backbone))
-    rough = losses(runtime)
+        exact = losses(exact_backend(backend.backbone, "cpu"))
+    rough = losses(backend)
     return Agreement(
         layer,
         n_candidates,

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
 import torch
 
-from mp2.engine.runtime import is_out_of_memory
+B = TypeVar("B", bound=Hashable)  # a batch
 
 
-class ActivationCache:
-    """Inputs of layers, by bucket, grown upwards one layer at a time.
+class ActivationCache(Generic[B]):
+    """Inputs of layers, by batch, grown upwards one layer at a time.
 
     The text's hidden states at layer l depend only on prompts of layers below l, so changing layer l's
     prompt leaves the inputs of layers 0..l valid. As many layers' inputs are kept as ``limit_bytes``
-    allows for all buckets together, of each the highest first; a visit further down starts again from the
+    allows for all batches together, of each the highest first; a visit further down starts again from the
     nearest one kept, or from the embedding.
     """
 
     def __init__(
         self,
-        advance: Callable[[int, int, torch.Tensor], torch.Tensor],
-        embed: Callable[[int], torch.Tensor],
+        advance: Callable[[B, int, torch.Tensor], torch.Tensor],
+        embed: Callable[[B], torch.Tensor],
         limit_bytes: int,
     ) -> None:
-        """``advance(bucket, layer, input)`` runs one layer, ``embed(bucket)`` is the input of layer 0."""
+        """``advance(batch, layer, input)`` runs one layer, ``embed(batch)`` is the input of layer 0."""
         self._advance = advance
         self._embed = embed
         self._limit_bytes = limit_bytes
-        self._inputs: dict[int, dict[int, torch.Tensor]] = {}  # bucket -> layer -> [1, N, T, H]
+        self._inputs: dict[B, dict[int, torch.Tensor]] = {}  # batch -> layer -> [1, ..., H]
         self._n_bytes = 0
 
     @property
@@ -36,24 +37,16 @@ class ActivationCache:
         """Bytes that are held."""
         return self._n_bytes
 
-    def at(self, bucket: int, layer: int) -> torch.Tensor:
-        """Return the input of ``layer`` [1, N, T, H]."""
-        try:
-            return self._climb(bucket, layer)
-        except Exception as error:
-            if not is_out_of_memory(error) or not self.give_back():
-                raise
-        return self._climb(bucket, layer)
-
-    def _climb(self, bucket: int, layer: int) -> torch.Tensor:
-        kept = self._inputs.setdefault(bucket, {})
+    def at(self, batch: B, layer: int) -> torch.Tensor:
+        """Return the input of ``layer`` [1, ..., H]."""
+        kept = self._inputs.setdefault(batch, {})
         below = [level for level in kept if level <= layer]
         level = max(below, default=0)
-        hidden = kept[level] if below else self._keep(bucket, 0, self._embed(bucket))
+        hidden = kept[level] if below else self._keep(batch, 0, self._embed(batch))
         while level < layer:
-            hidden = self._advance(bucket, level, hidden)
+            hidden = self._advance(batch, level, hidden)
             level += 1
-            self._keep(bucket, level, hidden)
+            self._keep(batch, level, hidden)
         return hidden
 
     def give_back(self) -> bool:
@@ -75,12 +68,14 @@ class ActivationCache:
         self._inputs.clear()
         self._n_bytes = 0
 
-    def _keep(self, bucket: int, level: int, hidden: torch.Tensor) -> torch.Tensor:
-        self._inputs.setdefault(bucket, {})[level] = hidden
+    def _keep(self, batch: B, level: int, hidden: torch.Tensor) -> torch.Tensor:
+        self._inputs.setdefault(batch, {})[level] = hidden
         self._n_bytes += hidden.nbytes
         while self._n_bytes > self._limit_bytes:
-            held = [(len(kept) == 1, x, b) for b, kept in self._inputs.items() for x in kept]
-            # a bucket's only input last, what was kept just now after all others
-            _, low, other = min(held, key=lambda entry: ((entry[2], entry[1]) == (bucket, level), *entry))
+            held = [
+                (len(kept) == 1, x, n, b) for n, (b, kept) in enumerate(self._inputs.items()) for x in kept
+            ]
+            # a batch's only input last, what was kept just now after all others
+            *_, low, _, other = min(held, key=lambda e: ((e[3], e[1]) == (batch, level), *e[:3]))
             self._n_bytes -= self._inputs[other].pop(low).nbytes
         return hidden

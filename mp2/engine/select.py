@@ -1,8 +1,9 @@
-"""Make a runtime by name, or the fastest one that works here."""
+"""Make a backend by the name of its runtime, or the fastest one that works here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from mp2.backbone import Backbone, resolve_device
-from mp2.engine.cpu.int8_runtime import Int8Runtime
-from mp2.engine.cpu.runtime import TorchRuntime
-from mp2.engine.cuda.objective import CudaObjective
-from mp2.engine.cuda.runtime import CUDA_PRECISIONS, CudaRuntime
+from mp2.engine.backend import PRECISIONS, Backend, Probe
+from mp2.engine.cpu.backend import CpuBackend
+from mp2.engine.cpu.int8_runtime import Int8Backend
+from mp2.engine.cuda.backend import CUDA_PRECISIONS, CudaBackend
 from mp2.engine.folder import (
     FOLDER_PRECISIONS,
     MANIFEST,
@@ -23,26 +24,20 @@ from mp2.engine.folder import (
     plain_layer_file,
     read_manifest,
 )
-from mp2.engine.objective import Objective
 from mp2.engine.onnx.runtime import OnnxRuntime
-from mp2.engine.probe import Probe, layer_seconds, middle_layer
-from mp2.engine.runtime import PRECISIONS, Runtime
 from mp2.engine.tensorrt.plans import SHAPES, read_shapes
 from mp2.errors import FormatError, Mp2Error, UnknownNameError, UsageError
 from mp2.limits import check_threads
-from mp2.prompts import PromptSet
 
 if TYPE_CHECKING:
     from mp2.engine.tensorrt.runtime import TensorRTRuntime
-    from mp2.tasks import MrcInput
-
-AnyObjective = Objective | CudaObjective
 
 RUNTIMES = ("auto", "torch", "onnxruntime", "onnxruntime-tensorrt", "tensorrt")
+_PROBE_TOKENS = 512  # of a candidate: enough to show a layer's rate
 _CANDIDATES = 20  # that runtimes are compared on where there is a GPU, which one alone would not fill
 
 
-def create_runtime(
+def create_backend(
     name: str,
     backbone: Backbone,
     *,
@@ -50,7 +45,7 @@ def create_runtime(
     device: str = "cpu",
     threads: int | None = None,
     precision: str = "fp32",
-) -> Runtime:
+) -> Backend:
     """Return runtime ``name``; ``auto`` times one layer on each that works here and takes the fastest.
 
     ``device`` ``auto`` is the GPU if torch sees one, for ``onnxruntime`` the CPU. ``precision`` ``auto`` is
@@ -97,7 +92,7 @@ def create_runtime(
 
 @dataclass(frozen=True)
 class _Asked:
-    """What `create_runtime` was asked for, and the runtimes made from it."""
+    """What `create_backend` was asked for, and the runtimes made from it."""
 
     backbone: Backbone
     folder: Path | None
@@ -116,15 +111,15 @@ class _Asked:
             raise UnknownNameError("precision", self.precision, known, f"These are for device {self.device}.")
         return self.precision
 
-    def on_torch(self, reason: str = "") -> Runtime:
+    def on_torch(self, reason: str = "") -> Backend:
         precision = self.torch_precision()
         if _is_gpu(self.device):
-            return CudaRuntime(self.backbone, device=self.device, precision=precision, reason=reason)
+            return CudaBackend(self.backbone, device=self.device, precision=precision, reason=reason)
         if precision == "int8":
-            return Int8Runtime(self.backbone, reason=reason)
-        return TorchRuntime(self.backbone, device=self.device, precision=precision, reason=reason)
+            return Int8Backend(self.backbone, reason=reason)
+        return CpuBackend(self.backbone, precision=precision, reason=reason)
 
-    def on_onnxruntime(self, name: str = "onnxruntime") -> Runtime:
+    def on_onnxruntime(self, name: str = "onnxruntime") -> Backend:
         if self.precision not in (*FOLDER_PRECISIONS, "auto"):
             raise UnknownNameError(
                 "precision", self.precision, FOLDER_PRECISIONS, f"These are for device {self.device}."
@@ -167,33 +162,40 @@ class _Asked:
         return self.precision if self.precision != "auto" else read_manifest(folder / MANIFEST).precision
 
 
-def create_objective(
-    runtime: Runtime, backbone: Backbone, prompts: PromptSet, train: Sequence[MrcInput]
-) -> AnyObjective:
-    """Return the few-shot objective that suits ``runtime``; see `Objective` for the errors."""
-    if isinstance(runtime, CudaRuntime):
-        return CudaObjective(runtime, backbone, prompts, train)
-    return Objective(runtime, backbone, prompts, train)
+def exact_backend(backbone: Backbone, device: str) -> Backend:
+    """Return what computes in float32 on ``device``, to compare others with."""
+    return CudaBackend(backbone, device=device, precision="fp32") if _is_gpu(device) else CpuBackend(backbone)
+
+
+def layer_seconds(backend: Backend, probe: Probe, n_runs: int = 3) -> float:
+    """Return the shortest of ``n_runs`` times of one layer of ``backend`` on ``probe``."""
+    run = backend.probe(probe)
+    times = []
+    for _ in range(n_runs + 1):  # the first prepares
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
 
 
 def _is_gpu(device: str) -> bool:
     return device != "cpu" and resolve_device(device).type == "cuda"
 
 
-def _fastest(asked: _Asked, folder: Path) -> Runtime:
+def _fastest(asked: _Asked, folder: Path) -> Backend:
     """Return the fastest of torch and what runs ``folder``; torch where the folder cannot be used."""
     gpu = _is_gpu(asked.device)
     probe = _probe(asked.backbone, folder, gpu)
-    makers: dict[str, Callable[[], Runtime]] = {"torch": asked.on_torch, "onnxruntime": asked.on_onnxruntime}
+    makers: dict[str, Callable[[], Backend]] = {"torch": asked.on_torch, "onnxruntime": asked.on_onnxruntime}
     if gpu and _is_for_tensorrt(folder):
         makers["tensorrt"] = lambda: _with_plans(asked, probe)
     seconds: dict[str, float] = {}
-    runtimes: dict[str, Runtime] = {}
+    runtimes: dict[str, Backend] = {}
     unusable: dict[str, str] = {}
     for name, make in makers.items():
         try:
             runtime = make()
-            seconds[name] = layer_seconds(runtime, asked.backbone, probe)
+            seconds[name] = layer_seconds(runtime, probe)
             runtimes[name] = runtime
         except Mp2Error as error:
             if name == "torch":
@@ -223,10 +225,11 @@ def _probe(backbone: Backbone, folder: Path, gpu: bool) -> Probe:
         shapes = None
     if shapes is None:
         return Probe(n_candidates=candidates, n_tokens=tokens)
-    return Probe.within(
-        candidates=min(candidates, shapes.candidates),
-        examples=shapes.examples,
-        tokens=min(tokens, shapes.lengths[-1]),
+    tokens = min(tokens, shapes.lengths[-1])
+    return Probe(
+        n_candidates=min(candidates, shapes.candidates),
+        n_examples=max(1, min(Probe.n_examples, shapes.examples, _PROBE_TOKENS // tokens)),
+        n_tokens=tokens,
         prompt_tokens=min(Probe.prompt_tokens, shapes.prompt_tokens),
         inline=shapes.shallow,
     )
@@ -239,9 +242,9 @@ def _is_for_tensorrt(folder: Path) -> bool:
         return False
 
 
-def _with_plans(asked: _Asked, probe: Probe) -> Runtime:
+def _with_plans(asked: _Asked, probe: Probe) -> Backend:
     runtime = asked.on_tensorrt(asked.device)
-    index = middle_layer(asked.backbone)
+    index = asked.backbone.config.n_layers // 2
     graphs = ("embed.onnx", plain_layer_file(index) if probe.inline else layer_file(index, "onnx"))
     for graph in graphs:
         if not runtime.has_plan(graph):

@@ -41,7 +41,7 @@ from mp2.limits import check_new_folder
 
 if TYPE_CHECKING:
     from mp2.engine.agreement import Agreement
-    from mp2.engine.runtime import Runtime
+    from mp2.engine.chain import ChainBackend
     from mp2.prompts import PromptSet
     from mp2.tasks import MrcInput
 
@@ -94,7 +94,7 @@ def build_plans(
     *,
     device: str = "cuda",
     report: Callable[[Comparison], None] = lambda comparison: None,
-) -> Runtime:
+) -> ChainBackend:
     """Build every plan of a ``folder`` on this GPU and compare what they compute with torch.
 
     Raises MissingDependencyError (TensorRT, CUDA), Mp2Error (TensorRT's refusal, an output out of tolerance).
@@ -109,7 +109,7 @@ def build_plans(
 
 
 def precision_cost(
-    runtime: Runtime, backbone: Backbone, prompts: PromptSet | None, inputs: Sequence[MrcInput]
+    runtime: ChainBackend, backbone: Backbone, prompts: PromptSet | None, inputs: Sequence[MrcInput]
 ) -> Agreement:
     """Return how a population's losses in the middle of ``backbone`` agree with float32's.
 
@@ -121,7 +121,7 @@ def precision_cost(
     if prompts is None or prompts.kind != "deep":
         prompts = random_prompts(backbone, "deep", prompt_tokens=10, intrinsic_dim=20, scale=5.0)
     chosen = inputs[:_AGREEMENT_EXAMPLES]
-    return agreement(runtime, backbone, prompts, chosen, backbone.config.n_layers // 2)
+    return agreement(runtime, prompts, chosen, backbone.config.n_layers // 2)
 
 
 def check_target(out: str | Path) -> Path:

@@ -15,7 +15,8 @@ from mp2.export.emulated import emulated
 from mp2.export.graphs import INLINE_GRAPH
 
 if TYPE_CHECKING:
-    from mp2.engine.runtime import Prefix, Runtime
+    from mp2.engine.backend import Prefixes
+    from mp2.engine.onnx.stages import GraphStages
 
 # relative to the largest magnitude: one layer, and what comes out after all of them. Below float32, a few
 # times what rounding every result to the type (2^-11, 2^-8, 2^-4) was measured to make of a layer of mini
@@ -77,9 +78,9 @@ class _Probe:
         self.bias = torch.randn(_P, 2, generator=rng)
 
     def layer(
-        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefix | None
+        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefixes | None
     ) -> torch.Tensor:
-        """`Runtime.layer` by the encoder, a candidate at a time; prefix [P or 1, 1, h, m, d_h]."""
+        """`ChainBackend.layer` by the encoder, a candidate at a time; prefix [P or 1, 1, h, m, d_h]."""
         rows = []
         for c in range(max(len(hidden), 1 if prefix is None else len(prefix[0]))):
             own = None if prefix is None else (prefix[0][c % len(prefix[0])], prefix[1][c % len(prefix[1])])
@@ -104,7 +105,7 @@ class _Probe:
 
 
 @torch.inference_mode()
-def compare_stages(runtime: Runtime, backbone: Backbone) -> Iterator[Comparison]:
+def compare_stages(runtime: GraphStages, backbone: Backbone) -> Iterator[Comparison]:
     """Yield a comparison with the encoder for every stage of ``runtime`` and kind of input.
 
     Each layer gets the reference's own input; the last comparison is of the logits of the whole chain.
@@ -126,7 +127,7 @@ def compare_stages(runtime: Runtime, backbone: Backbone) -> Iterator[Comparison]
         two = text if len(text) == _P else torch.cat([text, text.flip(1)])
         prefixes = (probe.keys[i].unsqueeze(1), probe.values[i].unsqueeze(1))
         one = (prefixes[0][:1], prefixes[1][:1])
-        cases: Mapping[str, tuple[torch.Tensor, torch.Tensor | None, Prefix | None]] = {
+        cases: Mapping[str, tuple[torch.Tensor, torch.Tensor | None, Prefixes | None]] = {
             "no prompt": (two[:1], None, None),
             "no prompt, padded": (two, mask, None),
             "P prefixes, one text": (two[:1], None, prefixes),

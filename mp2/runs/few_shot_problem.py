@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mp2.engine.pending import Pending, settled, then
 from mp2.errors import UsageError
 from mp2.optimizers.router_search import stage_one_iterations
 from mp2.optimizers.two_stage import Prompt, Scores
@@ -21,10 +20,7 @@ from mp2.runs.frozen_model import FrozenModel
 from mp2.runs.task_data import TaskData
 
 if TYPE_CHECKING:
-    from mp2.engine import Objective
-    from mp2.engine.cuda.launches import Launches
-    from mp2.engine.cuda.objective import LogProbs
-    from mp2.engine.select import AnyObjective
+    from mp2.engine import Pending
     from mp2.tasks import Example, MrcInput, TaskCard
 
 
@@ -35,7 +31,7 @@ class FewShotProblem:
         self, config: BbtConfig, card: TaskCard, model: FrozenModel, data: TaskData | None = None
     ) -> None:
         """``data``: the task's, where another seed has read it already."""
-        from mp2.engine import create_objective
+        from mp2.engine import Objective, Scorer
         from mp2.tasks import few_shot_split
 
         self.config, self.card, self.model = config, card, model
@@ -54,36 +50,20 @@ class FewShotProblem:
         if config.test:
             _ = self.data.fitting_tests  # what is wrong with them is said now, not when all is tuned
         self.data_sha256 = _inputs_sha256([*self.train_inputs, *self.dev_inputs])
-        self.objective: AnyObjective = create_objective(
-            model.runtime, model.backbone, model.prompts, self.train_inputs
-        )
+        forward = model.runtime.forward(model.prompts)
+        self.objective = Objective(forward, self.train_inputs)
+        self.scorer = Scorer(forward)
 
-    @property
-    def launching(self) -> Objective | Launches:
-        """The objective, its evaluations only launched where the runtime can do that."""
-        from mp2.engine.cuda.launches import launching
-
-        return launching(self.objective)
-
-    def dev_scores(self, z: Prompt) -> Scores:
+    def dev_scores(self, z: Prompt) -> Pending[Scores]:
         """Score and loss of z [L', d] on the few-shot dev set; the loss is the mean over `has_gold`."""
-        return settled(self.launch_dev_scores(z))
-
-    def launch_dev_scores(self, z: Prompt) -> Scores | Pending[Scores]:
-        """`dev_scores`; what is launched is decoded by whoever fetches it."""
         return self._scores(z, self._dev, self.dev_inputs)
 
-    def test_scores(self, z: Prompt) -> Scores:
+    def test_scores(self, z: Prompt) -> Pending[Scores]:
         """Score and loss of z [L', d] on the test set; examples that do not fit count as wrong."""
-        return settled(self.launch_test_scores(z))
-
-    def launch_test_scores(self, z: Prompt) -> Scores | Pending[Scores]:
-        """`test_scores`; what is launched is decoded by whoever fetches it."""
         fitting = self.data.fitting_tests
         share = len(fitting) / self.n_test
-        return then(
-            self._scores(z, fitting, self.data.test_inputs),
-            lambda scores: replace(scores, score=scores.score * share),
+        return self._scores(z, fitting, self.data.test_inputs).then(
+            lambda scores: replace(scores, score=scores.score * share)
         )
 
     def test_inputs(self) -> list[MrcInput]:
@@ -95,22 +75,22 @@ class FewShotProblem:
         """Test examples that are scored."""
         return len(self.data.tests)
 
-    def _scores(
-        self, z: Prompt, examples: Sequence[Example], inputs: Sequence[MrcInput]
-    ) -> Scores | Pending[Scores]:
+    def _scores(self, z: Prompt, examples: Sequence[Example], inputs: Sequence[MrcInput]) -> Pending[Scores]:
         from mp2.tasks import decode, score
 
-        def scores(log_probs: LogProbs) -> Scores:
-            start, end = log_probs
+        reader = self.objective.reader(z)
+
+        def scored(outputs: list[np.ndarray]) -> Scores:
             losses = [
-                -(float(s[i.start]) + float(e[i.end])) / 2
-                for i, s, e, counts in zip(inputs, start, end, has_gold(self.card, inputs), strict=True)
+                reader.loss(item, output)
+                for item, output, counts in zip(inputs, outputs, has_gold(self.card, inputs), strict=True)
                 if counts
             ]
-            predictions = decode(self.card, examples, inputs, start, end)
+            scores = [reader.scores(item, output) for item, output in zip(inputs, outputs, strict=True)]
+            predictions = [found.prediction for found in decode(self.card, examples, inputs, scores)]
             return Scores(float(score(self.card, predictions, examples)), float(np.mean(losses)))
 
-        return then(self.launching.log_probs(z, inputs), scores)
+        return self.scorer.outputs(z, inputs).then(scored)
 
 
 def has_gold(card: TaskCard, inputs: Sequence[MrcInput]) -> list[bool]:

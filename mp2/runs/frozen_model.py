@@ -18,7 +18,7 @@ from mp2.runs.config import BbtConfig
 
 if TYPE_CHECKING:
     from mp2.backbone import Backbone
-    from mp2.engine import Runtime
+    from mp2.engine import Backend
     from mp2.prompts import PromptSet
 
 
@@ -28,7 +28,7 @@ class FrozenModel:
 
     backbone: Backbone
     prompts: PromptSet
-    runtime: Runtime
+    runtime: Backend
 
     @property
     def kind(self) -> Kind:
@@ -117,7 +117,7 @@ def load_model(config: BbtConfig) -> FrozenModel:
         UsageError: unknown names, missing packages, files that do not fit each other.
     """
     from mp2.backbone import load_backbone
-    from mp2.engine import create_runtime
+    from mp2.engine import create_backend
     from mp2.engine.folder import MANIFEST
     from mp2.prompts import load_prompts
 
@@ -132,7 +132,7 @@ def load_model(config: BbtConfig) -> FrozenModel:
             f"the prompts of {default_prompts(config)} are {prompts.kind}, expected {config.kind}: "
             f"drop --{config.kind} or give other --prompts"
         )
-    runtime = create_runtime(
+    runtime = create_backend(
         config.runtime,
         backbone,
         engine_dir=Path(config.engine) if config.engine else None,

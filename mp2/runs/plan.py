@@ -9,9 +9,6 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mp2.engine.batches import group_by_length, pieces
-from mp2.engine.cuda.launches import lanes_for
-from mp2.engine.cuda.objective import CudaObjective
 from mp2.optimizers.router_search import stage_one_iterations
 from mp2.runs.precision import agreement_line
 from mp2.runs.together import AT_ONCE
@@ -59,30 +56,13 @@ def run_plan(problem: FewShotProblem) -> dict[str, Any]:
             "mean_tokens": round(sum(lengths) / len(lengths), 1),
             "max_tokens": max(lengths),
         },
-        "batches": _batches(problem, lengths),
+        "batches": problem.objective.cut(config.layers.popsize),
         "iterations": {"stage1": stage1, "stage2": stage2},
         "router_search": config.router.method,
         "popsize": config.layers.popsize,
-        "side_by_side": lanes_for(problem.objective, AT_ONCE),  # runs that the device computes at a time
-    }
-
-
-def _batches(problem: FewShotProblem, lengths: list[int]) -> dict[str, Any]:
-    """How a population of stage II is cut up: groups of examples, batches, share of padding."""
-    objective, population = problem.objective, problem.config.layers.popsize
-    if isinstance(objective, CudaObjective):
-        return objective.batches(population)
-    limit, inline = objective.micro_batch_tokens, problem.model.prompts.meta.n_inline
-    groups = group_by_length(lengths, population, limit)
-    longest = [lengths[group[0]] for group in groups]
-    padded = sum(len(group) * length for group, length in zip(groups, longest, strict=True))
-    cuts = [pieces(population, len(g), n + inline, limit) for g, n in zip(groups, longest, strict=True)]
-    return {
-        "population": population,
-        "groups": len(groups),
-        "batches": sum(len(list(cut)) for cut in cuts),
-        "batch_tokens": limit,
-        "padding": 1 - sum(lengths) / padded,
+        "side_by_side": min(
+            AT_ONCE, problem.objective.side_by_side()
+        ),  # runs that the device computes at a time
     }
 
 

@@ -26,7 +26,6 @@ def precision_agreement(problem: FewShotProblem) -> Agreement | None:
     layer = space.n_layers // 2
     return agreement(
         model.runtime,
-        model.backbone,
         model.prompts,
         [problem.train_inputs[i] for i in _chosen(problem, layer)],
         layer,

@@ -9,9 +9,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mp2.errors import FormatError, MissingDependencyError, UsageError
 from mp2.runs.config import BbtConfig
 from mp2.runs.frozen_model import FrozenModel, load_model
@@ -19,10 +16,7 @@ from mp2.runs.run_folder import how_to_end, read_config
 from mp2.runs.tuned import check_fits, load_tuned
 
 if TYPE_CHECKING:
-    from mp2.engine.select import AnyObjective
-    from mp2.tasks import Example, MrcInput, TaskCard
-
-_Floats = NDArray[np.floating[Any]]
+    from mp2.tasks import Example, TaskCard
 
 CHUNK = 256  # lines that are read, labelled and written at once
 
@@ -61,6 +55,7 @@ class Predictor:
             FormatError: its tuned prompt is missing or damaged; the message says how to make it again.
             MismatchError: backbone or prompts are not those of the run.
         """
+        from mp2.engine import Scorer
         from mp2.tasks import MrcFormatter, load_card
 
         run_dir = Path(run_dir)
@@ -83,8 +78,7 @@ class Predictor:
             model = _load_here(config, note)
         check_fits(meta, backbone_sha256=model.backbone.sha256, prompts_sha256=model.prompts.sha256)
         self._formatter = MrcFormatter(self.card, model.backbone.tokenizer, meta.max_tokens)
-        self._model = model
-        self._objective: AnyObjective | None = None
+        self._scorer = Scorer(model.runtime.forward(model.prompts))
 
     def predict_lines(self, lines: Iterable[bytes], name: str) -> Iterator[dict[str, Any]]:
         """Predictions for JSON lines with the task's fields, or for lines of plain text (one-text tasks).
@@ -109,7 +103,6 @@ class Predictor:
         Raises:
             UsageError: options of an example leave no room for its text.
         """
-        from mp2.engine import create_objective
         from mp2.tasks import decode
 
         for example in examples:
@@ -119,27 +112,15 @@ class Predictor:
                     f"{self._formatter.max_tokens} tokens; shorten them"
                 )
         inputs = [made for i, e in enumerate(examples) for made in self._formatter.inputs(e, i)]
-        if self._objective is None:  # it wants a training set, which log_probs does not use
-            model = self._model
-            self._objective = create_objective(model.runtime, model.backbone, model.prompts, inputs[:1])
-        start, end = self._objective.log_probs(self._z, inputs)
-        predictions = decode(self.card, examples, inputs, start, end)
-        by_example: list[list[int]] = [[] for _ in examples]
-        for number, item in enumerate(inputs):
-            by_example[item.example].append(number)
-        found = []
-        for example, numbers, prediction in zip(examples, by_example, predictions, strict=True):
-            outputs = [(inputs[n], start[n], end[n]) for n in numbers]
-            if self.card.type == "extraction":
-                probability = self._answer_probability(example, str(prediction), outputs)
-                found.append({"answer": prediction, "probability": probability})
-                continue
-            probability = _option_probability(*outputs[0])
-            if self.card.type == "classification":
-                found.append({"label": prediction, "probability": probability})
-            else:
-                index = int(prediction)
-                found.append({"label": index, "option": example.options[index], "probability": probability})
+        head, outputs = self._scorer.forward.head, self._scorer.outputs(self._z, inputs).fetch()
+        scores = [head.scores(item, output) for item, output in zip(inputs, outputs, strict=True)]
+        key = "answer" if self.card.type == "extraction" else "label"
+        found: list[dict[str, Any]] = []
+        for example, decoded in zip(examples, decode(self.card, examples, inputs, scores), strict=True):
+            line: dict[str, Any] = {key: decoded.prediction}
+            if self.card.type == "multiple_choice":
+                line["option"] = example.options[int(decoded.prediction)]
+            found.append({**line, "probability": decoded.probability})
         return found
 
     def _as_json(self, lines: Iterable[bytes], name: str) -> Iterator[bytes]:
@@ -161,30 +142,6 @@ class Predictor:
             )
         for line in chain([b"\n"] * skipped, [first], iterator):
             yield _wrap(line, fields[0]) if plain else line
-
-    def _answer_probability(
-        self, example: Example, answer: str, outputs: Sequence[tuple[MrcInput, _Floats, _Floats]]
-    ) -> float:
-        """Probability of the best span that reads ``answer``; of [CLS] where there is no answer."""
-        if not answer:
-            return float(np.exp(min(float(s[0] + e[0]) for _, s, e in outputs)))
-        context, best = example.fields["context"], -np.inf
-        for item, s, e in outputs:
-            if item.context_span is None:
-                continue
-            first = item.context_span[0]
-            ends = {offset[1]: i for i, offset in enumerate(item.context_offsets)}
-            for i, (begin, _) in enumerate(item.context_offsets):
-                j = ends.get(begin + len(answer))
-                if j is not None and context.startswith(answer, begin):
-                    best = max(best, float(s[first + i] + e[first + j]))
-        return float(np.exp(best))
-
-
-def _option_probability(item: MrcInput, start: _Floats, end: _Floats) -> float:
-    """Softmax over the options, of the best one."""
-    scores = np.asarray(start[item.option_spans[:, 0]] + end[item.option_spans[:, 1]], dtype=np.float64)
-    return float(1.0 / np.exp(scores - scores.max()).sum())
 
 
 def _computed_with(config: BbtConfig, runtime: str, precision: str, device: str) -> BbtConfig:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mp2.engine.pending import Pending
+from mp2.engine.backend import Pending
 from mp2.errors import LossError, MismatchError
 from mp2.optimizers.two_stage import Scores
 from mp2.runs.journal import Journal, Record, finite_or_none
@@ -32,7 +32,7 @@ class NonFiniteLossWarning(UserWarning):
     """Some candidates of a generation had NaN or infinite losses."""
 
 
-ScoresOrPending = Callable[[], Scores | Pending[Scores]]
+ComputeScores = Callable[[], Pending[Scores]]
 
 
 class Recorder:
@@ -86,7 +86,7 @@ class Recorder:
         stage: int,
         layer: int | None,
         candidates: NDArray[Any],
-        compute: Callable[[], Floats | Pending[Floats]],
+        compute: Callable[[], Pending[Floats]],
         *,
         suggest_s: float = 0.0,
         worst_so_far: float | None = None,
@@ -142,7 +142,7 @@ class Recorder:
         self._count(spent)
         return repaired
 
-    def scores(self, split: str, at: str, prompt: NDArray[Any], compute: ScoresOrPending) -> Scores:
+    def scores(self, split: str, at: str, prompt: NDArray[Any], compute: ComputeScores) -> Scores:
         """Score and loss of the prompt [L', d] on ``dev`` or ``test``, after the stage ``at``."""
         digest = _digest(prompt, split, at)
         record = self._next("scores")

@@ -83,7 +83,7 @@ def score_tests(problem: FewShotProblem, outcome: Outcome, recorder: Recorder) -
         key = checkpoint.z.tobytes()
         if key not in known:
             z = checkpoint.z
-            known[key] = recorder.scores("test", name, z, lambda z=z: problem.launch_test_scores(z)).score  # type: ignore[misc]
+            known[key] = recorder.scores("test", name, z, lambda z=z: problem.test_scores(z)).score  # type: ignore[misc]
         scores[name] = known[key]
     return scores
 

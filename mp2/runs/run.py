@@ -31,8 +31,8 @@ from mp2.runs.task_data import TaskData
 from mp2.runs.tuned import save_tuned
 
 if TYPE_CHECKING:
+    from mp2.engine import Objective
     from mp2.engine.agreement import Agreement
-    from mp2.engine.select import AnyObjective
 
 Observe = Callable[[Progress], None]
 _AGREEMENT = "precision_agreement"  # of config.json and result.json; null in float32
@@ -90,7 +90,7 @@ class Run:
         self._recorder: Recorder | None = None
 
     @property
-    def objective(self) -> AnyObjective:
+    def objective(self) -> Objective:
         """What it tunes on."""
         return self._problem.objective
 
@@ -122,9 +122,9 @@ class Run:
             check_identity(path, header, identity(problem))
             outcome = TwoStage(
                 problem.config,
-                problem.launching,
+                problem.objective,
                 problem.model.space(),
-                problem.launch_dev_scores,
+                problem.dev_scores,
                 recorder,
                 observe,
             ).run()

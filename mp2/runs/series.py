@@ -190,9 +190,8 @@ def _tune(runs: list[Run]) -> Iterator[dict[str, Any]]:
 
 def _share_device(runs: Sequence[Run]) -> None:
     """Let the runs compute side by side where the device can, and say so."""
-    from mp2.engine.cuda.launches import spread
-
-    n_lanes = spread([run.objective for run in runs], min(len(runs), AT_ONCE))
+    n_lanes = min(len(runs), AT_ONCE, *(run.objective.side_by_side() for run in runs))
+    runs[0].objective.forward.backend.share(n_lanes)
     if n_lanes > 1:
         print(
             f"mp2: {len(runs)} runs share the device; {n_lanes} side by side, each on its own CUDA stream",

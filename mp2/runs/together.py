@@ -7,7 +7,7 @@ would make: so each result has the same bits as alone.
 On a CPU an evaluation is computed before the next is taken: it has all cores. While one run's forwards are
 computed, the others suggest, hash and journal: the engine never waits as long as two runs are under way.
 
-On a GPU an evaluation is only launched (`mp2.engine.pending.Pending`), and the run that asked for it waits
+On a GPU an evaluation is only launched (`mp2.engine.Pending`), and the run that asked for it waits
 for it in its own thread. The serving thread waits for no result, so whatever several runs ask for is on the
 device at once, each run's on a CUDA stream of its own (``mp2.engine.cuda.lanes``). All launches, captures
 and allocations are made by this one thread.
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from mp2.engine.pending import Pending, settled
+from mp2.engine.backend import Pending
 from mp2.errors import Mp2Error
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ class Server:
     def __init__(self) -> None:
         self._inbox: SimpleQueue[_Call | _End] = SimpleQueue()
 
-    def timed(self, compute: Callable[[], T | Pending[T]]) -> tuple[T, float]:
+    def timed(self, compute: Callable[[], Pending[T]]) -> tuple[T, float]:
         """In a run's thread: the result of ``compute``, run by the server, and the seconds it took itself.
 
         These begin when the server takes it up; of what was launched, they end when it is fetched, and the
@@ -72,10 +72,8 @@ class Server:
         got = answer.get()
         if got.error is not None:
             raise got.error
-        if isinstance(got.value, Pending):
-            value = got.value.fetch()
-            return value, time.perf_counter() - got.started
-        return got.value, got.ended - got.started
+        value = got.value.fetch()
+        return value, (got.ended if got.value.ready else time.perf_counter()) - got.started
 
     def run(self, works: Sequence[Callable[[], T]], at_once: int = AT_ONCE) -> Iterator[tuple[int, T]]:
         """Do the works, each in a thread that may call :meth:`timed`; yields (number, result) as they end.
@@ -135,8 +133,8 @@ class Server:
             call.answer.put(_Answer(value, started, time.perf_counter()))
 
 
-def timed(compute: Callable[[], T | Pending[T]]) -> tuple[T, float]:
+def timed(compute: Callable[[], Pending[T]]) -> tuple[T, float]:
     """The result of ``compute``, fetched where it was only launched, and the seconds that it took."""
     start = time.perf_counter()
-    value = settled(compute())
+    value = compute().fetch()
     return value, time.perf_counter() - start

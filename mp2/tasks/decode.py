@@ -9,6 +9,7 @@ span does.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -21,35 +22,38 @@ Floats = npt.NDArray[np.floating]
 Prediction = str | int
 
 
-def decode(
-    card: TaskCard,
-    examples: Sequence[Example],
-    inputs: Sequence[MrcInput],
-    start_logp: Sequence[Floats],
-    end_logp: Sequence[Floats],
-) -> list[Prediction]:
-    """Return a prediction for each example: raw label, option index, or answer text.
+@dataclass(frozen=True)
+class Decoded:
+    """The prediction for an example, and how sure the model is of it."""
 
-    ``inputs[i].example`` is an index into ``examples``; ``start_logp[i]`` and ``end_logp[i]`` are [T] of
-    ``inputs[i]``.
+    prediction: Prediction  # raw label, option index, or answer text
+    probability: float  # of the option among the options; of the span among all spans
+
+
+def decode(
+    card: TaskCard, examples: Sequence[Example], inputs: Sequence[MrcInput], scores: Sequence[Floats]
+) -> list[Decoded]:
+    """Return the prediction for each example.
+
+    ``inputs[i].example`` is an index into ``examples``; ``scores[i]`` are the log-scores [n_options] of
+    ``inputs[i]`` (up to a constant) or, for extraction, the log-probabilities [T, 2] of start and end.
     """
     of_example: list[list[int]] = [[] for _ in examples]
     for number, item in enumerate(inputs):
         of_example[item.example].append(number)
     labels = list(card.labels)
-    predictions: list[Prediction] = []
+    found: list[Decoded] = []
     for index, numbers in enumerate(of_example):
         if not numbers:
             raise ValueError(f"example {index} has no input among the {len(inputs)} given")
         if card.type == "extraction":
-            outputs = [(inputs[n], start_logp[n], end_logp[n]) for n in numbers]
-            predictions.append(_answer(card, examples[index], outputs))
+            found.append(_answer(card, examples[index], [(inputs[n], scores[n]) for n in numbers]))
             continue
-        n = numbers[0]
-        spans = inputs[n].option_spans
-        best = int(np.argmax(start_logp[n][spans[:, 0]] + end_logp[n][spans[:, 1]]))
-        predictions.append(labels[best] if card.type == "classification" else best)
-    return predictions
+        options = np.asarray(scores[numbers[0]], dtype=np.float64)
+        best = int(np.argmax(options))
+        probability = float(1.0 / np.exp(options - options[best]).sum())
+        found.append(Decoded(labels[best] if card.type == "classification" else best, probability))
+    return found
 
 
 def best_span(start_logp: Floats, end_logp: Floats, max_tokens: int) -> tuple[float, int, int]:
@@ -64,17 +68,18 @@ def best_span(start_logp: Floats, end_logp: Floats, max_tokens: int) -> tuple[fl
     return best
 
 
-def _answer(card: TaskCard, example: Example, outputs: Sequence[tuple[MrcInput, Floats, Floats]]) -> str:
+def _answer(card: TaskCard, example: Example, outputs: Sequence[tuple[MrcInput, Floats]]) -> Decoded:
     score, text, no_answer = -np.inf, "", np.inf
-    for item, start_logp, end_logp in outputs:
-        no_answer = min(no_answer, float(start_logp[0] + end_logp[0]))
+    for item, logp in outputs:
+        no_answer = min(no_answer, float(logp[0, 0] + logp[0, 1]))
         if item.context_span is None:
             continue
         first, last = item.context_span
-        found, i, j = best_span(
-            start_logp[first : last + 1], end_logp[first : last + 1], card.max_answer_tokens
-        )
+        context = logp[first : last + 1]
+        found, i, j = best_span(context[:, 0], context[:, 1], card.max_answer_tokens)
         if found > score:
             score = found
             text = example.fields["context"][item.context_offsets[i][0] : item.context_offsets[j][1]]
-    return "" if card.unanswerable and no_answer > score else text
+    if not text or (card.unanswerable and no_answer > score):
+        return Decoded("", float(np.exp(no_answer)))
+    return Decoded(text, float(np.exp(score)))

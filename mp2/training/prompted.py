@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mp2.backbone.encoder import Encoder
+from mp2.heads import span_scores
 from mp2.prompts import ModularPrompts
 from mp2.tasks import decode, score
 from mp2.training.mixture import Batch, MixtureTask, pad
@@ -54,18 +55,17 @@ def dev_score(
     """Metric of a task on its dev examples under router weights [L', K]; between 0 and 1."""
     device = weights.device
     order = np.argsort([x.n_tokens for x in task.dev], kind="stable")
-    starts: list[Any] = [None] * len(order)
-    ends: list[Any] = [None] * len(order)
+    scores: list[Any] = [None] * len(order)
     for first in range(0, len(order), batch):
         rows = order[first : first + batch]
         ids, mask_np = pad([task.dev[i] for i in rows], pad_id)
         mask = torch.from_numpy(mask_np).to(device)
         logits = model.prompts(model.encoder, torch.from_numpy(ids).to(device), mask, weights)
-        start, end = (x.float().masked_fill(~mask, -torch.inf).log_softmax(-1).cpu().numpy() for x in logits)
-        for row, i in enumerate(rows):
-            n = task.dev[i].n_tokens
-            starts[i], ends[i] = start[row, :n], end[row, :n]
-    return score(task.card, decode(task.card, task.dev_examples, task.dev, starts, ends), task.dev_examples)
+        logp = torch.stack([x.float().masked_fill(~mask, -torch.inf).log_softmax(-1) for x in logits], -1)
+        for output, i in zip(logp.cpu().numpy(), rows, strict=True):
+            scores[i] = span_scores(task.dev[i], output)
+    found = decode(task.card, task.dev_examples, task.dev, scores)
+    return score(task.card, [x.prediction for x in found], task.dev_examples)
 
 
 def dev_scores(

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mp2.engine import create_objective
+from mp2.engine import Objective, Scorer
 from mp2.errors import LossError, UsageError
 from mp2.optimizers import Outcome, Progress
 from mp2.optimizers.config import Kind, LayerConfig
@@ -209,9 +209,8 @@ class GradientTuner:
         """The same examples under other soft prompts."""
         problem = copy.copy(self.problem)
         problem.model = replace(problem.model, prompts=prompts)
-        problem.objective = create_objective(
-            problem.model.runtime, problem.model.backbone, prompts, problem.train_inputs
-        )
+        forward = problem.model.runtime.forward(prompts)
+        problem.objective, problem.scorer = Objective(forward, problem.train_inputs), Scorer(forward)
         return problem
 
     def test_scores(
@@ -229,7 +228,7 @@ class GradientTuner:
             key = (checkpoint.z.tobytes(), trained)
             if key not in known:
                 scorer = self.scorer(selected if trained else self._start)
-                known[key] = scorer.test_scores(checkpoint.z).score
+                known[key] = scorer.test_scores(checkpoint.z).fetch().score
             scores[name] = known[key]
         return scores, len(known), time.perf_counter() - begun
 
@@ -306,8 +305,8 @@ class GradientTuner:
         begun = time.perf_counter()
         scorer = self.scorer(prompts)
         z: Prompt = prompts.fuse(weights).numpy()
-        train_loss = float(scorer.objective.full_losses(z[None])[0])
-        dev: Scores = scorer.dev_scores(z)
+        train_loss = float(scorer.objective.full_losses(z[None]).fetch()[0])
+        dev: Scores = scorer.dev_scores(z).fetch()
         self._seconds["dev"] += time.perf_counter() - begun
         router = (weights > 0.5).cpu().numpy()
         checkpoint = Checkpoint(at, self._epoch, z, router, train_loss, dev)

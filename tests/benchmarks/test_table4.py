@@ -13,7 +13,7 @@ import torch
 from benchmarks.speed import gpu, table4
 from benchmarks.speed.plain_loop import PlainLoop
 from mp2.backbone import Backbone, BackboneConfig, random_backbone
-from mp2.engine import TorchRuntime
+from mp2.engine.cpu.backend import CpuBackend
 from mp2.prompts import random_prompts
 from mp2.runs.config import BbtConfig
 from mp2.runs.frozen_model import FrozenModel
@@ -47,7 +47,7 @@ def test_a_cell_is_measured_where_it_fits_and_extrapolated_where_not(
 ) -> None:
     monkeypatch.setitem(table4.PAPER[kind], "demo_sentiment", (1.0, 2.0))
     prompts = random_prompts(small, kind, prompt_tokens=4, intrinsic_dim=5)  # type: ignore[arg-type]
-    model = FrozenModel(small, prompts, TorchRuntime(small))
+    model = FrozenModel(small, prompts, CpuBackend(small))
     iters = 110 if kind == "deep" else 210
     config = BbtConfig(
         task="demo_sentiment",

@@ -7,8 +7,8 @@ from lanes_double import Device
 
 from benchmarks.speed import together
 from mp2.backbone import load_backbone
-from mp2.engine import TorchRuntime
-from mp2.engine.cuda.runtime import CudaRuntime
+from mp2.engine.cpu.backend import CpuBackend
+from mp2.engine.cuda.backend import CudaBackend
 from mp2.optimizers.config import LayerConfig, RouterConfig
 from mp2.prompts import random_prompts
 from mp2.runs.config import BbtConfig
@@ -20,11 +20,11 @@ def test_two_seeds_are_the_same_together_and_alone(launches: bool, monkeypatch: 
     monkeypatch.setattr(together, "POPULATION", 2)
     mini = load_backbone("mini")
     prompts = random_prompts(mini, "deep", prompt_tokens=2, intrinsic_dim=5)
-    runtime = CudaRuntime(mini, device="cpu", precision="fp32") if launches else TorchRuntime(mini)
+    runtime = CudaBackend(mini, device="cpu", precision="fp32") if launches else CpuBackend(mini)
     device = Device()
-    if isinstance(runtime, CudaRuntime):
+    if isinstance(runtime, CudaBackend):
         runtime.lanes = device.make_lanes()
-        runtime.most_lanes = lambda tokens: 8  # type: ignore[method-assign]
+        runtime.side_by_side = lambda tokens: 8  # type: ignore[method-assign]
     configs = [
         BbtConfig(
             task="demo_sentiment",

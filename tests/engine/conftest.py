@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from mp2.backbone import Backbone, freeze
-from mp2.engine import Objective, OnnxRuntime, Runtime, TorchRuntime
+from mp2.engine import Objective
+from mp2.engine.chain import ChainBackend
+from mp2.engine.cpu.backend import CpuBackend
+from mp2.engine.onnx.runtime import OnnxRuntime
 from mp2.export import export_engine
 from mp2.prompts import PromptSet, random_prompts
 from mp2.tasks import MrcInput
@@ -54,20 +57,20 @@ def runtime(
     tiny_backbone: Backbone,
     engine_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> Runtime:
+) -> ChainBackend:
     if request.param.startswith("torch"):
         if request.param == "torch without C":
             monkeypatch.setattr("mp2.engine.cpu.native.load", lambda: None)
-        return TorchRuntime(tiny_backbone)
+        return CpuBackend(tiny_backbone)
     return OnnxRuntime(tiny_backbone, engine_dir, threads=1)
 
 
 @pytest.fixture
 def make_objective(
-    tiny_backbone: Backbone, train: list[MrcInput], runtime: Runtime
+    tiny_backbone: Backbone, train: list[MrcInput], runtime: ChainBackend
 ) -> Callable[..., Objective]:
     def make(prompts: PromptSet, **options: int) -> Objective:
-        return Objective(runtime, tiny_backbone, prompts, train, **options)
+        return Objective(runtime.forward(prompts, **options), train)
 
     return make
 

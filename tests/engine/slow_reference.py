@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from mp2.backbone import Backbone
+from mp2.engine import Forward, Scorer
 from mp2.prompts import PromptSet
 from mp2.tasks import MrcInput
 
@@ -27,6 +28,12 @@ def make_inputs(lengths: tuple[int, ...], vocab_size: int, seed: int = 0) -> lis
             )
         )
     return inputs
+
+
+def log_probs(forward: Forward, z: np.ndarray, inputs: list[MrcInput]) -> list[np.ndarray]:
+    """The span head's outputs [T, 2] of each input's own tokens."""
+    outputs = Scorer(forward).outputs(z, inputs).fetch()
+    return [output[: len(item.input_ids)] for item, output in zip(inputs, outputs, strict=True)]
 
 
 class SlowReference:

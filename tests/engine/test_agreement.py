@@ -10,10 +10,13 @@ import torch
 from scipy.stats import spearmanr
 
 from mp2.backbone import Backbone
-from mp2.engine import Objective, TorchRuntime, create_runtime
+from mp2.engine import Objective, create_backend
 from mp2.engine.agreement import Agreement, agreement, spearman
+from mp2.engine.backend import Backend
+from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.cpu.int8_steps import int8_problem
-from mp2.engine.cuda.runtime import CudaRuntime
+from mp2.engine.cuda.backend import CudaBackend
+from mp2.engine.select import exact_backend
 from mp2.prompts import PromptSet
 from mp2.tasks import MrcInput
 
@@ -30,8 +33,8 @@ def test_float32_agrees_with_itself(
     request: pytest.FixtureRequest, tiny_backbone: Backbone, train: list[MrcInput], kind: str, layer: int
 ) -> None:
     prompts: PromptSet = request.getfixturevalue(kind)
-    for runtime in (TorchRuntime(tiny_backbone), CudaRuntime(tiny_backbone, device="cpu", precision="fp32")):
-        found = agreement(runtime, tiny_backbone, prompts, train, layer, n_candidates=6)
+    for runtime in (CpuBackend(tiny_backbone), CudaBackend(tiny_backbone, device="cpu", precision="fp32")):
+        found = agreement(runtime, prompts, train, layer, n_candidates=6)
         assert (found.layer, found.n_candidates, found.n_examples) == (layer, 6, len(train))
         assert found.spearman > 0.99
         assert found.max_error < 1e-5 < found.spread
@@ -43,15 +46,15 @@ def test_a_low_precisions_error_is_that_of_the_losses(
 ) -> None:
     if precision == "int8" and int8_problem():
         pytest.skip("no int8 products on this CPU")
-    runtime = create_runtime("torch", tiny_backbone, precision=precision)
-    found = agreement(runtime, tiny_backbone, deep, train, 2, sigma=0.1, n_candidates=8)
+    runtime = create_backend("torch", tiny_backbone, precision=precision)
+    found = agreement(runtime, deep, train, 2, sigma=0.1, n_candidates=8)
     z = deep.fuse(torch.ones(deep.z.shape[:2])).numpy()
     trial = z[2] + 0.1 * np.random.default_rng(8).standard_normal((8, z.shape[1]))
     losses = []
-    for each in (TorchRuntime(tiny_backbone), runtime):
-        objective = Objective(each, tiny_backbone, deep, train)
+    for each in (CpuBackend(tiny_backbone), runtime):
+        objective = Objective(each.forward(deep), train)
         objective.set_incumbent(z)
-        losses.append(objective.layer_losses(2, trial))
+        losses.append(objective.layer_losses(2, trial).fetch())
     assert found.max_error == pytest.approx(np.abs(losses[1] - losses[0]).max())
     assert found.max_error > 0
     assert found.spearman == pytest.approx(spearmanr(*losses).statistic)
@@ -62,18 +65,17 @@ def test_a_reference_that_does_not_fit_the_device_is_computed_on_the_cpu(
 ) -> None:
     asked: list[str] = []
 
-    class Full(TorchRuntime):
-        def __init__(self, backbone: Backbone, *, device: str = "cpu") -> None:
-            asked.append(device)
-            if device != "cpu":
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            super().__init__(backbone)
+    def exact(backbone: Backbone, device: str) -> Backend:
+        asked.append(device)
+        if device != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return exact_backend(backbone, device)
 
-    runtime = TorchRuntime(tiny_backbone)
-    expected = agreement(runtime, tiny_backbone, deep, train, 1, n_candidates=4)
-    monkeypatch.setattr("mp2.engine.agreement.TorchRuntime", Full)
-    runtime.device = "cpu:0"  # another device by its name
-    assert agreement(runtime, tiny_backbone, deep, train, 1, n_candidates=4) == expected
+    backend = CpuBackend(tiny_backbone)
+    expected = agreement(backend, deep, train, 1, n_candidates=4)
+    monkeypatch.setattr("mp2.engine.agreement.exact_backend", exact)
+    backend.device = "cpu:0"  # another device by its name
+    assert agreement(backend, deep, train, 1, n_candidates=4) == expected
     assert asked == ["cpu:0", "cpu"]
 
 

@@ -11,15 +11,16 @@ import torch
 
 from benchmarks.speed.plain_loop import PlainLoop
 from mp2.backbone import Backbone
-from mp2.engine import Objective, TorchRuntime
-from mp2.engine.cpu.int8_runtime import Int8Runtime
-from mp2.engine.cuda.objective import CudaObjective
-from mp2.engine.cuda.runtime import CudaRuntime
+from mp2.engine import Objective
+from mp2.engine.cpu.backend import CpuBackend
+from mp2.engine.cpu.int8_runtime import Int8Backend
+from mp2.engine.cuda.backend import CudaBackend
+from mp2.engine.tensorrt.runtime import TensorRTRuntime
 from mp2.errors import UsageError
 from mp2.prompts import PromptSet
 from mp2.tasks import MrcInput
 
-from .slow_reference import D
+from .slow_reference import D, log_probs
 
 Make = Callable[..., Objective]
 
@@ -53,8 +54,8 @@ def test_losses_equal_a_bert_model_with_additions_before_every_layer(
     z = candidates(3, inline)
     objective = make_objective(inline, micro_batch_tokens=limit)
     expected = by_hand(tiny_backbone, inline, train, z)
-    np.testing.assert_allclose(objective.full_losses(z), expected, rtol=1e-5)
-    as_prefix = make_objective(deep).full_losses(z)
+    np.testing.assert_allclose(objective.full_losses(z).fetch(), expected, rtol=1e-5)
+    as_prefix = make_objective(deep).full_losses(z).fetch()
     assert (np.abs(as_prefix - expected) > 1e-3 * expected).all()  # another injection is another loss
 
 
@@ -70,7 +71,7 @@ def test_visits_of_layers_with_commits_equal_whole_forwards(
         whole = np.repeat(z[None], 2, 0)
         whole[:, layer] = trial
         expected = by_hand(tiny_backbone, inline, train, whole)
-        np.testing.assert_allclose(objective.layer_losses(layer, trial), expected, rtol=1e-5)
+        np.testing.assert_allclose(objective.layer_losses(layer, trial).fetch(), expected, rtol=1e-5)
         objective.commit(layer, trial[1])
         z[layer] = trial[1]
     assert objective.n_evaluations == 6
@@ -81,41 +82,43 @@ def test_log_probs_are_of_the_text_alone_and_give_the_loss(
 ) -> None:
     z = candidates(1, inline)
     objective = make_objective(inline)
-    start, end = objective.log_probs(z[0], train)
+    logp = log_probs(objective.forward, z[0], train)
+    start, end = [x[:, 0] for x in logp], [x[:, 1] for x in logp]
     for item, s, e in zip(train, start, end, strict=True):
         assert len(s) == len(e) == item.n_tokens
         assert np.exp(s).sum() == pytest.approx(1)
     losses = [-(s[i.start] + e[i.end]) / 2 for i, s, e in zip(train, start, end, strict=True)]
-    assert np.mean(losses) == pytest.approx(objective.full_losses(z)[0], rel=1e-5)
+    assert np.mean(losses) == pytest.approx(objective.full_losses(z).fetch()[0], rel=1e-5)
 
 
 def test_int8_differences_stay_close_to_float32(
     tiny_backbone: Backbone, inline: PromptSet, train: list[MrcInput]
 ) -> None:
     try:
-        runtime = Int8Runtime(tiny_backbone)
+        runtime = Int8Backend(tiny_backbone)
     except UsageError as error:
         pytest.skip(str(error))
     near = candidates(1, inline) + 0.05 * candidates(8, inline, seed=4)
-    exact = Objective(TorchRuntime(tiny_backbone), tiny_backbone, inline, train).full_losses(near)
-    got = Objective(runtime, tiny_backbone, inline, train).full_losses(near)
+    exact = Objective(CpuBackend(tiny_backbone).forward(inline), train).full_losses(near).fetch()
+    got = Objective(runtime.forward(inline), train).full_losses(near).fetch()
     assert np.abs(got - exact).max() < 0.1 * np.ptp(exact)
 
 
 def test_engines_that_have_prefixes_only_refuse_with_one_line(
     tiny_backbone: Backbone, inline: PromptSet, train: list[MrcInput]
 ) -> None:
-    runtime = CudaRuntime(tiny_backbone, device="cpu", precision="fp32")
+    runtime = CudaBackend(tiny_backbone, device="cpu", precision="fp32")
     with pytest.raises(
         UsageError, match=r"^[^\n]*inline injection, the CUDA engine has prefixes only[^\n]*$"
     ):
-        CudaObjective(runtime, tiny_backbone, inline, train)
-    named = TorchRuntime(tiny_backbone)
-    named.name = "tensorrt"
+        Objective(runtime.forward(inline), train)
+    assert not TensorRTRuntime.deep_inline
+    named = CpuBackend(tiny_backbone)
+    named.name, named.deep_inline = "tensorrt", False
     with pytest.raises(
-        UsageError, match=r"^[^\n]*inline injection, TensorRT plans have prefixes only[^\n]*$"
+        UsageError, match=r"^[^\n]*inline injection, runtime 'tensorrt' has prefixes only[^\n]*$"
     ):
-        Objective(named, tiny_backbone, inline, train)
+        named.forward(inline)
 
 
 def test_encoder_equals_the_engine(
@@ -127,5 +130,5 @@ def test_encoder_equals_the_engine(
     item = train[1]
     hidden = tiny_backbone.encoder(torch.from_numpy(item.input_ids)[None], added=added)
     logp = (hidden @ inline.span_weight.T + inline.span_bias).log_softmax(1)[0].double().numpy()
-    start, _ = make_objective(inline).log_probs(z, [item])
+    start = [x[:, 0] for x in log_probs(make_objective(inline).forward, z, [item])]
     np.testing.assert_allclose(start[0], logp[:, 0], rtol=1e-4, atol=1e-5)

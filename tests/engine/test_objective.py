@@ -9,14 +9,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from mp2.backbone import Backbone
-from mp2.engine import Objective, Prefix, TorchRuntime
-from mp2.engine.forward import PopulationForward
-from mp2.engine.runtime import is_out_of_memory
+from mp2.engine import Objective
+from mp2.engine.backend import Prefixes, is_out_of_memory
+from mp2.engine.cpu.backend import CpuBackend
 from mp2.errors import MismatchError, OutOfMemoryError, UsageError
 from mp2.prompts import PrefixProjector, PromptSet, random_prompts
 from mp2.tasks import MrcInput
 
-from .slow_reference import D, SlowReference, make_inputs
+from .slow_reference import D, SlowReference, log_probs, make_inputs
 
 Make = Callable[..., Objective]
 CLOSE = {"rtol": 1e-5, "atol": 0}
@@ -39,7 +39,7 @@ def test_full_losses_equal_slow_float64_for_any_population_and_batch(
 ) -> None:
     z = candidates(n_candidates, deep)
     objective = make_objective(deep, micro_batch_tokens=limit)
-    np.testing.assert_allclose(objective.full_losses(z), slow_deep.losses(z, train), **CLOSE)
+    np.testing.assert_allclose(objective.full_losses(z).fetch(), slow_deep.losses(z, train), **CLOSE)
     assert objective.n_evaluations == n_candidates
     assert objective.seconds > 0
 
@@ -55,11 +55,11 @@ def test_inline_losses_equal_slow_float64(
     z = candidates(3, shallow)
     objective = make_objective(shallow, micro_batch_tokens=limit)
     expected = slow_shallow.losses(z, train)
-    np.testing.assert_allclose(objective.full_losses(z), expected, **CLOSE)
+    np.testing.assert_allclose(objective.full_losses(z).fetch(), expected, **CLOSE)
     objective.set_incumbent(z[0])
-    np.testing.assert_allclose(objective.layer_losses(0, z[:, 0]), expected, **CLOSE)
+    np.testing.assert_allclose(objective.layer_losses(0, z[:, 0]).fetch(), expected, **CLOSE)
     objective.commit(0, z[1, 0])
-    np.testing.assert_allclose(objective.layer_losses(0, z[2:, 0]), expected[2:], **CLOSE)
+    np.testing.assert_allclose(objective.layer_losses(0, z[2:, 0]).fetch(), expected[2:], **CLOSE)
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
@@ -75,7 +75,7 @@ def test_cached_visits_in_any_order_with_commits_equal_slow_float64(
         trial = candidates(int(rng.integers(1, 5)), deep, seed=visit)[:, layer]
         whole = np.repeat(z[None], len(trial), 0)
         whole[:, layer] = trial
-        got = objective.layer_losses(layer, trial)
+        got = objective.layer_losses(layer, trial).fetch()
         np.testing.assert_allclose(got, slow_deep.losses(whole, train), **CLOSE)
         if visit % 3 != 2:
             objective.commit(layer, trial[-1])
@@ -98,10 +98,12 @@ def test_set_incumbent_drops_the_cache(make_objective: Make, deep: PromptSet) ->
     z, other = candidates(2, deep)
     objective, fresh = make_objective(deep), make_objective(deep)
     objective.set_incumbent(other)
-    objective.layer_losses(2, z[2:3])
+    objective.layer_losses(2, z[2:3]).fetch()
     for o in (objective, fresh):
         o.set_incumbent(z)
-    np.testing.assert_array_equal(objective.layer_losses(2, z[2:3]), fresh.layer_losses(2, z[2:3]))
+    np.testing.assert_array_equal(
+        objective.layer_losses(2, z[2:3]).fetch(), fresh.layer_losses(2, z[2:3]).fetch()
+    )
 
 
 def test_router_losses_are_those_of_the_fused_prompts(
@@ -109,22 +111,25 @@ def test_router_losses_are_those_of_the_fused_prompts(
 ) -> None:
     routers = np.random.default_rng(0).random((3, *deep.z.shape[:2])) < 0.5
     fused = np.einsum("plk,lkd->pld", routers / deep.z.shape[1], deep.z.double().numpy())  # eq. 1 on z
-    got = make_objective(deep).router_losses(routers)
+    got = make_objective(deep).router_losses(routers).fetch()
     np.testing.assert_allclose(got, slow_deep.losses(fused, train), **CLOSE)
 
 
 def test_same_call_returns_the_same_bits(make_objective: Make, deep: PromptSet) -> None:
     z = candidates(5, deep)
     objective, again = make_objective(deep), make_objective(deep)
-    first = objective.full_losses(z)
-    np.testing.assert_array_equal(objective.full_losses(z), first)
+    first = objective.full_losses(z).fetch()
+    np.testing.assert_array_equal(objective.full_losses(z).fetch(), first)
     for o in (objective, again):
         o.set_incumbent(z[0])
-    objective.layer_losses(2, z[:, 2])  # a cache grown in another order
+    objective.layer_losses(2, z[:, 2]).fetch()  # a cache grown in another order
     for layer in range(3):
-        one, two = objective.layer_losses(layer, z[:, layer]), again.layer_losses(layer, z[:, layer])
+        one, two = (
+            objective.layer_losses(layer, z[:, layer]).fetch(),
+            again.layer_losses(layer, z[:, layer]).fetch(),
+        )
         np.testing.assert_array_equal(one, two)
-        np.testing.assert_array_equal(objective.layer_losses(layer, z[:, layer]), one)
+        np.testing.assert_array_equal(objective.layer_losses(layer, z[:, layer]).fetch(), one)
 
 
 @pytest.mark.parametrize("kind", ["deep", "shallow"])
@@ -135,10 +140,8 @@ def test_log_probs_keep_order_and_equal_slow_float64(
     inputs = make_inputs((4, 21, 20, 19, 4, 40), tiny_backbone.config.vocab_size, seed=9)
     z = candidates(1, prompts)[0]
     objective = make_objective(prompts)
-    starts, ends = objective.log_probs(z, inputs)
-    for item, start, end in zip(inputs, starts, ends, strict=True):
-        expected = slow.log_probs(z, item.input_ids)
-        np.testing.assert_allclose(np.stack([start, end], 1), expected, rtol=1e-5, atol=1e-5)
+    for item, logp in zip(inputs, log_probs(objective.forward, z, inputs), strict=True):
+        np.testing.assert_allclose(logp, slow.log_probs(z, item.input_ids), rtol=1e-5, atol=1e-5)
     assert objective.n_evaluations == 0
 
 
@@ -146,32 +149,32 @@ def test_populations_whose_prefixes_do_not_fit_at_once_take_turns(
     make_objective: Make, deep: PromptSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     z = candidates(5, deep)
-    expected = make_objective(deep).full_losses(z)
-    monkeypatch.setattr("mp2.engine.objective._PREFIX_BYTES", 2 * 4 * 2 * 3 * 6 * 24)  # two candidates
-    np.testing.assert_allclose(make_objective(deep).full_losses(z), expected, **CLOSE)
+    expected = make_objective(deep).full_losses(z).fetch()
+    monkeypatch.setattr("mp2.engine.chain._PREFIX_BYTES", 2 * 4 * 2 * 3 * 6 * 24)  # two candidates
+    np.testing.assert_allclose(make_objective(deep).full_losses(z).fetch(), expected, **CLOSE)
 
 
 def test_non_finite_losses_are_returned_as_they_are(make_objective: Make, deep: PromptSet) -> None:
     z = candidates(3, deep)
     z[1, 1, 0] = np.nan
     objective = make_objective(deep)
-    losses = objective.full_losses(z)
+    losses = objective.full_losses(z).fetch()
     assert np.isnan(losses[1])
     assert np.isfinite(losses[[0, 2]]).all()
     objective.set_incumbent(z[0])
-    losses = objective.layer_losses(1, z[:, 1])
+    losses = objective.layer_losses(1, z[:, 1]).fetch()
     assert np.isnan(losses[1])
     assert np.isfinite(losses[[0, 2]]).all()
 
 
-class SmallMemory(TorchRuntime):
+class SmallMemory(CpuBackend):
     """A torch runtime that cannot hold more than ``limit`` tokens at once."""
 
     limit = 100
     largest = 0
 
     def layer(
-        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefix | None
+        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefixes | None
     ) -> torch.Tensor:
         p = max(hidden.shape[0], 1 if prefix is None else prefix[0].shape[0])
         tokens = p * hidden.shape[1] * hidden.shape[2]
@@ -188,16 +191,16 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_it(
     prompts = request.getfixturevalue(kind)
     z = candidates(7, prompts)
     runtime = SmallMemory(tiny_backbone)
-    objective = Objective(runtime, tiny_backbone, prompts, train, micro_batch_tokens=10_000)
-    expected = Objective(TorchRuntime(tiny_backbone), tiny_backbone, prompts, train).full_losses(z)
-    np.testing.assert_allclose(objective.full_losses(z), expected, **CLOSE)
-    kept = objective.micro_batch_tokens
+    objective = Objective(runtime.forward(prompts, micro_batch_tokens=10_000), train)
+    expected = Objective(CpuBackend(tiny_backbone).forward(prompts), train).full_losses(z).fetch()
+    np.testing.assert_allclose(objective.full_losses(z).fetch(), expected, **CLOSE)
+    kept = objective.forward.micro_batch_tokens
     assert runtime.largest <= runtime.limit
     assert 36 <= kept < 10_000
     objective.set_incumbent(z[0])
-    objective.layer_losses(0, z[:, 0])
-    np.testing.assert_allclose(objective.full_losses(z), expected, **CLOSE)
-    assert objective.micro_batch_tokens == kept
+    objective.layer_losses(0, z[:, 0]).fetch()
+    np.testing.assert_allclose(objective.full_losses(z).fetch(), expected, **CLOSE)
+    assert objective.forward.micro_batch_tokens == kept
 
 
 def test_a_single_example_that_does_not_fit_is_an_error(
@@ -205,9 +208,9 @@ def test_a_single_example_that_does_not_fit_is_an_error(
 ) -> None:
     runtime = SmallMemory(tiny_backbone)
     runtime.limit = 20
-    objective = Objective(runtime, tiny_backbone, deep, train)
+    objective = Objective(runtime.forward(deep), train)
     with pytest.raises(OutOfMemoryError, match="one example of 30 tokens"):
-        objective.full_losses(candidates(2, deep))
+        objective.full_losses(candidates(2, deep)).fetch()
 
 
 @pytest.mark.parametrize(
@@ -228,30 +231,34 @@ def test_every_librarys_words_for_lack_of_memory_are_known(text: str) -> None:
 def test_out_of_memory_drops_cached_inputs_before_it_halves_the_batch(
     tiny_backbone: Backbone, deep: PromptSet, slow_deep: SlowReference, train: list[MrcInput]
 ) -> None:
-    class Failing(TorchRuntime):
+    class Failing(CpuBackend):
         armed = False
 
-        def head(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-            if self.armed:
+        def layer(
+            self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefixes | None
+        ) -> torch.Tensor:
+            if self.armed and index == 2:
                 self.armed = False
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return super().head(hidden, weight, bias)
+            return super().layer(index, hidden, mask, prefix)
 
     runtime = Failing(tiny_backbone)
-    objective = Objective(runtime, tiny_backbone, deep, train)
+    objective = Objective(runtime.forward(deep), train)
     z = candidates(4, deep)
     objective.set_incumbent(z[0])
-    before = objective.micro_batch_tokens
+    before = objective.forward.micro_batch_tokens
     whole = np.repeat(z[:1], 4, 0)
     whole[:, 1] = z[:, 1]
     runtime.armed = True
-    np.testing.assert_allclose(objective.layer_losses(1, z[:, 1]), slow_deep.losses(whole, train), **CLOSE)
+    np.testing.assert_allclose(
+        objective.layer_losses(1, z[:, 1]).fetch(), slow_deep.losses(whole, train), **CLOSE
+    )
     assert not runtime.armed
-    assert objective.micro_batch_tokens == before
+    assert objective.forward.micro_batch_tokens == before
     objective.set_incumbent(z[0])  # nothing is cached: there is only the batch to be made smaller
     runtime.armed = True
-    objective.full_losses(z)
-    assert objective.micro_batch_tokens < before
+    objective.full_losses(z).fetch()
+    assert objective.forward.micro_batch_tokens < before
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory(
@@ -260,33 +267,33 @@ def test_other_errors_are_not_taken_for_lack_of_memory(
     def broken(*_: object) -> torch.Tensor:
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr(TorchRuntime, "layer", broken)
-    objective = Objective(TorchRuntime(tiny_backbone), tiny_backbone, deep, train)
+    monkeypatch.setattr(CpuBackend, "layer", broken)
+    objective = Objective(CpuBackend(tiny_backbone).forward(deep), train)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        objective.full_losses(candidates(2, deep))
+        objective.full_losses(candidates(2, deep)).fetch()
 
 
 def test_wrong_calls_say_what_was_expected(
     tiny_backbone: Backbone, deep: PromptSet, train: list[MrcInput]
 ) -> None:
-    runtime = TorchRuntime(tiny_backbone)
+    runtime = CpuBackend(tiny_backbone)
     with pytest.raises(UsageError, match="no training examples"):
-        Objective(runtime, tiny_backbone, deep, [])
-    objective = Objective(runtime, tiny_backbone, deep, train)
+        Objective(runtime.forward(deep), [])
+    objective = Objective(runtime.forward(deep), train)
     with pytest.raises(UsageError, match=r"shape \(2, 10\), expected \(P, 3, 10\)"):
-        objective.full_losses(np.zeros((2, 10)))
+        objective.full_losses(np.zeros((2, 10))).fetch()
     with pytest.raises(UsageError, match=r"routers have shape \(3, 4\), expected \(P, L', K\)"):
-        objective.router_losses(np.ones((3, 4), bool))
+        objective.router_losses(np.ones((3, 4), bool)).fetch()
     n_modules = deep.z.shape[1]
     with pytest.raises(
         UsageError, match=rf"router has shape \(2, 3, {n_modules + 1}\), expected \(\.\.\., 3, "
     ):
-        objective.router_losses(np.ones((2, 3, n_modules + 1), bool))
+        objective.router_losses(np.ones((2, 3, n_modules + 1), bool)).fetch()
     with pytest.raises(UsageError, match="no incumbent"):
-        objective.layer_losses(0, np.zeros((2, 10)))
+        objective.layer_losses(0, np.zeros((2, 10))).fetch()
     objective.set_incumbent(np.zeros((3, 10)))
     with pytest.raises(UsageError, match=r"layer 3, expected 0 to 2"):
-        objective.layer_losses(3, np.zeros((2, 10)))
+        objective.layer_losses(3, np.zeros((2, 10))).fetch()
 
 
 def test_prompts_of_another_backbone_are_refused(
@@ -297,34 +304,32 @@ def test_prompts_of_another_backbone_are_refused(
     other = replace(tiny_backbone, sha256="0" * 64)
     prompts = random_prompts(other, "deep", prompt_tokens=3, intrinsic_dim=D)
     with pytest.raises(MismatchError, match="0000"):
-        Objective(TorchRuntime(tiny_backbone), tiny_backbone, prompts, train)
+        Objective(CpuBackend(tiny_backbone).forward(prompts), train)
 
 
 def test_keys_and_values_are_made_on_the_device_where_there_is_one(
     tiny_backbone: Backbone, deep: PromptSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runtime = TorchRuntime(tiny_backbone)
-    host = PopulationForward(runtime, tiny_backbone, deep, None)
+    backend = CpuBackend(tiny_backbone)
     z = torch.from_numpy(candidates(3, deep))[:, 1]
-    expected = host.prefix(1, z)
-    runtime.device = "meta"  # torch's device that computes shapes only
-    there = PopulationForward(runtime, tiny_backbone, deep, None)
-
-    def never(*_: object) -> None:
-        raise AssertionError("on the host")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PrefixProjector, "keys_values", never)
-        found = there.prefix(1, z)
+    expected = backend.forward(deep).prefix(1, z)
+    backend.device = "meta"  # torch's device that computes shapes only
+    there = backend.forward(deep)
+    found = there.prefix(1, z)
     assert [(x.device.type, x.dtype, x.shape) for x in found] == [
         ("meta", torch.float32, x.shape) for x in expected
     ]
+    on_device = PrefixProjector._fold
 
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def full(self: PrefixProjector, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._device.type == "meta":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return on_device(self, layer)
 
-    monkeypatch.setattr("mp2.engine.cuda.projector.DeviceProjector.__call__", full)
+    monkeypatch.setattr(PrefixProjector, "_fold", full)
+    there = backend.forward(deep)
     assert there.prefix(1, z)[0].shape == expected[0].shape  # from the host, then
+    assert there._projector._device.type == "cpu"
 
 
 def test_the_last_layers_weights_are_converted_once(
@@ -339,11 +344,11 @@ def test_the_last_layers_weights_are_converted_once(
             converted += function is torch.Tensor.to and args[0] is weight
             return function(*args, **(kwargs or {}))
 
-    runtime = TorchRuntime(tiny_backbone, precision="bf16")
-    objective = Objective(runtime, tiny_backbone, shallow, train, micro_batch_tokens=60)
-    objective.full_losses(candidates(1, shallow))  # prepares the runtime's own
-    objective = Objective(runtime, tiny_backbone, shallow, train, micro_batch_tokens=60)
+    runtime = CpuBackend(tiny_backbone, precision="bf16")
+    objective = Objective(runtime.forward(shallow, micro_batch_tokens=60), train)
+    objective.full_losses(candidates(1, shallow)).fetch()  # prepares the runtime's own
+    objective = Objective(runtime.forward(shallow, micro_batch_tokens=60), train)
     with Counting():
         for seed in range(3):
-            objective.full_losses(candidates(4, shallow, seed))
+            objective.full_losses(candidates(4, shallow, seed)).fetch()
     assert converted == 1

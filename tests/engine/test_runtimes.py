@@ -7,10 +7,14 @@ import torch
 from torch.nn import functional as F
 
 from mp2.backbone import Backbone
-from mp2.engine import OnnxRuntime, Runtime, TorchRuntime, create_runtime
+from mp2.engine import create_backend
+from mp2.engine.backend import Probe
+from mp2.engine.chain import ChainBackend
+from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.cpu.linear import FastLinear, activate, onednn_works
-from mp2.engine.cuda.runtime import CudaRuntime
-from mp2.engine.probe import Probe, layer_seconds
+from mp2.engine.cuda.backend import CudaBackend
+from mp2.engine.onnx.runtime import OnnxRuntime
+from mp2.engine.select import layer_seconds
 from mp2.errors import MismatchError, MissingDependencyError, UnknownNameError, UsageError
 from mp2.export import export_engine
 
@@ -47,7 +51,7 @@ def parts(backbone: Backbone, kind: str) -> tuple[torch.Tensor, tuple[torch.Tens
     ],
 )
 def test_layer_equals_the_encoder_one_candidate_at_a_time(
-    tiny_backbone: Backbone, runtime: Runtime, kind: str, padded: bool
+    tiny_backbone: Backbone, runtime: ChainBackend, kind: str, padded: bool
 ) -> None:
     hidden, prefix = parts(tiny_backbone, kind)
     mask = torch.arange(T)[None] < torch.tensor([[T], [T - 4]]) if padded else None
@@ -63,18 +67,13 @@ def test_layer_equals_the_encoder_one_candidate_at_a_time(
         torch.testing.assert_close(got[p][real], expected[real], rtol=1e-5, atol=1e-5)
 
 
-def test_embeddings_and_head_equal_the_encoder(tiny_backbone: Backbone, runtime: Runtime) -> None:
+def test_embeddings_equal_the_encoder(tiny_backbone: Backbone, runtime: ChainBackend) -> None:
     encoder, width = tiny_backbone.encoder, tiny_backbone.config.hidden
     ids = torch.arange(10, 10 + N * T).view(N, T)
     for n_inline in (0, M):
         torch.testing.assert_close(runtime.embed(ids, n_inline)[0], encoder.embed(ids, n_inline))
     rows = torch.randn(P, M, width, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(runtime.embed_inline(rows)[:, 0], encoder.embed_inline(rows))
-    weight, bias = rows[0, :2], rows[1, 0, :2]
-    hidden = runtime.embed(ids)
-    torch.testing.assert_close(
-        runtime.head(hidden, weight, bias), hidden @ weight.T + bias, rtol=1e-5, atol=1e-5
-    )
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
@@ -94,9 +93,9 @@ def test_without_onednn_the_plain_way_gives_the_same(
     tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hidden, prefix = parts(tiny_backbone, "P prefixes on one text")
-    fast = TorchRuntime(tiny_backbone).layer(0, hidden, None, prefix)
+    fast = CpuBackend(tiny_backbone).layer(0, hidden, None, prefix)
     monkeypatch.setattr("mp2.engine.cpu.linear.onednn_works", lambda: False)
-    plain = TorchRuntime(tiny_backbone).layer(0, hidden, None, prefix)
+    plain = CpuBackend(tiny_backbone).layer(0, hidden, None, prefix)
     torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
 
 
@@ -109,9 +108,9 @@ def test_onednn_probe_survives_a_missing_operator(monkeypatch: pytest.MonkeyPatc
 
 def test_bf16_is_near_and_only_on_request(tiny_backbone: Backbone) -> None:
     hidden, prefix = parts(tiny_backbone, "P prefixes on one text")
-    exact = create_runtime("torch", tiny_backbone)
+    exact = create_backend("torch", tiny_backbone)
     assert exact.precision == "fp32"
-    rough = create_runtime("torch", tiny_backbone, precision="bf16")
+    rough = create_backend("torch", tiny_backbone, precision="bf16")
     y = rough.layer(0, hidden.bfloat16(), None, prefix)
     assert y.dtype == torch.bfloat16
     error = (y.float() - exact.layer(0, hidden, None, prefix)).abs().max()
@@ -119,11 +118,11 @@ def test_bf16_is_near_and_only_on_request(tiny_backbone: Backbone) -> None:
 
 
 def test_auto_says_what_it_chose_and_why(tiny_backbone: Backbone, engine_dir: Path, tmp_path: Path) -> None:
-    assert "without an engine folder" in create_runtime("auto", tiny_backbone).reason
-    chosen = create_runtime("auto", tiny_backbone, engine_dir=engine_dir)
+    assert "without an engine folder" in create_backend("auto", tiny_backbone).reason
+    chosen = create_backend("auto", tiny_backbone, engine_dir=engine_dir)
     assert f"auto: {chosen.name}, the fastest" in chosen.reason
     assert "\n" not in chosen.reason
-    fallen = create_runtime("auto", tiny_backbone, engine_dir=tmp_path)
+    fallen = create_backend("auto", tiny_backbone, engine_dir=tmp_path)
     assert fallen.name == "torch"
     assert "not onnxruntime" in fallen.reason
     assert "manifest.json" in fallen.reason
@@ -134,60 +133,52 @@ def test_a_folder_that_is_not_there_is_never_ignored(tiny_backbone: Backbone, tm
         with pytest.raises(
             UsageError, match=r"there is no engine folder .*nowhere; make one with 'mp2 export"
         ):
-            create_runtime(name, tiny_backbone, engine_dir=tmp_path / "nowhere")
+            create_backend(name, tiny_backbone, engine_dir=tmp_path / "nowhere")
 
 
 def test_threads_are_checked_whatever_the_runtime(tiny_backbone: Backbone) -> None:
     for name in ("torch", "tensorrt", "auto"):
         with pytest.raises(UsageError, match="threads is 0"):
-            create_runtime(name, tiny_backbone, threads=0)
+            create_backend(name, tiny_backbone, threads=0)
 
 
-def test_the_probe_takes_each_runtimes_own_way_through_a_layer(
-    tiny_backbone: Backbone, engine_dir: Path
-) -> None:
-    packed = CudaRuntime(tiny_backbone, device="cpu", precision="fp32")
+def test_a_layer_is_timed_on_every_backend(tiny_backbone: Backbone, engine_dir: Path) -> None:
+    packed = CudaBackend(tiny_backbone, device="cpu", precision="fp32")
     plain = OnnxRuntime(tiny_backbone, engine_dir, threads=1)
     for inline in (False, True):
-        probe = Probe.within(candidates=3, examples=5, tokens=20, prompt_tokens=4, inline=inline)
-        assert (str(probe), probe.n_layer_tokens) == ("3 candidates x 5 x 20 tokens", 300)
-        for runtime in (packed, plain):
-            assert 0 < layer_seconds(runtime, tiny_backbone, probe) < 10
-    assert packed._layers == {}  # the layers of `Objective`, which it would not run
-
-
-def test_a_probe_stays_within_what_it_is_given() -> None:
-    long = Probe.within(candidates=1, examples=32, tokens=500, prompt_tokens=50, inline=False)
-    assert (long.n_examples, long.n_tokens) == (1, 500)
-    assert Probe.within(candidates=1, examples=2, tokens=9, prompt_tokens=5, inline=False).n_examples == 2
+        probe = Probe(n_candidates=3, n_examples=5, n_tokens=20, prompt_tokens=4, inline=inline)
+        assert str(probe) == "3 candidates x 5 x 20 tokens"
+        for backend in (packed, plain, CpuBackend(tiny_backbone)):
+            assert 0 < layer_seconds(backend, probe) < 10
+    assert list(packed._packed) == [1]  # one layer, in the middle
 
 
 def test_runtimes_that_cannot_be_had_say_what_to_do(tiny_backbone: Backbone, engine_dir: Path) -> None:
     with pytest.raises(UnknownNameError, match="Did you mean 'torch'"):
-        create_runtime("torhc", tiny_backbone)
+        create_backend("torhc", tiny_backbone)
     with pytest.raises(UnknownNameError, match="precision 'fp8'"):
-        create_runtime("torch", tiny_backbone, precision="fp8")
+        create_backend("torch", tiny_backbone, precision="fp8")
     with pytest.raises(MissingDependencyError, match="pip install"):
-        create_runtime("tensorrt", tiny_backbone)
+        create_backend("tensorrt", tiny_backbone)
     with pytest.raises(UsageError, match="mp2 export"):
-        create_runtime("onnxruntime", tiny_backbone)
+        create_backend("onnxruntime", tiny_backbone)
     with pytest.raises(UsageError, match="'onnxruntime-tensorrt' needs an engine folder"):
-        create_runtime("onnxruntime-tensorrt", tiny_backbone)
+        create_backend("onnxruntime-tensorrt", tiny_backbone)
     with pytest.raises(MissingDependencyError, match="pip install onnxruntime-gpu tensorrt"):
-        create_runtime("onnxruntime-tensorrt", tiny_backbone, engine_dir=engine_dir)
+        create_backend("onnxruntime-tensorrt", tiny_backbone, engine_dir=engine_dir)
     with pytest.raises(MismatchError, match="holds fp32, expected bf16"):
-        create_runtime("onnxruntime", tiny_backbone, engine_dir=engine_dir, precision="bf16")
+        create_backend("onnxruntime", tiny_backbone, engine_dir=engine_dir, precision="bf16")
     with pytest.raises(UsageError, match="threads is 0"):
-        create_runtime("torch", tiny_backbone, threads=0)
+        create_backend("torch", tiny_backbone, threads=0)
     if not torch.cuda.is_available():
         with pytest.raises(MissingDependencyError, match="sees 0 CUDA devices"):
-            create_runtime("torch", tiny_backbone, device="cuda")
+            create_backend("torch", tiny_backbone, device="cuda")
         with pytest.raises(MissingDependencyError, match="sees 0 CUDA devices"):
-            create_runtime("onnxruntime", tiny_backbone, engine_dir=engine_dir, device="cuda")
+            create_backend("onnxruntime", tiny_backbone, engine_dir=engine_dir, device="cuda")
 
 
 def test_too_long_sequences_are_refused_by_name(tiny_backbone: Backbone, engine_dir: Path) -> None:
-    for runtime in (OnnxRuntime(tiny_backbone, engine_dir, threads=1), TorchRuntime(tiny_backbone)):
+    for runtime in (OnnxRuntime(tiny_backbone, engine_dir, threads=1), CpuBackend(tiny_backbone)):
         with pytest.raises(UsageError, match="90 tokens and 10 inline"):
             runtime.embed(torch.zeros(1, 90, dtype=torch.long), 10)
 
@@ -199,5 +190,5 @@ def test_an_engine_of_another_backbone_is_refused(
 
     other = replace(tiny_backbone, sha256="f" * 64)
     with pytest.raises(MismatchError, match=r"expected 'tiny' .weights ffff"):
-        create_runtime("onnxruntime", other, engine_dir=engine_dir)
+        create_backend("onnxruntime", other, engine_dir=engine_dir)
     assert export_engine(other, tmp_path / "other").manifest.backbone.sha256 == "f" * 64

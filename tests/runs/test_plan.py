@@ -13,6 +13,7 @@ from tuning_world import World, make_world
 
 from mp2.backbone import Backbone
 from mp2.cli import main
+from mp2.engine.cpu.backend import CpuBackend
 from mp2.prompts import load_prompts, save_prompts
 
 
@@ -79,7 +80,7 @@ def test_a_search_over_prompts_with_soft_routers_says_that_it_tries_hard_ones(
 
 
 def test_runs_that_share_a_device_are_said(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mp2.runs.plan.lanes_for", lambda objective, n_runs: 2)
+    monkeypatch.setattr(CpuBackend, "side_by_side", lambda *_: 2)
     options = [*world.options(), *[o for o in SHORT if o not in ("--seed", "13")], "--seeds", "1,2,3"]
     done = CliRunner().invoke(main, ["bbt", *options, "--explain"])
     assert "2 side by side, each on a CUDA stream of its own" in " ".join(done.stdout.split())

@@ -14,6 +14,7 @@ from tuning_world import World, make_world
 
 from mp2.backbone import Backbone
 from mp2.cli import main
+from mp2.engine import Pending
 from mp2.errors import LossError, UsageError
 from mp2.runs import BbtConfig, LayerConfig, RouterConfig, resume_series, start_run, start_series
 from mp2.runs.few_shot_problem import FewShotProblem
@@ -117,7 +118,8 @@ def test_a_run_without_finite_losses_ends_alone(
     def spoilt(self: FewShotProblem, config: BbtConfig, *rest: Any) -> None:
         make(self, config, *rest)
         if config.seed == 8 and config.task == str(world.card):
-            self.objective.layer_losses = lambda layer, z: z[:, 0] * float("nan")  # type: ignore[method-assign]
+            nothing = lambda layer, z: Pending.of(z[:, 0] * float("nan"))  # noqa: E731
+            self.objective.layer_losses = nothing  # type: ignore[method-assign]
 
     monkeypatch.setattr(FewShotProblem, "__init__", spoilt)
     found: list[tuple[object, ...]] = []
@@ -133,7 +135,7 @@ def test_ctrl_c_names_all_runs_that_go_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(FewShotProblem, "launch_dev_scores", interrupted)
+        patch.setattr(FewShotProblem, "dev_scores", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(start_series(configs(world)[:2], tmp_path))
     message = capsys.readouterr().err
@@ -175,9 +177,9 @@ def test_the_server_runs_everything_in_one_thread_and_answers_in_order() -> None
     server, threads = Server(), set()
 
     def work(number: int) -> list[int]:
-        def compute() -> int:
+        def compute() -> Pending[int]:
             threads.add(threading.current_thread())
-            return number
+            return Pending.of(number)
 
         return [server.timed(compute)[0] for _ in range(20)]
 
@@ -202,10 +204,10 @@ def test_a_bug_in_one_work_stops_all() -> None:
 
     def endless() -> None:
         while True:
-            server.timed(lambda: None)
+            server.timed(lambda: Pending.of(None))
 
     def broken() -> None:
-        server.timed(lambda: None)
+        server.timed(lambda: Pending.of(None))
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
@@ -214,6 +216,6 @@ def test_a_bug_in_one_work_stops_all() -> None:
 
 
 def test_seconds_are_those_of_the_computation() -> None:
-    value, seconds = timed(lambda: 3)
+    value, seconds = timed(lambda: Pending.of(3))
     assert value == 3
     assert 0 <= seconds < 1

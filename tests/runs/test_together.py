@@ -15,8 +15,8 @@ from lanes_double import Device
 from tuning_world import World, make_world
 
 from mp2.backbone import Backbone, load_backbone
-from mp2.engine.cuda.runtime import CudaRuntime
-from mp2.engine.pending import Pending, settled, then
+from mp2.engine import Pending
+from mp2.engine.cuda.backend import CudaBackend
 from mp2.errors import LossError
 from mp2.prompts import load_prompts
 from mp2.runs import BbtConfig, LayerConfig, RouterConfig, resume_series, start_series
@@ -100,10 +100,10 @@ def test_seconds_are_from_launch_to_result() -> None:
 
     def behind() -> tuple[int, float]:
         begun.wait(PATIENCE_S)
-        return server.timed(lambda: 4)
+        return server.timed(lambda: Pending.of(4))
 
     def ahead() -> tuple[int, float]:
-        return server.timed(lambda: (begun.set(), time.sleep(0.1), 5)[2])
+        return server.timed(lambda: (begun.set(), time.sleep(0.1), Pending.of(5))[2])
 
     for value, seconds in (timed(launch), next(server.run([work]))[1]):
         assert value == 3
@@ -163,12 +163,12 @@ def test_a_result_is_changed_now_or_when_it_is_fetched() -> None:
         calls.append(x)
         return str(x)
 
-    assert then(1, change) == "1"
-    pending = then(Pending(lambda: 2), change)
-    assert calls == [1]
-    assert settled(pending) == "2"
+    there = Pending.of(1).then(change)
+    assert (there.ready, calls) == (True, [1])
+    pending = Pending(lambda: 2).then(change)
+    assert (pending.ready, calls) == (False, [1])
+    assert (pending.fetch(), there.fetch()) == ("2", "1")
     assert calls == [1, 2]
-    assert settled(5) == 5
 
 
 @pytest.fixture(scope="module")
@@ -199,9 +199,9 @@ def model(world: World, n_lanes: int, kind: str = "deep") -> tuple[FrozenModel, 
     """The CUDA engine on doubled lanes; ``n_lanes`` is what its memory is said to hold."""
     backbone = load_backbone(str(world.backbone))
     prompts = load_prompts(str(world.deep if kind == "deep" else world.shallow), backbone)
-    runtime, device = CudaRuntime(backbone, device="cpu", precision="fp32"), Device()
+    runtime, device = CudaBackend(backbone, device="cpu", precision="fp32"), Device()
     runtime.lanes = device.make_lanes()
-    runtime.most_lanes = lambda tokens: n_lanes  # type: ignore[method-assign]
+    runtime.side_by_side = lambda tokens: n_lanes  # type: ignore[method-assign]
     return FrozenModel(backbone, prompts, runtime), device
 
 
@@ -282,7 +282,7 @@ def test_a_run_without_finite_losses_ends_alone(
         make(self, config, *rest)
         if config.seed == 8 and config.task == str(world.card):
             nothing = lambda layer, z: Pending(lambda: z[:, 0] * float("nan"))  # noqa: E731
-            self.objective.launch_layer_losses = nothing  # type: ignore[union-attr, method-assign]
+            self.objective.layer_losses = nothing  # type: ignore[method-assign]
 
     monkeypatch.setattr(FewShotProblem, "__init__", spoilt)
     found: list[tuple[object, ...]] = []

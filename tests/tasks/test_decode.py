@@ -8,22 +8,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mp2.backbone.tokenizer import Tokenizer
+from mp2.heads import span_scores
 from mp2.tasks import Answer, Example, MrcFormatter, MrcInput, TaskCard, decode, load_card, score
 from mp2.tasks.decode import best_span
 
 MakeCard = Callable[..., TaskCard]
-Logp = list[np.ndarray]
 
 
-def certain(items: list[MrcInput], spans: list[tuple[int, int]]) -> tuple[Logp, Logp]:
-    """Log-probabilities of a model that is nearly sure of one span an input."""
-    start, end = [], []
+def certain(items: list[MrcInput], spans: list[tuple[int, int]]) -> list[np.ndarray]:
+    """Scores of a model that is nearly sure of one span an input."""
+    found = []
     for item, (a, b) in zip(items, spans, strict=True):
-        for out, at in ((start, a), (end, b)):
-            logits = np.zeros(item.n_tokens, np.float32)
-            logits[at] = 9
-            out.append(logits - np.log(np.exp(logits).sum()))
-    return start, end
+        logits = np.zeros((item.n_tokens, 2), np.float32)
+        logits[a, 0] = logits[b, 1] = 9
+        found.append(span_scores(item, logits - np.log(np.exp(logits).sum(0))))
+    return found
 
 
 def test_gold_spans_decode_to_gold_predictions_of_every_type(tokenizer: Tokenizer) -> None:
@@ -41,7 +40,9 @@ def test_gold_spans_decode_to_gold_predictions_of_every_type(tokenizer: Tokenize
     for card, examples in cases:
         formatter = MrcFormatter(card, tokenizer, 128)
         items = [item for i, example in enumerate(examples) for item in formatter.inputs(example, i)]
-        predictions = decode(card, examples, items, *certain(items, [(i.start, i.end) for i in items]))
+        found = decode(card, examples, items, certain(items, [(i.start, i.end) for i in items]))
+        predictions = [x.prediction for x in found]
+        assert all(x.probability > 0.8 for x in found)
         assert score(card, predictions, examples) == 1.0
         if card.type != "extraction":
             assert predictions == [example.label for example in examples]
@@ -58,7 +59,11 @@ def test_options_are_scored_by_the_sum_of_log_probabilities(
     start[a[0]], end[a[1]] = -1.0, -5.0  # -6
     start[b[0]], end[b[1]] = -3.0, -2.0  # -5: the best sum, though neither part is the best
     start[c[0]], end[c[1]] = -8.0, -1.0  # -9
-    assert decode(card, examples, [item], [start], [end]) == ["b"]
+    scores = span_scores(item, np.stack([start, end], 1))
+    assert scores.tolist() == [-6, -5, -9]
+    (found,) = decode(card, examples, [item], [scores])
+    assert found.prediction == "b"
+    assert found.probability == pytest.approx(np.exp(-5) / np.exp([-6, -5, -9]).sum())
 
 
 @given(st.data())
@@ -80,10 +85,10 @@ def test_extraction_stays_inside_the_context_and_the_length_limit(tokenizer: Tok
     assert item.context_span is not None
     first, last = item.context_span
     for a, b in [(1, 2), (0, 0), (last + 1, last + 3), (first, last)]:
-        (text,) = decode(card, examples, [item], *certain([item], [(a, b)]))
-        assert 1 <= len(str(text)) <= card.max_answer_tokens
-    (text,) = decode(card, examples, [item], *certain([item], [(first + 5, first + 3)]))
-    assert text in examples[0].fields["context"]
+        (found,) = decode(card, examples, [item], certain([item], [(a, b)]))
+        assert 1 <= len(str(found.prediction)) <= card.max_answer_tokens
+    (found,) = decode(card, examples, [item], certain([item], [(first + 5, first + 3)]))
+    assert str(found.prediction) in examples[0].fields["context"]
 
 
 def test_the_best_of_all_windows_answers(tokenizer: Tokenizer) -> None:
@@ -97,8 +102,8 @@ def test_the_best_of_all_windows_answers(tokenizer: Tokenizer) -> None:
     items = [item for i, example in enumerate(examples) for item in formatter.inputs(example, i)][::-1]
     assert len(items) > 3
     # windows without the answer point at [CLS], so their spans score low
-    predictions = decode(card, examples, items, *certain(items, [(item.start, item.end) for item in items]))
-    assert predictions == ["看", "电影"]
+    found = decode(card, examples, items, certain(items, [(item.start, item.end) for item in items]))
+    assert [x.prediction for x in found] == ["看", "电影"]
 
 
 def test_no_answer_wins_only_where_the_card_allows_it(tokenizer: Tokenizer) -> None:
@@ -106,9 +111,11 @@ def test_no_answer_wins_only_where_the_card_allows_it(tokenizer: Tokenizer) -> N
     for task, expected in [("dureader_checklist", ""), ("cmrc2018", "今")]:
         card = load_card(task)
         items = MrcFormatter(card, tokenizer, 64).inputs(examples[0], 0)
-        assert decode(card, examples, items, *certain(items, [(0, 0)])) == [expected]
+        (found,) = decode(card, examples, items, certain(items, [(0, 0)]))
+        assert found.prediction == expected
+        assert (found.probability > 0.5) == (expected == "")  # of the span that is the answer, or of [CLS]
 
 
 def test_an_example_without_inputs_is_refused(make_card: MakeCard) -> None:
     with pytest.raises(ValueError, match="example 0 has no input among the 0"):
-        decode(make_card("classification"), [Example({"text": "x"}, "a")], [], [], [])
+        decode(make_card("classification"), [Example({"text": "x"}, "a")], [], [])

@@ -188,7 +188,8 @@ def test_black_box_tuning_runs_an_inline_file_inline(tuned: tuple[Any, dict[str,
     untuned = result["stages"]["untuned"]["train_loss"]
     prompts = load_prompts(file)
     from mp2.backbone import load_backbone
-    from mp2.engine import Objective, TorchRuntime
+    from mp2.engine import Objective
+    from mp2.engine.cpu.backend import CpuBackend
     from mp2.tasks import MrcFormatter, few_shot_split, load_card, load_examples
 
     loaded, card = load_backbone(str(small.backbone)), load_card(str(small.card))
@@ -198,7 +199,7 @@ def test_black_box_tuning_runs_an_inline_file_inline(tuned: tuple[Any, dict[str,
     z = prompts.fuse(torch.ones(prompts.z.shape[:2])).numpy()
     assert untuned == pytest.approx(PlainLoop(loaded, prompts, inputs).loss(z), rel=1e-4)
     as_prefix = replace(prompts, meta=replace(prompts.meta, injection="prefix"))
-    other = Objective(TorchRuntime(loaded), loaded, as_prefix, inputs).full_losses(z[None])[0]
+    other = Objective(CpuBackend(loaded).forward(as_prefix), inputs).full_losses(z[None]).fetch()[0]
     assert untuned != pytest.approx(other, rel=1e-4)
 
 

@@ -68,7 +68,7 @@ def test_losses_of_untuned_prompts_are_those_of_black_box_tuning(world: World, k
     every = torch.ones(tuner.problem.model.prompts.z.shape[:2])
     meta = tuner.problem.model.prompts.meta
     z = fuse(tuner.problem.model.prompts.z, every, meta.router_normalisation).numpy()
-    expected = tuner.problem.objective.full_losses(z[None])[0]
+    expected = tuner.problem.objective.full_losses(z[None]).fetch()[0]
     assert tuner.run().stages.untuned.train_loss == pytest.approx(expected, rel=1e-5)
 
 

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 import torch
 
 from mp2.backbone import Backbone
+from mp2.engine.backend import Prefixes
+from mp2.engine.chain import Candidates
 from mp2.engine.cpu.attention import attend, attend_shared_text
+from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.cpu.int8_steps import Int8Linear, int8_problem, make_steps
 from mp2.engine.cpu.linear import activate
 from mp2.engine.cpu.native.interface import MAX_ROW
-from mp2.engine.cpu.runtime import TorchRuntime
-from mp2.engine.runtime import Prefix
 from mp2.errors import UsageError
 
 
@@ -34,12 +35,29 @@ class _Int8Layer:
     output: Int8Linear
 
 
-class Int8Runtime(TorchRuntime):
-    """`Runtime` on torch's CPU, for populations: candidate 0 of [1 + P, N, T, H] is the reference."""
+class _WithReference(Candidates):
+    """P candidates behind the reference they are computed against: the mean of the finite ones."""
+
+    def __init__(self, z: torch.Tensor) -> None:
+        finite = z[torch.isfinite(z).flatten(1).all(1)]
+        reference = finite.mean(0) if len(finite) else torch.zeros_like(z[0])
+        super().__init__(torch.cat([reference.unsqueeze(0), z]))
+
+    def part(self, x: torch.Tensor, candidates: slice) -> torch.Tensor:
+        """See `Candidates.part`; with the reference before them."""
+        return torch.cat([x[:1], x[1:][candidates]])
+
+    def own(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `Candidates.own`."""
+        return hidden[1:]
+
+
+class Int8Backend(CpuBackend):
+    """The stages on torch's CPU, for populations: candidate 0 of [1 + P, N, T, H] is the reference."""
 
     def __init__(self, backbone: Backbone, *, reason: str = "") -> None:
         """Prepare for the CPU; layers are rounded when they are first used."""
-        super().__init__(backbone, device="cpu", precision="fp32", reason=reason)
+        super().__init__(backbone, precision="fp32", reason=reason)
         if problem := int8_problem():
             raise UsageError(f"precision int8: {problem}; use --precision fp32")
         if backbone.config.ffn > MAX_ROW:
@@ -48,11 +66,22 @@ class Int8Runtime(TorchRuntime):
         self._int8_layers: dict[int, _Int8Layer] = {}
         self.steps = make_steps()
 
+    def candidates(self, z: torch.Tensor) -> Candidates:
+        """See `ChainBackend.candidates`; a single candidate needs no reference: it runs in float32."""
+        return Candidates(z) if len(z) == 1 else _WithReference(z)
+
+    def usual_tokens(self) -> int:
+        """See `ChainBackend.usual_tokens`.
+
+        More of int8's calls are short, and its reference, which is not int8, should be a small share.
+        """
+        return 2 * super().usual_tokens()
+
     @torch.inference_mode()
     def layer(
-        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefix | None
+        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefixes | None
     ) -> torch.Tensor:
-        """See `Runtime.layer`; with more than one candidate, the first is the reference."""
+        """See `ChainBackend.layer`; with more than one candidate, the first is the reference."""
         n_blocks = max(len(hidden), 1 if prefix is None else len(prefix[0]))
         if n_blocks == 1:
             return super().layer(index, hidden, mask, prefix)

@@ -1,66 +1,170 @@
-"""What a batch computes on the packed layers, from intrinsic prompts to losses; all of it can be recorded."""
+"""Forwards of populations over packs, replayed as CUDA graphs.
+
+Nothing is padded; a batch is as many candidates as the free memory and the device's appetite allow
+(`CudaBackend.most_tokens`); a forward through all the layers of a batch is one graph, from intrinsic prompts
+to the head's outputs. The incumbent's keys and values and the folded projections stay on the device.
+
+Work is queued on this forward's lane (`mp2.engine.cuda.lanes`) and not waited for. All of it is queued in one
+thread, for all forwards of a backend; what arrives may be fetched in any. `set_incumbent` and `commit` touch
+nothing on the device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mp2.backbone import Backbone
-from mp2.engine.cuda.pack import Pack
-from mp2.engine.cuda.runtime import CudaRuntime
-from mp2.engine.runtime import Prefix
+from mp2.backbone.encoder import Prefix
+from mp2.engine.backend import Arrival, Batch, Forward, Run
+from mp2.engine.cuda.graphs import Graphs
+from mp2.engine.cuda.lanes import Lane
+from mp2.engine.cuda.pack import Pack, PackedStates, make_packs
+from mp2.errors import UsageError
+from mp2.heads import Head
 from mp2.prompts import PromptSet
 
+if TYPE_CHECKING:
+    from mp2.engine.cuda.backend import CudaBackend
+    from mp2.tasks import MrcInput
 
-class PackedForward:
-    """Forwards of candidates over a pack."""
 
-    def __init__(self, runtime: CudaRuntime, backbone: Backbone, prompts: PromptSet) -> None:
-        """Run ``prompts``' kind of candidates on ``runtime``."""
-        self._runtime = runtime
-        self._n_layers = backbone.config.n_layers
-        self._deep = prompts.kind == "deep"
-        self.prefix = runtime.projector(backbone, prompts)
-        place = torch.device(runtime.device)
-        self._span = tuple(
-            x.detach().to(place, torch.float32) for x in (prompts.span_weight, prompts.span_bias)
+class PackedForward(Forward):
+    """`Forward` over packs. ``graphs`` says what was recorded."""
+
+    queues = True
+
+    def __init__(
+        self,
+        backend: CudaBackend,
+        prompts: PromptSet,
+        head: Head | None,
+        micro_batch_tokens: int,
+        cache_bytes: int,
+    ) -> None:
+        """Raises UsageError for deep inline prompts."""
+        super().__init__(backend, prompts, head, micro_batch_tokens, cache_bytes)
+        if prompts.kind == "deep" and not self.prefixed:
+            raise UsageError(
+                "these deep prompts were trained with inline injection, the CUDA engine has prefixes only: "
+                "run them with --device cpu, or give prompts trained with --injection prefix"
+            )
+        self.graphs = Graphs(None)
+        self.project = backend.projector(prompts)
+        self._packed = backend
+        self._lane: Lane | None = None  # taken with the first work
+        # layer -> keys and values [1, h, m, d_h] of the incumbent, at the addresses where graphs read them
+        self._incumbent: dict[int, Prefix] = {}
+        backend.settle()
+
+    def queue(self) -> AbstractContextManager[Any]:
+        """See `Forward.queue`."""
+        if self._lane is None:
+            self._lane = self._packed.lanes.take(self)
+            self.graphs.restart(self._lane.record)
+        return self._lane.queue()
+
+    def every_layer(self, z: torch.Tensor, *, scoring: bool = False) -> Run:
+        """See `Forward.every_layer`."""
+        placed = self._on_lane.upload(z)
+
+        def work(pack: Pack, z: torch.Tensor) -> torch.Tensor:
+            inline = None if self.prefixed else self.project.inline(z[:, 0])
+            hidden = self._packed.embed_pack(pack, inline)
+            for i in range(self.n_layers):
+                own = self.project.keys_values(i, z[:, i]) if self.prefixed else None
+                hidden = self._packed.packed_layer(i, hidden, pack, own)
+            return self._read(hidden, pack, scoring)
+
+        def run(batch: Batch, candidates: slice, *, again: bool = True) -> Arrival:
+            part, pack = placed[candidates], _pack(batch)
+            if not again:
+                return self._on_lane.send(work(pack, part))
+            key = ("scored" if scoring else "full", batch, len(part))
+            return self._on_lane.send(self.graphs(key, (part,), lambda held: work(pack, *held)))
+
+        return run
+
+    def visit(self, layer: int, z: torch.Tensor) -> Run:
+        """See `Forward.visit`."""
+        placed = self._on_lane.upload(z)
+
+        def run(batch: Batch, candidates: slice, *, again: bool = True) -> Arrival:
+            part, pack = placed[candidates], _pack(batch)
+
+            def work(held: tuple[torch.Tensor, ...]) -> torch.Tensor:
+                text, own = held
+                hidden = self._packed.packed_layer(layer, text, pack, self.project.keys_values(layer, own))
+                for i in range(layer + 1, self.n_layers):
+                    hidden = self._packed.packed_layer(i, hidden, pack, self._incumbent[i])
+                return self._read(hidden, pack, scoring=False)
+
+            text = self.cache.at(batch, layer)
+            return self._on_lane.send(self.graphs(("visit", layer, batch, len(part)), (text, part), work))
+
+        return run
+
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """See `Forward.embed`."""
+        return self._packed.embed_pack(_pack(batch))
+
+    def advance(self, batch: Batch, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """See `Forward.advance`."""
+        pack = _pack(batch)
+
+        def work(held: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            return self._packed.packed_layer(layer, held[0], pack, self._incumbent[layer])
+
+        return self.graphs(("advance", layer, batch), (hidden,), work).clone()
+
+    def leave_lane(self) -> None:
+        """See `Member.leave_lane`."""
+        self._lane = None
+        self.forget()
+
+    def forget(self) -> None:
+        """See `Forward.forget`."""
+        super().forget()
+        self.graphs.restart(None if self._lane is None else self._lane.record)
+
+    @property
+    def _on_lane(self) -> Lane:
+        assert self._lane is not None
+        return self._lane
+
+    def _batches(self, inputs: Sequence[MrcInput], n_candidates: int) -> list[Pack]:
+        return make_packs(
+            inputs,
+            self.head.targets(inputs),
+            limit_tokens=self.micro_batch_tokens,
+            n_inline=self.n_inline,
+            device=torch.device(self.backend.device),
         )
-        runtime.settle()
 
-    def losses(self, pack: Pack, z: torch.Tensor) -> torch.Tensor:
-        """Return [P, n] float64 losses of ``z`` [P, L', d], (CE of the start + CE of the end) / 2."""
-        return self._cross_entropy(pack, self._every_layer(pack, z))
+    def _hold(self, layer: int, z: torch.Tensor) -> None:
+        new = self.project.keys_values(layer, self._on_lane.upload(z))
+        if layer not in self._incumbent:
+            self._incumbent[layer] = new
+            return
+        for old, x in zip(self._incumbent[layer], new, strict=True):
+            old.copy_(x)
 
-    def visit(
-        self, layer: int, pack: Pack, text: torch.Tensor, z: torch.Tensor, above: Mapping[int, Prefix]
-    ) -> torch.Tensor:
-        """Return [P, n] losses with ``z`` [P, d] at ``layer``, whose input is ``text`` [1, S, H].
+    def _read(self, hidden: torch.Tensor, pack: Pack, scoring: bool) -> torch.Tensor:
+        states = PackedStates(hidden, pack)
+        return self.head.scoring_outputs(states) if scoring else self.head.training_outputs(states)
 
-        Layers ``above`` have the prefixes given.
-        """
-        hidden = self._runtime.packed_layer(layer, text, pack, self.prefix(layer, z))
-        for i in range(layer + 1, self._n_layers):
-            hidden = self._runtime.packed_layer(i, hidden, pack, above[i])
-        return self._cross_entropy(pack, hidden)
+    def _shares(self) -> bool:
+        return self._packed.lanes.n_lanes > 1
 
-    def log_probs(self, pack: Pack, z: torch.Tensor) -> torch.Tensor:
-        """Return float64 log-probabilities [P, n, longest, 2] of ``z`` [P, L', d]."""
-        return self._log_probs(pack, self._every_layer(pack, z))
+    def _stop_sharing(self) -> bool:
+        return self._packed.lanes.merge()  # no more than that: alone, batches would be as large
 
-    def _every_layer(self, pack: Pack, z: torch.Tensor) -> torch.Tensor:
-        """Return the last hidden states [P, S, H]."""
-        runtime = self._runtime
-        hidden = runtime.embed_pack(pack, None if self._deep else self.prefix.inline(z[:, 0]))
-        for i in range(self._n_layers):
-            own = self.prefix(i, z[:, i]) if self._deep else None
-            hidden = runtime.packed_layer(i, hidden, pack, own)
-        return hidden
+    def _free_memory(self) -> None:
+        self._packed.lanes.free_memory()
 
-    def _log_probs(self, pack: Pack, hidden: torch.Tensor) -> torch.Tensor:
-        return self._runtime.packed_log_probs(hidden, pack, *self._span)
 
-    def _cross_entropy(self, pack: Pack, hidden: torch.Tensor) -> torch.Tensor:
-        logp = self._log_probs(pack, hidden)
-        gold = torch.stack([pack.start, pack.end], -1).view(1, -1, 1, 2).expand(len(logp), -1, -1, -1)
-        return -logp.gather(2, gold).squeeze(2).mean(-1)
+def _pack(batch: Batch) -> Pack:
+    assert isinstance(batch, Pack)
+    return batch

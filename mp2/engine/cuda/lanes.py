@@ -6,7 +6,7 @@ leave the device half empty run beside another's. An objective is on one lane at
 writes is seen by an objective of another: its buffers are its own, graphs of different lanes have different
 pools, and a graph is captured on the lane's own stream, because cuBLAS has a workspace for each stream and a
 graph keeps the one it was captured with. Weights, folded projections and spans are shared and only read;
-they are complete before a second lane can see them (`CudaRuntime.settle`).
+they are complete before a second lane can see them (`CudaBackend.settle`).
 
 Kernels have the shapes they have on one lane, so losses do not depend on how many lanes there are (cuBLAS
 promises that only where each stream has a workspace of its own, which torch gives it). Only memory does;

@@ -7,56 +7,90 @@ Inline prompts (shallow) take m slots after each [CLS].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from mp2.engine.backend import Batch
+
 if TYPE_CHECKING:
     from mp2.tasks import MrcInput
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pack:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Pack(Batch):
     """``n`` examples in one row of ``S`` slots; text tokens and, if ``m`` > 0, inline prompt slots."""
 
-    indices: np.ndarray  # [n] int64, positions in the caller's order
-    lengths: np.ndarray  # [n] int64, text tokens
     slots: np.ndarray  # [n] int64, slots: text and prompt
     input_ids: torch.Tensor  # [text] int64
     positions: torch.Tensor  # [text] int64, of the position table
     text_slots: torch.Tensor  # [text] int64: where in the row each token is
     prompt_slots: torch.Tensor  # [n * m] int64
+    first_slots: torch.Tensor  # [n] int64: of each [CLS]
     cells: torch.Tensor  # [text] int64: the token's cell in the padded [n, longest] grid
-    start: torch.Tensor  # [n] int64, gold span
-    end: torch.Tensor  # [n] int64, inclusive
+    n_inline: int  # m
 
     @property
     def n_slots(self) -> int:
         """S."""
-        return int(self.slots.sum())
+        return self.n_tokens
 
     @property
     def longest(self) -> int:
         """Text tokens of the longest example."""
         return int(self.lengths.max())
 
-    def to_grid(self, values: torch.Tensor, empty: float) -> torch.Tensor:
-        """Values [P, S, c] of slots -> [P, n, longest, c] of text tokens; other cells are ``empty``."""
+    @cached_property
+    def shares(self) -> torch.Tensor:
+        """Each slot's share in the mean of each example's text, [n, S] float32."""
+        counts = torch.from_numpy(self.lengths).to(self.cells.device)
+        rows = self.cells // self.longest
+        shares = torch.zeros(self.n_examples, self.n_slots, device=self.cells.device)
+        shares[rows, self.text_slots] = (1.0 / counts.float())[rows]
+        return shares
+
+
+class PackedStates:
+    """`States` of a pack."""
+
+    def __init__(self, hidden: torch.Tensor, pack: Pack) -> None:
+        """Take ``hidden`` [p, S, H]."""
+        self._hidden, self._pack = hidden, pack
+        self.targets = pack.targets
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor], empty: float) -> torch.Tensor:
+        """See `States.each`; ``change`` sees no padding."""
+        pack, values = self._pack, change(self._hidden)
         p, _, c = values.shape
-        grid = values.new_full((p, len(self.lengths) * self.longest, c), empty)
-        grid[:, self.cells] = values[:, self.text_slots]
-        return grid.view(p, len(self.lengths), self.longest, c)
+        grid = values.new_full((p, pack.n_examples * pack.longest, c), empty)
+        grid[:, pack.cells] = values[:, pack.text_slots]
+        return grid.view(p, pack.n_examples, pack.longest, c)
+
+    def at(self, positions: torch.Tensor) -> torch.Tensor:
+        """See `States.at`."""
+        behind = torch.where(positions > 0, positions + self._pack.n_inline, 0)  # the prompt, after [CLS]
+        return self._hidden[:, self._pack.first_slots + behind]
+
+    def mean(self) -> torch.Tensor:
+        """See `States.mean`."""
+        return self._pack.shares @ self._hidden.float()
 
 
 def make_packs(
-    inputs: Sequence[MrcInput], *, limit_tokens: int, n_inline: int, device: str | torch.device
+    inputs: Sequence[MrcInput],
+    targets: np.ndarray,
+    *,
+    limit_tokens: int,
+    n_inline: int,
+    device: str | torch.device,
 ) -> list[Pack]:
     """Return packs that hold every input once, longest first, each of at most ``limit_tokens`` slots.
 
-    A single input longer than that is a pack of its own.
+    A single input longer than that is a pack of its own. ``targets`` [N, k] are the head's.
     """
     order = sorted(range(len(inputs)), key=lambda i: (-len(inputs[i].input_ids), i))
     groups: list[list[int]] = []
@@ -68,10 +102,16 @@ def make_packs(
             filled = 0
         groups[-1].append(index)
         filled += slots
-    return [_pack(inputs, group, n_inline, device) for group in groups]
+    return [_pack(inputs, targets[group], group, n_inline, device) for group in groups]
 
 
-def _pack(inputs: Sequence[MrcInput], group: list[int], n_inline: int, device: str | torch.device) -> Pack:
+def _pack(
+    inputs: Sequence[MrcInput],
+    targets: np.ndarray,
+    group: list[int],
+    n_inline: int,
+    device: str | torch.device,
+) -> Pack:
     lengths = np.array([len(inputs[i].input_ids) for i in group], dtype=np.int64)
     slots = lengths + n_inline
     first = np.concatenate([[0], np.cumsum(slots)[:-1]])  # the slot of each [CLS]
@@ -85,14 +125,16 @@ def _pack(inputs: Sequence[MrcInput], group: list[int], n_inline: int, device: s
     return Pack(
         indices=np.array(group, dtype=np.int64),
         lengths=lengths,
+        n_tokens=int(slots.sum()),
+        targets=torch.from_numpy(targets).to(device),
         slots=slots,
         input_ids=place([np.asarray(inputs[i].input_ids) for i in group]),
         positions=place(after),
         text_slots=place([a + f for a, f in zip(after, first, strict=True)]),
         prompt_slots=place((first[:, None] + 1 + np.arange(n_inline)).reshape(-1)),
         cells=place([w + k * int(lengths.max()) for k, w in enumerate(within)]),
-        start=place(np.array([int(inputs[i].start) for i in group])),
-        end=place(np.array([int(inputs[i].end) for i in group])),
+        first_slots=place(first),
+        n_inline=n_inline,
     )
 
 

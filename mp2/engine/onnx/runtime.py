@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from mp2.backbone import Backbone, resolve_device
+from mp2.engine.backend import is_out_of_memory, say
 from mp2.engine.folder import EngineFolder
 from mp2.engine.onnx.library import load_onnxruntime
 from mp2.engine.onnx.providers import Provider
 from mp2.engine.onnx.session import OnnxSession
 from mp2.engine.onnx.stages import GraphStages
-from mp2.engine.runtime import is_out_of_memory, say
 from mp2.engine.tensorrt.plans import SHAPES, read_shapes
 from mp2.engine.tensorrt.profiles import Profile, stretched
 from mp2.errors import MismatchError, Mp2Error
@@ -23,7 +23,7 @@ _CHOSEN_BY_TENSORRT = ("fp16", "bf16")  # precisions that its provider can run a
 
 
 class OnnxRuntime(GraphStages):
-    """`Runtime` on one of ONNX Runtime's providers; a stage's session is opened when it is first used.
+    """The stages on one of ONNX Runtime's providers; a stage's session is opened when it is first used.
 
     Activations stay on the provider's device from one graph of the chain to the next.
     """

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from mp2.backbone import Backbone
+from mp2.engine.backend import Prefixes, check_positions
+from mp2.engine.chain import ChainBackend
 from mp2.engine.folder import layer_file, plain_layer_file
-from mp2.engine.runtime import Prefix, check_positions
 
 
-class GraphStages(ABC):
-    """`Runtime` over ``embed``, ``embed_inline``, ``layer_XX``, ``layer_XX_plain`` and ``head``."""
-
-    name: str
+class GraphStages(ChainBackend):
+    """The stages over ``embed``, ``embed_inline``, ``layer_XX``, ``layer_XX_plain`` and ``head``."""
 
     def __init__(self, backbone: Backbone, *, device: str, precision: str, reason: str) -> None:
         """Run graphs of ``backbone`` in ``precision`` on ``device``."""
+        self.backbone = backbone
         self.device = device
         self.precision = precision
         self.reason = reason
@@ -26,21 +26,21 @@ class GraphStages(ABC):
         self._whole: dict[tuple[int, int], torch.Tensor] = {}  # masks of batches without padding
 
     def embed(self, input_ids: torch.Tensor, n_inline: int = 0) -> torch.Tensor:
-        """See `Runtime.embed`."""
+        """See `ChainBackend.embed`."""
         n, t = input_ids.shape
         check_positions(t, n_inline, self._config.max_positions)
         feeds = {"input_ids": input_ids, "n_inline": torch.tensor(n_inline)}
         return self._run("embed.onnx", feeds, (1, n, t, self._config.hidden))
 
     def embed_inline(self, prompts: torch.Tensor) -> torch.Tensor:
-        """See `Runtime.embed_inline`."""
+        """See `ChainBackend.embed_inline`."""
         p, m, width = prompts.shape
         return self._run("embed_inline.onnx", {"prompts": prompts}, (p, 1, m, width))
 
     def layer(
-        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefix | None
+        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefixes | None
     ) -> torch.Tensor:
-        """See `Runtime.layer`."""
+        """See `ChainBackend.layer`."""
         p, n, t, width = hidden.shape
         feeds = {"hidden": hidden, "mask": self._no_padding(n, t) if mask is None else mask}
         many = p if prefix is None else max(p, prefix[0].shape[0])
@@ -51,7 +51,7 @@ class GraphStages(ABC):
         return self._run(layer_file(index, "onnx"), feeds, (many, n, t, width))
 
     def head(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """See `Runtime.head`."""
+        """Return float32 span logits [P, N, T, 2] for ``weight`` [2, H] and ``bias`` [2]."""
         feeds = {"hidden": hidden, "span_weight": weight, "span_bias": bias}
         return self._run("head.onnx", feeds, (*hidden.shape[:-1], 2), "logits")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from mp2.backbone import Backbone, resolve_device
+from mp2.engine.backend import say
 from mp2.engine.folder import HIDDEN_TYPES, EngineFolder, layer_file, plain_layer_file
 from mp2.engine.onnx.stages import GraphStages
-from mp2.engine.runtime import say
 from mp2.engine.tensorrt.builder import BuildSettings, input_shapes
 from mp2.engine.tensorrt.calls import CudaDevice, Device, EngineCalls, Scratch
 from mp2.engine.tensorrt.library import load_tensorrt
@@ -24,9 +24,10 @@ _TYPES = dict.fromkeys(
 
 
 class TensorRTRuntime(GraphStages):
-    """`Runtime` on TensorRT; a graph's plan is loaded on first use, and built if missing or stale."""
+    """The stages on TensorRT; a graph's plan is loaded on first use, and built if missing or stale."""
 
     name = "tensorrt"
+    deep_inline = False
 
     def __init__(
         self,

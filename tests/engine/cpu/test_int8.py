@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from mp2.backbone import Backbone
-from mp2.engine import Objective, TorchRuntime, create_runtime
+from mp2.engine import Objective, create_backend
 from mp2.engine.cpu import native
-from mp2.engine.cpu.int8_runtime import Int8Runtime
+from mp2.engine.cpu.backend import CpuBackend
+from mp2.engine.cpu.int8_runtime import Int8Backend
 from mp2.engine.cpu.int8_steps import (
     Difference,
     Int8Linear,
@@ -41,10 +42,10 @@ def near(prompts: PromptSet, n: int, spread: float) -> np.ndarray:
 
 
 @pytest.fixture(params=["C", "torch"])
-def int8(request: pytest.FixtureRequest, tiny_backbone: Backbone) -> Int8Runtime:
+def int8(request: pytest.FixtureRequest, tiny_backbone: Backbone) -> Int8Backend:
     if problem := int8_problem():
         pytest.skip(problem)
-    runtime = Int8Runtime(tiny_backbone)
+    runtime = Int8Backend(tiny_backbone)
     if request.param == "C" and not isinstance(runtime.steps, NativeSteps):
         pytest.skip("no C compiler here")
     if request.param == "torch":
@@ -111,18 +112,18 @@ def test_errors_are_a_small_share_of_the_spread_and_ranks_agree(
     deep: PromptSet,
     slow_deep: SlowReference,
     train: list[MrcInput],
-    int8: Int8Runtime,
+    int8: Int8Backend,
     spread: float,
 ) -> None:
     z = near(deep, 12, spread)
-    objective = Objective(int8, tiny_backbone, deep, train, micro_batch_tokens=300)
+    objective = Objective(int8.forward(deep, micro_batch_tokens=300), train)
     exact = slow_deep.losses(z, train)
-    check_close(objective.full_losses(z), exact)
+    check_close(objective.full_losses(z).fetch(), exact)
     objective.set_incumbent(z[0])
     for layer in (2, 0, 1):
         whole = np.repeat(z[:1], len(z), 0)
         whole[:, layer] = z[:, layer]
-        check_close(objective.layer_losses(layer, z[:, layer]), slow_deep.losses(whole, train))
+        check_close(objective.layer_losses(layer, z[:, layer]).fetch(), slow_deep.losses(whole, train))
 
 
 def check_close(got: np.ndarray, exact: np.ndarray) -> None:
@@ -136,23 +137,23 @@ def test_shallow_prompts_too(
     shallow: PromptSet,
     slow_shallow: SlowReference,
     train: list[MrcInput],
-    int8: Int8Runtime,
+    int8: Int8Backend,
 ) -> None:
     z = near(shallow, 8, 0.1)
-    objective = Objective(int8, tiny_backbone, shallow, train)
-    check_close(objective.full_losses(z), slow_shallow.losses(z, train))
+    objective = Objective(int8.forward(shallow), train)
+    check_close(objective.full_losses(z).fetch(), slow_shallow.losses(z, train))
 
 
 def test_one_candidate_and_a_population_without_spread_are_exact(
-    tiny_backbone: Backbone, deep: PromptSet, train: list[MrcInput], int8: Int8Runtime
+    tiny_backbone: Backbone, deep: PromptSet, train: list[MrcInput], int8: Int8Backend
 ) -> None:
     z = near(deep, 1, 0.0)
     # the same micro-batches: bits of float32 products may differ with the number of their rows
-    plain = Objective(TorchRuntime(tiny_backbone), tiny_backbone, deep, train, micro_batch_tokens=300)
-    exact = plain.full_losses(z)
-    objective = Objective(int8, tiny_backbone, deep, train, micro_batch_tokens=300)
-    np.testing.assert_array_equal(objective.full_losses(z), exact)
-    np.testing.assert_allclose(objective.full_losses(np.repeat(z, 5, 0)), exact.repeat(5), rtol=1e-6)
+    plain = Objective(CpuBackend(tiny_backbone).forward(deep, micro_batch_tokens=300), train)
+    exact = plain.full_losses(z).fetch()
+    objective = Objective(int8.forward(deep, micro_batch_tokens=300), train)
+    np.testing.assert_array_equal(objective.full_losses(z).fetch(), exact)
+    np.testing.assert_allclose(objective.full_losses(np.repeat(z, 5, 0)).fetch(), exact.repeat(5), rtol=1e-6)
 
 
 def test_a_candidate_that_is_not_finite_spoils_no_other(
@@ -160,20 +161,20 @@ def test_a_candidate_that_is_not_finite_spoils_no_other(
     deep: PromptSet,
     slow_deep: SlowReference,
     train: list[MrcInput],
-    int8: Int8Runtime,
+    int8: Int8Backend,
 ) -> None:
     """The others keep int8's usual error: their reference is the mean of those that are finite."""
     z = near(deep, 8, 0.1)
     good = [0, *range(2, 8)]
     exact = slow_deep.losses(z[good], train)
-    objective = Objective(int8, tiny_backbone, deep, train)
+    objective = Objective(int8.forward(deep), train)
     for bad in (np.nan, np.inf):
         z[1, 1, 0] = bad
-        losses = objective.full_losses(z)
+        losses = objective.full_losses(z).fetch()
         assert not np.isfinite(losses[1])
         check_close(losses[good], exact)
     objective.set_incumbent(z[0])
-    assert not np.isfinite(objective.layer_losses(1, z[:, 1])[1])
+    assert not np.isfinite(objective.layer_losses(1, z[:, 1]).fetch()[1])
 
 
 @pytest.fixture
@@ -199,7 +200,7 @@ def test_without_exact_int8_products_it_is_refused(
 ) -> None:
     monkeypatch.setattr(torch, "_int_mm", products)
     with pytest.raises(UsageError, match=rf"^precision int8: [^\n]*{why}[^\n]*; use --precision fp32$"):
-        Int8Runtime(tiny_backbone)
+        Int8Backend(tiny_backbone)
 
 
 @pytest.mark.usefixtures("fresh")
@@ -227,6 +228,6 @@ def test_a_processor_without_vnni_is_told_apart(level: str) -> None:
 
 @needs_products
 def test_int8_is_had_by_name_on_the_cpu_only(tiny_backbone: Backbone) -> None:
-    runtime = create_runtime("torch", tiny_backbone, precision="int8")
-    assert isinstance(runtime, Int8Runtime)
+    runtime = create_backend("torch", tiny_backbone, precision="int8")
+    assert isinstance(runtime, Int8Backend)
     assert runtime.precision == "int8"

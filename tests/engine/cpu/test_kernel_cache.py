@@ -13,8 +13,8 @@ import pytest
 
 from mp2.backbone import Backbone
 from mp2.doctor import as_text, examine
-from mp2.engine import TorchRuntime
 from mp2.engine.cpu import native
+from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.cpu.native.private_folder import NoPrivateFolderError, private_folder
 
 needs_compiler = pytest.mark.skipif(native.load() is None, reason="no C compiler here")
@@ -222,7 +222,7 @@ def test_without_a_compiler_there_is_no_library_and_no_error(
         "no command": "expected a command",
     }[way]
     assert said in native.problem()
-    assert f"; no C kernels: {native.problem()}" in TorchRuntime(tiny_backbone).reason
+    assert f"; no C kernels: {native.problem()}" in CpuBackend(tiny_backbone).reason
     assert f"none: {native.problem()}" in as_text(examine())
 
 

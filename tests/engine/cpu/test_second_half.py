@@ -11,8 +11,9 @@ from tiny_words import tiny_vocab
 from torch.nn import functional as F
 
 from mp2.backbone import Backbone, BackboneConfig, Layer, random_backbone
-from mp2.engine import Objective, TorchRuntime
+from mp2.engine import Objective
 from mp2.engine.cpu import native
+from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.cpu.linear import activate
 from mp2.engine.cpu.second_half import SecondHalf, make_second_half
 from mp2.prompts import random_prompts
@@ -125,9 +126,9 @@ def test_losses_of_populations_equal_slow_float64(backbone: Backbone) -> None:
     prompts = random_prompts(backbone, "deep", prompt_tokens=M, intrinsic_dim=D, scale=20.0, seed=1)
     train = make_inputs((9, 14, 9, 5, 30), backbone.config.vocab_size)
     z = (4 * np.random.default_rng(3).standard_normal((4, len(prompts.z), D))).astype(np.float32)
-    objective = Objective(TorchRuntime(backbone), backbone, prompts, train)
-    losses = objective.full_losses(z)
+    objective = Objective(CpuBackend(backbone).forward(prompts), train)
+    losses = objective.full_losses(z).fetch()
     np.testing.assert_allclose(losses, SlowReference(backbone, prompts).losses(z, train), rtol=1e-5, atol=0)
     objective.set_incumbent(z[0])
-    at_one = objective.layer_losses(1, z[:, 1])
+    at_one = objective.layer_losses(1, z[:, 1]).fetch()
     np.testing.assert_allclose(at_one[0], losses[0], rtol=1e-5)

@@ -10,13 +10,13 @@ import torch
 from tiny_words import tiny_vocab
 
 from mp2.backbone import Backbone, BackboneConfig, random_backbone
-from mp2.engine import Objective, TorchRuntime, create_objective, create_runtime
+from mp2.engine import Objective, create_backend
+from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.cuda.attention import PlainKernels, attend, choose_kernels
+from mp2.engine.cuda.backend import MOST_TOKENS, CudaBackend, lanes_that_fit, tokens_that_fit
 from mp2.engine.cuda.graphs import Graphs
 from mp2.engine.cuda.linear import FP8, FP8_MAX, Fp8Linear, Fused, add_norm, quantize_rows
-from mp2.engine.cuda.objective import CudaObjective
-from mp2.engine.cuda.pack import Spans, make_packs
-from mp2.engine.cuda.runtime import MOST_TOKENS, CudaRuntime, lanes_that_fit, tokens_that_fit
+from mp2.engine.cuda.pack import PackedStates, Spans, make_packs
 from mp2.errors import UnknownNameError
 from mp2.prompts import random_prompts
 from mp2.tasks import MrcInput
@@ -42,7 +42,8 @@ H, D = 2, 8
 @pytest.mark.parametrize("limit", [1, 25, 10**6])
 def test_packs_hold_every_token_once_and_know_where(limit: int, n_inline: int) -> None:
     inputs = make_inputs((4, 9, 2, 9, 6), 100)
-    packs = make_packs(inputs, limit_tokens=limit, n_inline=n_inline, device="cpu")
+    targets = np.array([[x.start, x.end] for x in inputs])
+    packs = make_packs(inputs, targets, limit_tokens=limit, n_inline=n_inline, device="cpu")
     assert sorted(i for pack in packs for i in pack.indices) == [0, 1, 2, 3, 4]
     for pack in packs:
         assert pack.n_slots <= limit or len(pack.indices) == 1
@@ -50,12 +51,12 @@ def test_packs_hold_every_token_once_and_know_where(limit: int, n_inline: int) -
         assert slots.tolist() == list(range(pack.n_slots))
         row = torch.full((1, pack.n_slots, 1), -1.0)
         row[0, pack.text_slots, 0] = pack.input_ids.float()
-        grid = pack.to_grid(row, -7.0)[0, :, :, 0]
+        grid = PackedStates(row, pack).each(lambda x: x, -7.0)[0, :, :, 0]
         for k, index in enumerate(pack.indices):
             ids = inputs[index].input_ids
             assert grid[k, : len(ids)].tolist() == ids.tolist()
             assert (grid[k, len(ids) :] == -7).all()
-            assert (pack.start[k], pack.end[k]) == (inputs[index].start, inputs[index].end)
+            assert pack.targets[k].tolist() == [inputs[index].start, inputs[index].end]
         first = pack.positions == 0
         assert int(first.sum()) == len(pack.indices)
         assert (pack.positions[~first] > n_inline).all()
@@ -266,10 +267,10 @@ def test_low_precision_adds_noise_of_its_rounding_and_keeps_the_order(
     prompts = random_prompts(wide, kind, prompt_tokens=4, intrinsic_dim=6, scale=20.0, seed=1)
     train = make_inputs((9, 14, 5, 30), wide.config.vocab_size)
     z = 20 * np.random.default_rng(0).standard_normal((60, *prompts.z.shape[::2])).astype(np.float32)
-    exact = Objective(TorchRuntime(wide), wide, prompts, train).full_losses(z)
+    exact = Objective(CpuBackend(wide).forward(prompts), train).full_losses(z).fetch()
     assert exact.std() > 0.04 * exact.mean()  # the prompts matter
-    runtime = CudaRuntime(wide, device="cpu", precision=precision)
-    rough = CudaObjective(runtime, wide, prompts, train).full_losses(z)
+    runtime = CudaBackend(wide, device="cpu", precision=precision)
+    rough = Objective(runtime.forward(prompts), train).full_losses(z).fetch()
     assert noise / 10 < float((rough - exact).std() / exact.std()) < noise
     ranks = [np.argsort(np.argsort(x)) for x in (exact, rough)]
     assert np.corrcoef(*ranks)[0, 1] > least
@@ -277,14 +278,14 @@ def test_low_precision_adds_noise_of_its_rounding_and_keeps_the_order(
 
 def test_an_unknown_precision_names_those_of_the_device(wide: Backbone) -> None:
     with pytest.raises(UnknownNameError, match="fp8"):
-        CudaRuntime(wide, device="cpu", precision="fp9")
+        CudaBackend(wide, device="cpu", precision="fp9")
     with pytest.raises(UnknownNameError, match="device cpu"):
-        create_runtime("torch", wide, precision="fp8")
+        create_backend("torch", wide, precision="fp8")
 
 
 def test_auto_takes_the_cpu_in_fp32_without_a_gpu(wide: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    runtime = create_runtime("auto", wide, device="auto", precision="auto")
+    runtime = create_backend("auto", wide, device="auto", precision="auto")
     assert (runtime.device, runtime.precision) == ("cpu", "fp32")
 
 
@@ -292,7 +293,7 @@ def test_auto_takes_the_gpu_in_bf16_and_says_so(wide: Backbone, monkeypatch: pyt
     """The choice alone: what it makes is put on the CPU here."""
     made: dict[str, Any] = {}
 
-    class Pretending(CudaRuntime):
+    class Pretending(CudaBackend):
         def __init__(self, backbone: Backbone, **options: Any) -> None:
             made.update(options)
             super().__init__(backbone, **{**options, "device": "cpu"})
@@ -300,21 +301,22 @@ def test_auto_takes_the_gpu_in_bf16_and_says_so(wide: Backbone, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr("mp2.engine.select.CudaRuntime", Pretending)
-    runtime = create_runtime("auto", wide, device="auto", precision="auto")
+    monkeypatch.setattr("mp2.engine.select.CudaBackend", Pretending)
+    runtime = create_backend("auto", wide, device="auto", precision="auto")
     assert made["device"] == "cuda"
     assert made["precision"] == "fp16"  # a T4 has no bf16
     assert "there is a GPU" in runtime.reason
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert create_runtime("torch", wide, device="cuda", precision="auto").precision == "bf16"
+    assert create_backend("torch", wide, device="cuda", precision="auto").precision == "bf16"
     prompts = random_prompts(wide, "deep", prompt_tokens=4, intrinsic_dim=6)
     inputs: list[MrcInput] = make_inputs((5, 6), wide.config.vocab_size)
-    assert isinstance(create_objective(runtime, wide, prompts, inputs), CudaObjective)
+    z = prompts.z.mean(1).numpy()[None]
+    assert np.isfinite(Objective(runtime.forward(prompts), inputs).full_losses(z).fetch()).all()
 
 
 def test_the_packed_path_describes_its_batches(wide: Backbone) -> None:
     prompts = random_prompts(wide, "shallow", prompt_tokens=4, intrinsic_dim=6)
     inputs = make_inputs((5, 6, 30), wide.config.vocab_size)
-    runtime = CudaRuntime(wide, device="cpu", precision="fp32")
-    found = CudaObjective(runtime, wide, prompts, inputs, micro_batch_tokens=60).batches(5)
+    runtime = CudaBackend(wide, device="cpu", precision="fp32")
+    found = Objective(runtime.forward(prompts, micro_batch_tokens=60), inputs).cut(5)
     assert (found["groups"], found["batches"], found["padding"]) == (1, 5, 0.0)

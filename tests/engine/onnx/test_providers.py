@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from mp2.backbone import Backbone
-from mp2.engine import OnnxRuntime, create_runtime
+from mp2.engine import create_backend
 from mp2.engine.onnx.providers import PROVIDERS, Provider
+from mp2.engine.onnx.runtime import OnnxRuntime
 from mp2.engine.tensorrt.profiles import Profile, TaskShapes, stretched
 from mp2.errors import MismatchError, MissingDependencyError, Mp2Error
 from mp2.export import compare_stages, export_engine
@@ -170,7 +171,7 @@ def test_a_typed_folder_needs_no_flag_and_brings_its_profiles(
 
 
 def test_without_a_precision_the_folders_own_is_taken(tiny_backbone: Backbone, half_dir: Path) -> None:
-    runtime = create_runtime("onnxruntime", tiny_backbone, engine_dir=half_dir, precision="auto")
+    runtime = create_backend("onnxruntime", tiny_backbone, engine_dir=half_dir, precision="auto")
     assert runtime.precision == "fp16"
 
 

@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from mp2.backbone import Backbone
-from mp2.engine import Objective, Runtime, TorchRuntime, create_runtime, select
+from mp2.engine import Objective, Scorer, create_backend, select
 from mp2.engine.agreement import spearman
-from mp2.engine.cuda.runtime import CudaRuntime
+from mp2.engine.backend import Probe
+from mp2.engine.chain import ChainBackend
+from mp2.engine.cpu.backend import CpuBackend
+from mp2.engine.cuda.backend import CudaBackend
 from mp2.engine.folder import EngineFolder
-from mp2.engine.probe import Probe, layer_seconds
+from mp2.engine.select import layer_seconds
 from mp2.engine.tensorrt import runtime as runtime_module
 from mp2.engine.tensorrt.captures import Captures
 from mp2.engine.tensorrt.plans import Gpu
@@ -95,14 +98,16 @@ def test_losses_of_populations_follow_the_reference(
 ) -> None:
     z = deep.fuse(torch.ones(deep.z.shape[:2])).numpy()
     populations = []
-    for runtime in (TorchRuntime(tiny_backbone), open_runtime(tiny_backbone, folders("fp16"))):
-        objective = Objective(runtime, tiny_backbone, deep, train)
+    for runtime in (CpuBackend(tiny_backbone), open_runtime(tiny_backbone, folders("fp16"))):
+        objective = Objective(runtime.forward(deep), train)
         objective.set_incumbent(z)
         rng = np.random.default_rng(0)
-        found = [objective.full_losses(z + APART * rng.standard_normal((12, *z.shape)))]
+        found = [objective.full_losses(z + APART * rng.standard_normal((12, *z.shape))).fetch()]
         for layer in (0, 2, 1):
             found.append(
-                objective.layer_losses(layer, z[layer] + APART * rng.standard_normal((12, z.shape[1])))
+                objective.layer_losses(
+                    layer, z[layer] + APART * rng.standard_normal((12, z.shape[1]))
+                ).fetch()
             )
             objective.commit(layer, z[layer] + APART * rng.standard_normal(z.shape[1]))
         populations.append(found)
@@ -125,11 +130,11 @@ def test_shallow_prompts_run_without_prefix_inputs_but_in_the_last_layer(
 ) -> None:
     z = APART * np.random.default_rng(1).standard_normal((12, *shallow.z.shape[::2]))
     runtime = open_runtime(tiny_backbone, folders("fp16", True))
-    rough = Objective(runtime, tiny_backbone, shallow, train).full_losses(z)
-    exact = Objective(TorchRuntime(tiny_backbone), tiny_backbone, shallow, train).full_losses(z)
+    rough = Objective(runtime.forward(shallow), train).full_losses(z).fetch()
+    exact = Objective(CpuBackend(tiny_backbone).forward(shallow), train).full_losses(z).fetch()
     check_close(rough, exact)
     used = {Path(args[0]).stem for args in library.named("OnnxParser.parse_from_file")}
-    assert used == {"embed", "embed_inline", "layer_00_plain", "layer_01_plain", "layer_02", "head"}
+    assert used == {"embed", "embed_inline", "layer_00_plain", "layer_01_plain", "layer_02"}
 
 
 def test_the_probe_of_shallow_prompts_builds_only_plans_that_a_run_uses(
@@ -140,19 +145,19 @@ def test_the_probe_of_shallow_prompts_builds_only_plans_that_a_run_uses(
     train: list[MrcInput],
 ) -> None:
     runtime = open_runtime(tiny_backbone, folders("fp16", True))
-    probe = Probe.within(candidates=4, examples=8, tokens=14, prompt_tokens=M, inline=True)
-    assert layer_seconds(runtime, tiny_backbone, probe) > 0
+    probe = Probe(n_candidates=4, n_examples=8, n_tokens=14, prompt_tokens=M, inline=True)
+    assert layer_seconds(runtime, probe) > 0
     probed = set(runtime._calls)
-    objective = Objective(runtime, tiny_backbone, shallow, train)
+    objective = Objective(runtime.forward(shallow), train)
     z = APART * np.random.default_rng(1).standard_normal((4, *shallow.z.shape[::2]))
-    objective.full_losses(z)
-    objective.log_probs(z[0], train[:2])
+    objective.full_losses(z).fetch()
+    Scorer(objective.forward).outputs(z[0], train[:2]).fetch()
     assert (
         probed
         <= set(runtime._calls)
         == {
             *("embed.onnx", "embed_inline.onnx", "layer_00_plain.onnx", "layer_01_plain.onnx"),
-            *("layer_02.onnx", "head.onnx"),
+            "layer_02.onnx",
         }
     )
 
@@ -170,14 +175,14 @@ def test_auto_on_a_gpu_compares_what_the_folder_is_for_and_builds_nothing(
     monkeypatch.setattr(select, "_is_gpu", lambda device: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(
-        select, "CudaRuntime", lambda *args, **options: CudaRuntime(*args, **{**options, "precision": "fp32"})
+        select, "CudaBackend", lambda *args, **options: CudaBackend(*args, **{**options, "precision": "fp32"})
     )
     order = ["tensorrt", "torch", "onnxruntime"]
     timed: list[str] = []
 
-    def seconds(runtime: Runtime, backbone: Backbone, probe: Probe) -> float:
+    def seconds(runtime: ChainBackend, probe: Probe) -> float:
         timed.append(runtime.name)
-        layer_seconds(runtime, backbone, probe)
+        layer_seconds(runtime, probe)
         return 1e-3 * (1 + order.index(runtime.name))
 
     monkeypatch.setattr(select, "layer_seconds", seconds)
@@ -186,7 +191,7 @@ def test_auto_on_a_gpu_compares_what_the_folder_is_for_and_builds_nothing(
     if built:
         open_runtime(tiny_backbone, folder).prepare()
     n_built = len(library.named("Builder.build_serialized_network"))
-    chosen = create_runtime("auto", tiny_backbone, engine_dir=folder, precision="auto")
+    chosen = create_backend("auto", tiny_backbone, engine_dir=folder, precision="auto")
     assert len(library.named("Builder.build_serialized_network")) == n_built
     if built:
         assert timed == ["torch", "onnxruntime", "tensorrt"]
@@ -278,7 +283,7 @@ def test_tensorrt_builds_loads_and_runs_while_its_device_is_the_current_one(
             runtime.prepare()
         z = np.random.default_rng(0).standard_normal((3, deep.z.shape[0], deep.z.shape[-1]))
         for _ in range(4):  # captured, too
-            Objective(runtime, tiny_backbone, deep, train).full_losses(z)
+            Objective(runtime.forward(deep), train).full_losses(z).fetch()
     assert library.named("Builder.build_serialized_network")
     assert library.named("IExecutionContext.execute_async_v3")
     assert library.elsewhere == []
@@ -412,9 +417,9 @@ def test_folders_that_do_not_fit_are_refused(
         runtime.embed(torch.zeros(1, 90, dtype=torch.long), 10)
     monkeypatch.setattr("mp2.engine.tensorrt.library.load_tensorrt", lambda: library)
     with pytest.raises(UnknownNameError, match="precision 'fp32'"):
-        create_runtime("tensorrt", tiny_backbone)
+        create_backend("tensorrt", tiny_backbone)
     with pytest.raises(UsageError, match="mp2 export --runtime tensorrt"):
-        create_runtime("tensorrt", tiny_backbone, precision="bf16")
+        create_backend("tensorrt", tiny_backbone, precision="bf16")
 
 
 def test_without_tensorrt_the_error_says_what_to_install(tiny_backbone: Backbone, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The torch runtime: the reference on any device and the fast path on CPUs."""
+"""The CPU backend: torch, with C kernels where they compile."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from mp2.backbone import Backbone, Layer, resolve_device
+from mp2.backbone import Backbone, Layer
+from mp2.engine.backend import Prefixes, check_positions
+from mp2.engine.chain import ChainBackend
 from mp2.engine.cpu import native
 from mp2.engine.cpu.attention import attend, attend_shared_text
 from mp2.engine.cpu.linear import FastLinear
 from mp2.engine.cpu.second_half import SecondHalf, make_second_half
-from mp2.engine.runtime import Prefix, check_positions
 from mp2.errors import UnknownNameError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -31,27 +32,25 @@ class _Layer:
     second_half: SecondHalf | None  # all after attention in one
 
 
-class TorchRuntime:
-    """`Runtime` on torch; layers are prepared when they are first used."""
+class CpuBackend(ChainBackend):
+    """The stages on torch's CPU; layers are prepared when they are first used."""
 
     name = "torch"
+    device = "cpu"
 
-    def __init__(
-        self, backbone: Backbone, *, device: str = "cpu", precision: str = "fp32", reason: str = ""
-    ) -> None:
-        """Prepare for ``device`` ("cpu", "cuda", "cuda:1") in ``precision`` ("fp32" or "bf16").
+    def __init__(self, backbone: Backbone, *, precision: str = "fp32", reason: str = "") -> None:
+        """Prepare for ``precision`` ("fp32" or "bf16").
 
         bf16 keeps weights and activations in bf16; LayerNorm statistics, softmax, logits and losses stay in
         float32.
         """
         if precision not in _DTYPES:
             raise UnknownNameError("precision", precision, tuple(_DTYPES))
-        resolve_device(device)
-        self.device = device
+        self.backbone = backbone
         self.precision = precision
         self.reason = reason or "asked for"
         self._dtype = _DTYPES[precision]
-        if self._exact_on_cpu and (problem := native.problem()):
+        if precision == "fp32" and (problem := native.problem()):
             self.reason += f"; no C kernels: {problem}"
         self._config = backbone.config
         self._encoder = backbone.encoder
@@ -59,23 +58,20 @@ class TorchRuntime:
 
     @torch.inference_mode()
     def embed(self, input_ids: torch.Tensor, n_inline: int = 0) -> torch.Tensor:
-        """See `Runtime.embed`."""
+        """See `ChainBackend.embed`."""
         check_positions(input_ids.shape[1], n_inline, self._config.max_positions)
-        home = self._encoder.word_embeddings.weight.device
-        hidden = self._encoder.embed(input_ids.to(home), n_inline)
-        return hidden.to(self.device, self._dtype).unsqueeze(0)
+        return self._encoder.embed(input_ids, n_inline).to(self._dtype).unsqueeze(0)
 
     @torch.inference_mode()
     def embed_inline(self, prompts: torch.Tensor) -> torch.Tensor:
-        """See `Runtime.embed_inline`."""
-        home = self._encoder.word_embeddings.weight.device
-        return self._encoder.embed_inline(prompts.to(home)).to(self.device, self._dtype).unsqueeze(1)
+        """See `ChainBackend.embed_inline`."""
+        return self._encoder.embed_inline(prompts).to(self._dtype).unsqueeze(1)
 
     @torch.inference_mode()
     def layer(
-        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefix | None
+        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefixes | None
     ) -> torch.Tensor:
-        """See `Runtime.layer`."""
+        """See `ChainBackend.layer`."""
         layer = self._layers.get(index) or self._prepare(index)
         config = self._config
         _, n, t, width = hidden.shape
@@ -103,15 +99,6 @@ class TorchRuntime:
         )
         return y.view(-1, n, t, width)
 
-    @torch.inference_mode()
-    def head(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """See `Runtime.head`."""
-        return F.linear(hidden.float(), weight.to(self.device), bias.to(self.device))
-
-    @property
-    def _exact_on_cpu(self) -> bool:
-        return self._dtype == torch.float32 and torch.device(self.device).type == "cpu"
-
     def _norm(self, x: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return F.layer_norm(x, (self._config.hidden,), norm[0], norm[1], self._config.layer_norm_eps)
 
@@ -120,7 +107,7 @@ class TorchRuntime:
         assert isinstance(source, Layer)
 
         def place(x: torch.Tensor) -> torch.Tensor:
-            return x.detach().to(self.device, self._dtype)
+            return x.detach().to(self._dtype)
 
         def linear(name: str) -> FastLinear:
             module = getattr(source, name)
@@ -143,7 +130,7 @@ class TorchRuntime:
             output_norm=norm("output_norm"),
             second_half=(
                 make_second_half(source, self._config.activation, self._config.layer_norm_eps)
-                if self._exact_on_cpu
+                if self._dtype == torch.float32
                 else None
             ),
         )

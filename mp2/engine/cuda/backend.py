@@ -1,26 +1,29 @@
-"""The torch runtime on CUDA: packed rows, flash attention, half precision or fp8 weights.
+"""The CUDA backend: packed rows, flash attention, half precision or fp8 weights.
 
 The same code runs on a CPU in fp32 (plain attention, nothing compiled), which is how its losses are tested.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from mp2.backbone import Backbone, resolve_device
-from mp2.engine.cpu.runtime import TorchRuntime
+from mp2.backbone.encoder import Prefix
+from mp2.engine.backend import CACHE_BYTES, Probe
 from mp2.engine.cuda.attention import attend, choose_kernels
+from mp2.engine.cuda.forward import PackedForward
 from mp2.engine.cuda.lanes import CudaLane, HostLane, Lane, Lanes
 from mp2.engine.cuda.linear import Fp8Linear, Fused, HalfLinear, Linear
-from mp2.engine.cuda.pack import Pack, Spans
-from mp2.engine.cuda.projector import DeviceProjector
-from mp2.engine.runtime import Prefix
+from mp2.engine.cuda.pack import Pack, Spans, make_packs
 from mp2.errors import MissingDependencyError, UnknownNameError
-from mp2.prompts import PromptSet
+from mp2.heads import Head
+from mp2.prompts import PrefixProjector, PromptSet
 
 CUDA_PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
@@ -41,8 +44,10 @@ class _PackedLayer:
     output_norm: tuple[torch.Tensor, torch.Tensor]
 
 
-class CudaRuntime(TorchRuntime):
-    """`Runtime` with a second set of stages over packs, which `CudaObjective` uses."""
+class CudaBackend:
+    """`Backend` over packs."""
+
+    name = "torch"
 
     def __init__(
         self, backbone: Backbone, *, device: str = "cuda", precision: str = "bf16", reason: str = ""
@@ -64,11 +69,12 @@ class CudaRuntime(TorchRuntime):
                     f"device '{device}' has compute capability {capability[0]}.{capability[1]}, "
                     "fp8 needs at least 8.9; use --precision bf16"
                 )
-        super().__init__(
-            backbone, device=device, precision="fp32" if precision == "fp32" else "bf16", reason=reason
-        )
+        self.backbone = backbone
+        self.device = device
         self.precision = precision
-        self.dtype = self._dtype = _DTYPES[precision]
+        self.reason = reason or "asked for"
+        self.dtype = _DTYPES[precision]
+        self._config, self._encoder = backbone.config, backbone.encoder
         self._place = place
         self.kernels, not_flash = choose_kernels(
             place, self.dtype, backbone.config.n_heads, backbone.config.head_size
@@ -91,16 +97,53 @@ class CudaRuntime(TorchRuntime):
             )
         )
         self._embedding_bias = encoder.embedding_norm.bias.detach().to(place, torch.float32)
-        self._projectors: WeakValueDictionary[tuple[int, int], DeviceProjector] = WeakValueDictionary()
+        self._projectors: WeakValueDictionary[int, PrefixProjector] = WeakValueDictionary()
         self.lanes = Lanes(self._make_lane, self._free_memory)
         self.settle()
 
-    def projector(self, backbone: Backbone, prompts: PromptSet) -> DeviceProjector:
+    def forward(
+        self,
+        prompts: PromptSet,
+        head: Head | None = None,
+        *,
+        micro_batch_tokens: int | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> PackedForward:
+        """See `Backend.forward`."""
+        return PackedForward(self, prompts, head, micro_batch_tokens or self.most_tokens(), cache_bytes)
+
+    def share(self, n_runs: int) -> None:
+        """See `Backend.share`."""
+        self.lanes.spread(n_runs)
+
+    def probe(self, probe: Probe) -> Callable[[], object]:
+        """See `Backend.probe`."""
+        from mp2.tasks import MrcInput
+
+        config = self._config
+        rng = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, config.vocab_size, (probe.n_examples, probe.n_tokens), generator=rng)
+        no_options = np.empty((0, 2), dtype=np.int64)
+        inputs = [MrcInput(i, row, 0, 0, no_options) for i, row in enumerate(ids.numpy())]
+        no_targets = np.empty((len(inputs), 0), dtype=np.int64)
+        (pack,) = make_packs(inputs, no_targets, limit_tokens=ids.numel(), n_inline=0, device=self._place)
+        hidden = self.embed_pack(pack).expand(probe.n_candidates, -1, -1).contiguous()
+        shape = (1, config.n_heads, probe.prompt_tokens, config.head_size)
+        rows = torch.randn(shape, generator=rng).to(self._place, self.dtype)
+        prefix = None if probe.inline else (rows, rows)
+
+        def run() -> None:
+            self.packed_layer(config.n_layers // 2, hidden, pack, prefix)
+            self.settle()
+
+        return run
+
+    def projector(self, prompts: PromptSet) -> PrefixProjector:
         """Return the projector of ``prompts``, the same one as long as somebody uses it."""
-        key = (id(backbone.encoder), id(prompts))  # a projector keeps both, so that ids stay theirs
+        key = id(prompts)  # a projector keeps them, so that the id stays theirs
         found = self._projectors.get(key)
         if found is None:
-            found = DeviceProjector(backbone, prompts, self._place, self.dtype, self.settle)
+            found = PrefixProjector(self._encoder, prompts, self._place, self.dtype, self.settle)
             self._projectors[key] = found
         return found
 
@@ -117,8 +160,8 @@ class CudaRuntime(TorchRuntime):
             torch.cuda.synchronize(self._place)
             torch.cuda.empty_cache()
 
-    def most_lanes(self, batch_tokens: int) -> int:
-        """Return how many lanes may compute batches of ``batch_tokens`` side by side in the free memory.
+    def side_by_side(self, batch_tokens: int) -> int:
+        """See `Backend.side_by_side`; as many as fit the free memory, each on a lane of its own.
 
         At least 1; on a CPU, whose cores one batch fills, 1.
         """
@@ -175,14 +218,6 @@ class CudaRuntime(TorchRuntime):
         y = self.fused.add_norm(mixed, residual, *layer.attention_norm, eps).reshape(p * s, width)
         inner = self.fused.activate(layer.intermediate(y))
         return self.fused.add_norm(layer.output(inner), y, *layer.output_norm, eps).view(p, s, width)
-
-    @torch.inference_mode()
-    def packed_log_probs(
-        self, hidden: torch.Tensor, pack: Pack, weight: torch.Tensor, bias: torch.Tensor
-    ) -> torch.Tensor:
-        """Return float64 log-probabilities [P, n, longest, 2] of the text; -inf after an example's end."""
-        logits = F.linear(hidden.float(), weight, bias).double()
-        return torch.log_softmax(pack.to_grid(logits, float("-inf")), 2)
 
     def _embedding_norm(self, x: torch.Tensor) -> torch.Tensor:
         gain = self._tables[3]

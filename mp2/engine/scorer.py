@@ -1,0 +1,69 @@
+"""What the head makes of any inputs under one prompt: dev, test and new text are answered from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mp2.engine.backend import Arrival, Batch, Forward, Pending
+from mp2.engine.objective import intrinsic
+
+if TYPE_CHECKING:
+    from mp2.tasks import MrcInput
+
+_KEPT_SETS = 2  # whose batches are kept, and recorded where that pays: dev, and perhaps test
+
+
+class Scorer:
+    """Runs inputs under one prompt; needs no training set.
+
+    A head that is fitted to one turns the outputs into scores all the same (`Objective.reader`).
+    """
+
+    def __init__(self, forward: Forward) -> None:
+        """Run on ``forward``, which an objective may use as well."""
+        self.forward = forward
+        prompts = forward.prompts
+        self._shape = (prompts.z.shape[0], prompts.z.shape[-1])  # L', d
+        self._kept: list[tuple[list[MrcInput], Sequence[Batch]]] = []
+        self._generation = forward.generation
+
+    def outputs(self, z: np.ndarray, inputs: Sequence[MrcInput]) -> Pending[list[np.ndarray]]:
+        """Begin `Head.scoring_outputs` [...] of each of ``inputs``, in their order, under ``z`` [L', d].
+
+        Where an output has a row a token, rows may follow the last token's.
+        """
+        prompt = intrinsic(z, self._shape).unsqueeze(0)
+        if not inputs:
+            return Pending.of([])
+
+        def attempt() -> list[tuple[Batch, Arrival]]:
+            batches = self._batches_of(inputs)
+            again = len(batches) == 1 and any(kept is batches for _, kept in self._kept)
+            run = self.forward.every_layer(prompt, scoring=True)
+            return [(batch, run(batch, slice(0, 1), again=again)) for batch in batches]
+
+        sent = self.forward.within_memory(attempt, max(len(x.input_ids) for x in inputs))
+
+        def fetch() -> list[np.ndarray]:
+            found: list[np.ndarray] = [np.empty(0)] * len(inputs)
+            for batch, arrive in sent:
+                for index, output in zip(batch.indices, arrive()[0], strict=True):
+                    found[index] = output
+            return found
+
+        return Pending(fetch) if self.forward.queues else Pending.of(fetch())
+
+    def _batches_of(self, inputs: Sequence[MrcInput]) -> Sequence[Batch]:
+        if self._generation != self.forward.generation:
+            self._generation = self.forward.generation
+            self._kept.clear()
+        for known, batches in self._kept:
+            if len(known) == len(inputs) and all(a is b for a, b in zip(known, inputs, strict=True)):
+                return batches
+        batches = self.forward.batches(inputs, 1)
+        if len(self._kept) < _KEPT_SETS:
+            self._kept.append((list(inputs), batches))
+        return batches

@@ -37,7 +37,11 @@ def slow_hidden(
         words = [words[0], *inline, *words[1:]]
     rows = []
     for position, word in enumerate(words):
-        row = word + w["position_embeddings.weight"][position] + w["token_type_embeddings.weight"][0]
+        row = (
+            word
+            + w["position_embeddings.weight"][position]
+            + w["token_type_embeddings.weight"][config.token_type]
+        )
         rows.append(_norm(row, w, "embedding_norm", config.layer_norm_eps))
     hidden = np.stack(rows)
     for i in range(config.n_layers):

@@ -38,6 +38,7 @@ class BackboneEntry:
     ffn: int
     vocab_size: int
     activation: str
+    token_type: int
 
 
 @dataclass(frozen=True, kw_only=True)

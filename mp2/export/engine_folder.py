@@ -193,6 +193,7 @@ def backbone_entry(backbone: Backbone) -> BackboneEntry:
         ffn=config.ffn,
         vocab_size=config.vocab_size,
         activation=config.activation,
+        token_type=config.token_type,
     )
 
 

@@ -87,7 +87,7 @@ def store_backbone(
     for name, tensor in (
         ("word_embeddings", encoder.word_embeddings.weight),
         ("position_embeddings", encoder.position_embeddings.weight),
-        ("token_type_embedding", encoder.token_type_embeddings.weight[0]),
+        ("token_type_embedding", encoder.token_type_row),
         ("embedding_norm.weight", encoder.embedding_norm.weight),
         ("embedding_norm.bias", encoder.embedding_norm.bias),
     ):

@@ -73,7 +73,7 @@ class SlowReference:
         x = (
             words
             + self.w["position_embeddings.weight"][positions]
-            + self.w["token_type_embeddings.weight"][0]
+            + self.w["token_type_embeddings.weight"][self.config.token_type]
         )
         return self.norm("embedding_norm", x)
 

@@ -87,6 +87,7 @@ class CudaBackend:
         self._packed: dict[int, _PackedLayer] = {}
         self._spans: dict[tuple[bytes, int], Spans] = {}
         encoder = backbone.encoder
+        self._token_type = backbone.config.token_type
         self._tables = tuple(
             table.weight.detach().to(place, torch.float32)
             for table in (
@@ -187,14 +188,15 @@ class CudaBackend:
     @torch.inference_mode()
     def embed_pack(self, pack: Pack, prompts: torch.Tensor | None = None) -> torch.Tensor:
         """Return what enters layer 0, [1 or P, S, H], with inline ``prompts`` [P, m, H] in their slots."""
-        words, positions, types, _ = self._tables
-        text = self._embedding_norm(words[pack.input_ids] + positions[pack.positions] + types[0])
+        words, positions, token_types, _ = self._tables
+        token_type = token_types[self._token_type]
+        text = self._embedding_norm(words[pack.input_ids] + positions[pack.positions] + token_type)
         n_rows = 1 if prompts is None else len(prompts)
         hidden = text.new_empty(n_rows, pack.n_slots, text.shape[-1])
         hidden[:, pack.text_slots] = text
         if prompts is not None:
             m = prompts.shape[1]
-            rows = self._embedding_norm(prompts.to(self._place) + positions[1 : m + 1] + types[0])
+            rows = self._embedding_norm(prompts.to(self._place) + positions[1 : m + 1] + token_type)
             hidden[:, pack.prompt_slots] = rows.repeat(1, len(pack.lengths), 1)
         return hidden.to(self.dtype)
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mp2.backbone.config import BackboneConfig
 from mp2.backbone.encoder import Encoder
+from mp2.backbone.mlm_head import MlmHead, MlmTransform
 from mp2.errors import UsageError
 from mp2.limits import check_seed
 from mp2.training.contrastive import contrastive_loss
@@ -129,6 +130,21 @@ class MaskedLanguageModel(nn.Module):
         logits = F.linear(picked, encoder.word_embeddings.weight, self.bias)
         predicted = F.cross_entropy(logits.float(), targets)
         return (predicted,) if shared is None else (predicted, contrastive_loss(hidden, shared))
+
+
+    def head(self) -> MlmHead:
+        """Everything but the encoder, as backbones carry it; the decoder is the encoder's word embeddings."""
+        config = self.encoder.config
+        transform = MlmTransform(
+            dense_weight=self.transform.weight.detach(),
+            dense_bias=self.transform.bias.detach(),
+            norm_weight=self.transform_norm.weight.detach(),
+            norm_bias=self.transform_norm.bias.detach(),
+            activation="gelu",
+            norm_eps=config.layer_norm_eps,
+        )
+        words = self.encoder.word_embeddings.weight.detach()
+        return MlmHead(transform=transform, decoder=words, bias=self.bias.detach(), tied=True)
 
 
 def schedule(step: int, steps: int, warmup_steps: int | None, decay_steps: int | None) -> float:

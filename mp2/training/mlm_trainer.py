@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -241,7 +241,8 @@ def train_mlm(
             if ranks.main:
                 write_json(out / "mlm_config.json", asdict(config), indent=1)
             run.train()
-        backbone = freeze(run.model.encoder.config, run.model.encoder.cpu(), tokenizer)
+        model = run.model.cpu()
+        backbone = replace(freeze(model.encoder.config, model.encoder, tokenizer), mlm_head=model.head())
         if ranks.main:
             _write(run, backbone, digests, command)
         return backbone

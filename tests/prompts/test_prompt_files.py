@@ -16,6 +16,8 @@ from torch import Tensor
 from mp2.backbone import Backbone, BackboneConfig, random_backbone
 from mp2.errors import FormatError, MismatchError, UnknownNameError
 from mp2.prompts import PromptSet, load_prompts, random_prompts, save_prompts
+from mp2.runs.tuned import load_tuned
+from mp2.training.checkpoint import checkpoint_state
 
 
 @pytest.fixture
@@ -186,3 +188,25 @@ def test_a_pretrained_router_is_found_by_task_and_an_unknown_one_gets_the_known(
 def test_a_prompt_set_with_a_wrong_shape_cannot_be_made(prompts: PromptSet) -> None:
     with pytest.raises(FormatError, match=r"field 'z': has shape \(3, 4, 4\), expected \(3, 4, 5\)"):
         dataclasses.replace(prompts, z=prompts.z[..., :4])
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{7:064d}\nsize 1302674\n"
+
+
+def test_a_git_lfs_pointer_is_named_in_prompts_tuned_prompts_and_checkpoints(tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    path.write_text(POINTER)
+    for load in (load_prompts, load_tuned, checkpoint_state):
+        with pytest.raises(FormatError, match=r"p\.safetensors: is a git-lfs pointer, .*git lfs pull"):
+            load(path)
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.int8, torch.int32, torch.uint8, torch.float64, torch.complex64, torch.float8_e4m3fn]
+)
+def test_tensors_of_other_types_are_refused_and_not_cast(
+    prompts: PromptSet, tmp_path: Path, kind: torch.dtype
+) -> None:
+    path = write(tmp_path / "p.safetensors", prompts, {"z": prompts.z.to(kind)})
+    with pytest.raises(FormatError, match=r"tensor 'z' is \w+, expected one of F32, F16, BF16"):
+        load_prompts(path)

@@ -139,6 +139,19 @@ def test_it_learns_to_read_the_context(tmp_path: Path) -> None:
     assert np.mean(values[-20:]) < 0.7  # ln(16) = 2.8
 
 
+def test_the_head_is_kept_under_names_that_transformers_reads(corpus: Path, tmp_path: Path) -> None:
+    train(corpus, tmp_path / "tiny", tiny())
+    backbone = load_backbone(tmp_path / "tiny")
+    assert backbone.mlm_head is not None
+    assert backbone.mlm_head.bias.any()  # it was trained
+    model = BertForMaskedLM.from_pretrained(tmp_path / "tiny").eval()
+    ids = torch.arange(2, 14).view(2, 6)
+    with torch.no_grad():
+        expected = model(ids).logits
+    got = backbone.mlm_head.logits(backbone.encoder(ids))
+    assert (got - expected).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize(("last_saved", "killed_at"), [(5, 5), (5, 9), (1, 14)])
 def test_a_run_cut_off_after_a_checkpoint_goes_on_bit_for_bit(
     corpus: Path,

@@ -12,8 +12,8 @@ import torch
 from tiny_words import tiny_vocab
 
 from mp2.backbone import Backbone, BackboneConfig, random_backbone
-from mp2.engine import create_objective, create_runtime
-from mp2.engine.cuda.runtime import CudaRuntime
+from mp2.engine import Backend, Objective, create_backend
+from mp2.engine.cuda.backend import CudaBackend
 from mp2.engine.folder import read_manifest
 from mp2.export import export_engine
 from mp2.prompts import random_prompts
@@ -22,19 +22,20 @@ from .slow_reference import make_inputs
 
 
 def losses(kind: str, backbone: Backbone, prompts_of: Literal["deep", "shallow"], folder: Path) -> np.ndarray:
+    backend: Backend
     if kind == "onnxruntime":
         export_engine(backbone, folder)
         assert read_manifest(folder / "manifest.json").backbone.token_type == backbone.config.token_type
-        runtime = create_runtime("onnxruntime", backbone, engine_dir=folder)
+        backend = create_backend("onnxruntime", backbone, engine_dir=folder)
     elif kind == "cuda":
-        runtime = CudaRuntime(backbone, device="cpu")  # the same code, on the CPU
+        backend = CudaBackend(backbone, device="cpu", precision="fp32")  # the same code, on the CPU
     else:
-        runtime = create_runtime(kind, backbone)
+        backend = create_backend(kind, backbone)
     prompts = random_prompts(backbone, prompts_of, n_modules=2, prompt_tokens=3, intrinsic_dim=6, seed=1)
     train = make_inputs((9, 14, 5, 11), backbone.config.vocab_size, seed=3)
-    objective = create_objective(runtime, backbone, prompts, train)
+    objective = Objective(backend.forward(prompts), train)
     z = torch.randn(2, *prompts.z.mean(1).shape, generator=torch.Generator().manual_seed(0)).numpy()
-    return np.asarray(objective.full_losses(z))
+    return objective.full_losses(z).fetch()
 
 
 @pytest.mark.parametrize("prompts_of", ["deep", "shallow"])

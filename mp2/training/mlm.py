@@ -131,7 +131,6 @@ class MaskedLanguageModel(nn.Module):
         predicted = F.cross_entropy(logits.float(), targets)
         return (predicted,) if shared is None else (predicted, contrastive_loss(hidden, shared))
 
-
     def head(self) -> MlmHead:
         """Everything but the encoder, as backbones carry it; the decoder is the encoder's word embeddings."""
         config = self.encoder.config

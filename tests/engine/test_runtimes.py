@@ -1,22 +1,30 @@
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from mp2.backbone import Backbone
-from mp2.engine import create_backend
+from mp2.backbone.encoder import activate
+from mp2.engine import Objective, create_backend
 from mp2.engine.backend import Probe
 from mp2.engine.chain import ChainBackend
 from mp2.engine.cpu.backend import CpuBackend
-from mp2.engine.cpu.linear import FastLinear, activate, onednn_works
+from mp2.engine.cpu.linear import FastLinear, onednn_works
 from mp2.engine.cuda.backend import CudaBackend
 from mp2.engine.onnx.runtime import OnnxRuntime
 from mp2.engine.select import layer_seconds
 from mp2.errors import MismatchError, MissingDependencyError, UnknownNameError, UsageError
 from mp2.export import export_engine
+from mp2.prompts import random_prompts
+from mp2.tasks import MrcInput
+
+from .slow_reference import SlowReference
 
 P, N, T, M = 3, 2, 11, 5
 
@@ -76,6 +84,29 @@ def test_embeddings_equal_the_encoder(tiny_backbone: Backbone, runtime: ChainBac
     torch.testing.assert_close(runtime.embed_inline(rows)[:, 0], encoder.embed_inline(rows))
 
 
+def test_every_backend_adds_the_backbones_token_type(
+    tiny_backbone: Backbone, train: list[MrcInput], tmp_path: Path
+) -> None:
+    config = replace(tiny_backbone.config, token_type=1)
+    encoder = copy.deepcopy(tiny_backbone.encoder)
+    encoder.config = config
+    backbone = replace(tiny_backbone, config=config, encoder=encoder, sha256="1" * 64)
+    first, second = encoder.token_type_embeddings.weight
+    assert (first - second).abs().max() > 1e-3
+    export_engine(backbone, tmp_path / "engine")
+    for kind in ("deep", "shallow"):
+        prompts = random_prompts(backbone, kind, prompt_tokens=6, intrinsic_dim=10)
+        z = prompts.z.mean(1).numpy()[None]
+        expected = SlowReference(backbone, prompts).losses(z, train)
+        for backend in (
+            CpuBackend(backbone),
+            CudaBackend(backbone, device="cpu", precision="fp32"),
+            OnnxRuntime(backbone, tmp_path / "engine", threads=1),
+        ):
+            found = Objective(backend.forward(prompts), train).full_losses(z).fetch()
+            np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
 def test_fast_linear_equals_plain_linear(activation: str) -> None:
     rng = torch.Generator().manual_seed(0)
@@ -85,7 +116,7 @@ def test_fast_linear_equals_plain_linear(activation: str) -> None:
     linear = FastLinear(weight, bias)
     with torch.inference_mode():
         torch.testing.assert_close(linear(x), plain, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(linear(x, activation), activate(plain, activation), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(linear(x, activation), activate(activation, plain), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(linear.plus(x, r), plain + r, rtol=1e-5, atol=1e-5)
 
 
@@ -186,8 +217,6 @@ def test_too_long_sequences_are_refused_by_name(tiny_backbone: Backbone, engine_
 def test_an_engine_of_another_backbone_is_refused(
     tiny_backbone: Backbone, tmp_path: Path, engine_dir: Path
 ) -> None:
-    from dataclasses import replace
-
     other = replace(tiny_backbone, sha256="f" * 64)
     with pytest.raises(MismatchError, match=r"expected 'tiny' .weights ffff"):
         create_backend("onnxruntime", other, engine_dir=engine_dir)

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 
 from mp2.backbone import Backbone
+from mp2.backbone.encoder import activate
 from mp2.engine.backend import Prefixes
 from mp2.engine.chain import Candidates
 from mp2.engine.cpu.attention import attend, attend_shared_text
 from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.cpu.int8_steps import Int8Linear, int8_problem, make_steps
-from mp2.engine.cpu.linear import activate
 from mp2.engine.cpu.native.interface import MAX_ROW
 from mp2.errors import UsageError
 
@@ -116,7 +116,7 @@ class Int8Backend(CpuBackend):
         assert difference is not None
 
         product = exact.intermediate(normed[0])
-        active = activate(product, config.activation)
+        active = activate(config.activation, product)
         difference = steps.add_activate(rough.intermediate(difference), product, active, config.activation)
         product = exact.output(active)
         out = torch.empty(n_blocks, rows, width)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mp2.backbone.encoder import activate
 from mp2.engine.cpu import native
-from mp2.engine.cpu.linear import activate
 from mp2.engine.cpu.native.interface import ACTIVATIONS
 
 
@@ -113,7 +113,7 @@ class TorchSteps:
         self, product: Product, reference: torch.Tensor, active: torch.Tensor, activation: str
     ) -> Difference:
         """Return activation(``reference`` [R, N] + product) relative to ``active``, the reference's."""
-        total = activate(product.dense(len(reference)).add_(reference), activation)
+        total = activate(activation, product.dense(len(reference)).add_(reference))
         return _quantise(total.sub_(active).view(-1, active.shape[1]))
 
 

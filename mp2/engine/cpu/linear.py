@@ -13,15 +13,10 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from mp2.backbone.encoder import activate
+
 # activation name -> (oneDNN attribute, algorithm)
 _ONEDNN = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
-
-
-def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
-    """Apply ``gelu`` (erf), ``gelu_tanh`` or ``relu``."""
-    if activation == "relu":
-        return torch.relu(x)
-    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 class FastLinear:
@@ -40,7 +35,7 @@ class FastLinear:
         """Return ``activation(x W^T + b)`` [rows, out]."""
         if self._packed is None:
             y = F.linear(x, self._weight, self._bias)
-            return y if activation is None else activate(y, activation)
+            return y if activation is None else activate(activation, y)
         attribute, algorithm = ("none", "") if activation is None else _ONEDNN[activation]
         y = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, attribute, [], algorithm)
         return torch.as_tensor(y)
@@ -70,7 +65,7 @@ def onednn_works() -> bool:
             close = torch.allclose(op.binary(x, r, packed, bias, "add"), expected + r, atol=1e-4)
             for name, (attribute, algorithm) in _ONEDNN.items():
                 got = op(x, packed, bias, attribute, [], algorithm)
-                close = close and torch.allclose(got, activate(expected, name), atol=1e-4)
+                close = close and torch.allclose(got, activate(name, expected), atol=1e-4)
     except (RuntimeError, AttributeError, TypeError):
         return False
     return close

@@ -11,10 +11,10 @@ from tiny_words import tiny_vocab
 from torch.nn import functional as F
 
 from mp2.backbone import Backbone, BackboneConfig, Layer, random_backbone
+from mp2.backbone.encoder import activate
 from mp2.engine import Objective
 from mp2.engine.cpu import native
 from mp2.engine.cpu.backend import CpuBackend
-from mp2.engine.cpu.linear import activate
 from mp2.engine.cpu.second_half import SecondHalf, make_second_half
 from mp2.prompts import random_prompts
 
@@ -58,7 +58,7 @@ def exact(layer: Layer, activation: str, context: torch.Tensor, residual: torch.
         return F.layer_norm(x, (HIDDEN,), module.weight.double(), module.bias.double(), EPS)
 
     y = norm(linear(context.double(), layer.attention_output) + residual.double(), layer.attention_norm)
-    wide = activate(linear(y, layer.intermediate), activation)
+    wide = activate(activation, linear(y, layer.intermediate))
     return norm(linear(wide, layer.output) + y, layer.output_norm)
 
 

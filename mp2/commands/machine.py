@@ -25,6 +25,7 @@ from mp2.errors import UsageError
 @click.option("--data", type=click.Path(), help="Folder with TASK/train.jsonl; or MP2_DATA.")
 @click.option("--popsize", type=int, help="tensorrt: population plans are tuned for.  [default: 20]")
 @click.option("--graphs-only", is_flag=True, help="tensorrt: build no plans, so that no GPU is needed.")
+@click.option("--triton", is_flag=True, help="--run: write a Triton model repository, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def export(as_json: bool, first: str | None, more: tuple[str, ...], **options: Any) -> None:
     """Write a bundle that answers the tasks of finished runs without mp2 (--run), or an engine folder.
@@ -36,7 +37,7 @@ def export(as_json: bool, first: str | None, more: tuple[str, ...], **options: A
 
     show = (lambda line: None) if as_json else click.echo
     if first is not None:
-        engines_own = ("runtime", "task", "data", "popsize", "graphs_only")
+        engines_own = ("task", "data", "popsize", "graphs_only")
         if wrong := [f"--{name.replace('_', '-')}" for name in engines_own if options[name]]:
             raise UsageError(
                 f"{', '.join(wrong)}: for an engine folder, not for a bundle; drop --run or these"
@@ -46,6 +47,8 @@ def export(as_json: bool, first: str | None, more: tuple[str, ...], **options: A
     else:
         if more:
             raise UsageError(f"{more[0]}: expected options only; runs are given as --run RUN [RUN ...]")
+        if options.pop("triton"):
+            raise UsageError("--triton is for a bundle: give --run RUN")
         if options["backbone"] is None:
             raise UsageError("give --backbone NAME for an engine folder, or --run RUN for a bundle")
         options["runtime"] = options["runtime"] or "onnxruntime"

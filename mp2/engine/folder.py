@@ -110,6 +110,16 @@ class EngineFolder:
         return self.path / name
 
     @property
+    def files(self) -> Mapping[str, str]:
+        """Name -> SHA-256 of every file."""
+        return self.manifest.files
+
+    @property
+    def precision(self) -> str:
+        """The graphs' type."""
+        return self.manifest.precision
+
+    @property
     def _at(self) -> Path:
         return self.path / MANIFEST
 
@@ -131,15 +141,22 @@ class EngineFolder:
                 raise FormatError(
                     f"no entry for '{name}', which an engine needs; {again}", path=self._at, field="files"
                 )
-        for name, expected in self.manifest.files.items():
-            if Path(name).name != name:
-                raise FormatError(f"'{name}' is not a plain file name; {again}", path=self._at, field="files")
-            file = self.path / name
-            if not file.is_file():
-                raise FormatError(f"'{name}' is listed but missing; {again}", path=self._at, field="files")
-            got = file_sha256(file)
-            if got != expected:
-                raise FormatError(f"sha256 is {got[:12]}, expected {expected[:12]}; {again}", path=file)
+        check_hashes(self.path, self.manifest.files, again)
+
+
+def check_hashes(folder: Path, files: Mapping[str, str], again: str) -> None:
+    """Raise FormatError, ending in ``again``, unless all of ``files`` are in ``folder`` with their hashes."""
+    at = folder / MANIFEST
+    for name, expected in files.items():
+        parts = Path(name).parts
+        if Path(name).is_absolute() or ".." in parts or not parts or "/".join(parts) != name:
+            raise FormatError(f"'{name}' is not a plain file name; {again}", path=at, field="files")
+        file = folder / name
+        if not file.is_file():
+            raise FormatError(f"'{name}' is listed but missing; {again}", path=at, field="files")
+        got = file_sha256(file)
+        if got != expected:
+            raise FormatError(f"sha256 is {got[:12]}, expected {expected[:12]}; {again}", path=file)
 
 
 def looks_exported(folder: Path) -> bool:

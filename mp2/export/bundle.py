@@ -7,8 +7,9 @@ everything is called and means stands in docs/engines.md and in the README.md of
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Template
@@ -18,8 +19,12 @@ import onnx
 import torch
 from safetensors.torch import save
 
-from mp2.backbone import Backbone, load_backbone
+from mp2.backbone import Backbone, load_backbone, resolve_device
+from mp2.engine.bundle import BUNDLE_FORMAT, BUNDLE_SCHEMA_VERSION, Bundle
 from mp2.engine.folder import MANIFEST, file_sha256
+from mp2.engine.tensorrt.library import load_tensorrt
+from mp2.engine.tensorrt.plans import SHAPES
+from mp2.engine.tensorrt.profiles import TaskShapes
 from mp2.errors import FormatError, MismatchError, Mp2Error, UnknownNameError, UsageError
 from mp2.export.engine_folder import backbone_entry, check_target, replaced, save_graph, versions
 from mp2.export.graphs import (
@@ -30,7 +35,8 @@ from mp2.export.graphs import (
     backbone_inline_model,
     backbone_model,
 )
-from mp2.export.parity import REPORT_HEADER, Comparison, check, compare_whole
+from mp2.export.parity import REPORT_HEADER, Comparison, check, compare_whole, emulated_graph
+from mp2.export.triton import TRITON, write_triton
 from mp2.export.weights import store_backbone
 from mp2.files import write_bytes, write_json
 from mp2.prompts import PrefixProjector, load_prompts
@@ -43,8 +49,9 @@ from mp2.tasks.mrc import CLOSING, MIN_TEXT_TOKENS, SEPARATOR
 if TYPE_CHECKING:
     from mp2.prompts import PromptSet
 
-BUNDLE_SCHEMA_VERSION = 1
 BUNDLE_PRECISIONS = ("fp32", "fp16", "bf16")
+_ROWS = 32  # of a batch, and tokens up to which it is padded: what TensorRT plans are made for
+_LENGTHS = (64, 128, 256)
 _FILES = Path(__file__).with_name("bundle_files")
 _WRITERS = {PREFIX_GRAPH: backbone_model, INLINE_GRAPH: backbone_inline_model}
 
@@ -95,7 +102,8 @@ def write_bundle(
         for graph in graphs:
             save_graph(_WRITERS[graph](GraphBuilder(loaded.config, store, precision)), folder / graph)
             try:
-                check(compare_whole(folder, loaded, precision, graph), report, f"{graph} in {precision}")
+                compared = compare_whole(emulated_graph(folder / graph), loaded, precision, graph)
+                check(compared, report, f"{graph} in {precision}")
             except Mp2Error as error:
                 raise Mp2Error(f"{error}; nothing was written to {out}") from error
         (folder / "tokenizer.json").write_text(loaded.tokenizer.to_json(), encoding="utf-8")
@@ -104,6 +112,8 @@ def write_bundle(
             write_bytes(folder / _tensors_file(name), save(task.tensors))
             write_json(folder / _card_file(name), _card(name, task, loaded))
         (folder / "run.py").write_bytes((_FILES / "run.py").read_bytes())
+        shapes = json.dumps(asdict(_shapes(loaded, tasks.values())), indent=2) + "\n"
+        (folder / SHAPES).write_text(shapes, encoding="utf-8")
         manifest = _manifest(loaded, folder, tasks, graphs, precision)
         (folder / "README.md").write_text(_readme(manifest), encoding="utf-8")
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -112,16 +122,53 @@ def write_bundle(
     return manifest
 
 
+def build_bundle_plans(
+    bundle: Bundle,
+    backbone: Backbone,
+    *,
+    device: str = "cuda",
+    report: Callable[[Comparison], None] = lambda comparison: None,
+) -> dict[str, bytes]:
+    """Build a TensorRT plan of each graph on this GPU, compare it with torch, and return graph -> plan.
+
+    Raises MissingDependencyError (TensorRT, CUDA), Mp2Error (TensorRT's refusal, an output out of tolerance).
+    """
+    from mp2.engine.tensorrt.whole import PlannedGraph
+
+    plans = {}
+    for graph in bundle.manifest["graphs"]:
+        planned = PlannedGraph(bundle.path, graph, device=device)
+        plans[graph] = planned.prepare()
+
+        def run(feeds: Any, outputs: Any, planned: PlannedGraph = planned) -> list[torch.Tensor]:
+            found = planned.run(feeds)
+            return [found[name] for name in outputs]
+
+        compared = compare_whole(run, backbone, bundle.precision, graph)
+        check(compared, report, f"the TensorRT plan of {graph} in {bundle.precision}")
+    return plans
+
+
 def bundle_command(
     runs: Sequence[str],
     out: str,
     backbone: str | None = None,
     prompts: str | None = None,
+    runtime: str | None = None,
     precision: str | None = None,
     *,
+    triton: bool = False,
     show: Callable[[str], None] = lambda line: None,
 ) -> dict[str, object]:
-    """Do what ``mp2 export --run`` does, ``show`` the report line by line, and return it as JSON values."""
+    """Do what ``mp2 export --run`` does, ``show`` the report line by line, and return it as JSON values.
+
+    ``runtime`` tensorrt also builds a plan of each graph, ``triton`` writes a model repository.
+    """
+    if runtime not in (None, "onnxruntime", "tensorrt"):
+        raise UnknownNameError("runtime", str(runtime), ("onnxruntime", "tensorrt"))
+    if runtime == "tensorrt":  # before any work
+        load_tensorrt()
+        resolve_device("cuda")
     comparisons: list[Comparison] = []
 
     def report(comparison: Comparison) -> None:
@@ -138,7 +185,16 @@ def bundle_command(
         precision=precision or "fp32",
         report=report,
     )
-    n_bytes = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file())
+    plans: dict[str, bytes] = {}
+    if runtime == "tensorrt":
+        loaded = load_backbone(backbone or read_config(Path(runs[0])).backbone)
+        plans = build_bundle_plans(Bundle.open(out), loaded, report=report)
+    if triton:
+        models = ", ".join(folder.name for folder in write_triton(Bundle.open(out), plans))
+        show(
+            f"Triton model repository in {Path(out) / TRITON}: {models} (written, not run on a Triton server)"
+        )
+    n_bytes = sum((Path(out) / name).stat().st_size for name in manifest["files"])
     show(
         f"{len(comparisons)} outputs equal torch's within tolerance; {len(manifest['tasks'])} task(s) on "
         f"'{manifest['backbone']['name']}' in {out} ({n_bytes / 1e6:.1f} MB): {', '.join(manifest['tasks'])}"
@@ -259,12 +315,12 @@ def _manifest(
         for name, task in tasks.items()
     }
     return {
-        "format": "mp2 bundle",
+        "format": BUNDLE_FORMAT,
         "schema_version": BUNDLE_SCHEMA_VERSION,
         "backbone": asdict(backbone_entry(backbone)),
         "precision": precision,
         "opset": OPSET,
-        "graphs": {graph: _interface(folder / graph) for graph in graphs},
+        "graphs": {graph: graph_interface(folder / graph) for graph in graphs},
         "heads": {
             "span": {"inputs": ["span_weight", "span_bias"], "outputs": ["start_logits", "end_logits"]}
         },
@@ -277,7 +333,7 @@ def _manifest(
     }
 
 
-def _interface(graph: Path) -> dict[str, dict[str, dict[str, Any]]]:
+def graph_interface(graph: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """Return the graph's inputs and outputs: name -> element type and shape, a name where it may vary."""
     model = onnx.load(graph, load_external_data=False).graph
 
@@ -291,6 +347,18 @@ def _interface(graph: Path) -> dict[str, dict[str, dict[str, Any]]]:
         return found
 
     return {"inputs": described(model.input), "outputs": described(model.output)}
+
+
+def _shapes(backbone: Backbone, tasks: Collection[TunedTask]) -> TaskShapes:
+    """Return the batches that plans of a bundle are made for."""
+    longest = max(min(task.meta.max_tokens, backbone.config.max_positions) for task in tasks)
+    lengths = sorted({min(length, longest) for length in (*_LENGTHS, longest)})
+    return TaskShapes(
+        candidates=1,
+        examples=_ROWS,
+        lengths=tuple(lengths),
+        prompt_tokens=max(task.prompt_length for task in tasks),
+    )
 
 
 def _readme(manifest: dict[str, Any]) -> str:

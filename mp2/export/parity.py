@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -148,17 +148,25 @@ def compare_stages(runtime: GraphStages, backbone: Backbone) -> Iterator[Compari
     yield _compare("whole chain: logits", got, logits, WHOLE_TOLERANCE[runtime.precision], mask)
 
 
+RunGraph = Callable[[Mapping[str, torch.Tensor], Mapping[str, Sequence[int]]], Sequence[torch.Tensor]]
+"""(feeds, output name -> shape) -> the outputs."""
+
+
+def emulated_graph(path: Path) -> RunGraph:
+    """Return what runs the graph at ``path`` on the CPU, rounding as its types do."""
+    from mp2.engine.onnx.session import OnnxSession
+
+    return OnnxSession(emulated(path).SerializeToString()).run
+
+
 @torch.inference_mode()
-def compare_whole(folder: Path, backbone: Backbone, precision: str, graph: str) -> Iterator[Comparison]:
-    """Yield comparisons of the deployment ``graph`` in ``folder``, `PREFIX_GRAPH` or `INLINE_GRAPH`.
+def compare_whole(run: RunGraph, backbone: Backbone, precision: str, graph: str) -> Iterator[Comparison]:
+    """Yield comparisons of what ``run`` makes of a deployment ``graph``, `PREFIX_GRAPH` or `INLINE_GRAPH`.
 
     One prompt for all rows, and a batch that mixes: a prompt, a shorter one, none.
     """
-    from mp2.engine.onnx.session import OnnxSession
-
     probe, inline = _Probe(backbone), graph == INLINE_GRAPH
     width, limit = probe.config.hidden, WHOLE_TOLERANCE[precision]
-    session = OnnxSession(emulated(folder / graph).SerializeToString())
     shape = (_N, probe.ids.shape[1])
     names = ("prompt_rows",) if inline else ("prompt_keys", "prompt_values")
     prompts = (probe.rows,) if inline else (probe.keys.transpose(0, 1), probe.values.transpose(0, 1))
@@ -178,7 +186,7 @@ def compare_whole(folder: Path, backbone: Backbone, precision: str, graph: str) 
         }
         pooled = (_N, probe.config.n_layers + 1, width)
         outputs = {"start_logits": shape, "end_logits": shape, "hidden": (*shape, width), "pooled": pooled}
-        got = dict(zip(outputs, session.run(feeds, outputs), strict=True))
+        got = dict(zip(outputs, run(feeds, outputs), strict=True))
         rows = [
             probe.states(n, mask, pick[n % len(pick)], length[n % len(length)], inline) for n in range(_N)
         ]
@@ -193,7 +201,7 @@ def compare_whole(folder: Path, backbone: Backbone, precision: str, graph: str) 
         }
         for name, wanted in expected.items():
             seen = slice(None) if name == "pooled" else mask
-            yield _compare(f"{graph}{case}: {name}", got[name][seen], wanted[seen], limit)
+            yield _compare(f"{graph}{case}: {name}", got[name].cpu()[seen], wanted[seen], limit)
 
 
 def _compare(

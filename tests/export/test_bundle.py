@@ -20,10 +20,12 @@ from click.testing import CliRunner
 
 from mp2.backbone import Backbone, load_backbone, save_backbone
 from mp2.cli import main
+from mp2.engine.bundle import Bundle
 from mp2.engine.folder import EngineFolder, file_sha256
 from mp2.errors import FormatError, MismatchError, Mp2Error, UnknownNameError, UsageError
 from mp2.export import parity as parity_module
 from mp2.export import write_bundle
+from mp2.export.triton import write_triton
 from mp2.prompts import PromptSet, load_prompts, random_prompts, save_prompts
 from mp2.runs.config import SCHEMA_VERSION, BbtConfig
 from mp2.runs.predict import Predictor
@@ -302,6 +304,49 @@ def test_half_precisions_have_float32_outside_and_close_answers(
         assert answer["probability"] == pytest.approx(expected["probability"], abs=0.02)
 
 
+def test_a_triton_repository_has_batch_first_inputs_and_shares_the_weights(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "b"
+    command = ["export", "--run", *map(str, runs.values()), "--out", str(out), "--triton"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert "backbone, backbone_inline (written, not run on a Triton server)" in result.output
+    models = out / "triton"
+    assert {path.name for path in models.iterdir()} == {"backbone", "backbone_inline"}
+    model = models / "backbone" / "1" / "model.onnx"
+    inputs = {
+        info.name: info.shape for info in ort.InferenceSession(model).get_inputs()
+    }  # its weights are there
+    assert os.path.samefile(models / "backbone" / "1" / "embed.bin", out / "embed.bin")
+    config = (models / "backbone" / "config.pbtxt").read_text()
+    found = dict(re.findall(r'name: "(\w+)" data_type: \w+ dims: (\[ [^]]* \])', config))
+    assert found["prompt_length"] == "[ 1 ]"
+    assert "dims: [ 1 ] reshape { shape: [ ] }" in config
+    assert found["prompt_keys"] == "[ 4, 4, -1, 32 ]"
+    assert found["input_ids"] == found["start_logits"] == "[ -1 ]"
+    assert set(inputs) <= set(found)
+    assert all(shape[0] in ("N", "P") for shape in inputs.values())
+    assert "max_batch_size: 32" in config
+    assert "dynamic_batching" in config
+
+
+def test_triton_reads_the_configuration(runs: dict[str, Path], tmp_path: Path) -> None:
+    messages = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    from google.protobuf import text_format
+
+    write_bundle([runs["demo_topic"], runs["demo_sentiment"]], tmp_path / "b")
+    bundle = Bundle.open(tmp_path / "b")
+    for folder in write_triton(bundle, {"backbone.onnx": b"a plan"}):
+        config = text_format.Parse((folder / "config.pbtxt").read_text(), messages.ModelConfig())
+        assert config.name == folder.name
+        assert config.backend == ("tensorrt" if folder.name.endswith("tensorrt") else "onnxruntime")
+        assert config.HasField("dynamic_batching")
+        shapes = {x.name: list(x.dims) for x in (*config.input, *config.output)}
+        assert shapes["pooled"] == [5, 128]
+    assert (tmp_path / "b" / "triton" / "backbone_tensorrt" / "1" / "model.plan").read_bytes() == b"a plan"
+
+
 def test_a_difference_from_torch_leaves_nothing(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,10 +426,10 @@ def test_the_command_takes_many_runs_and_replaces_its_own_folder(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["--run", "RUN", "--runtime", "tensorrt", "--graphs-only"],
-            "--runtime, --graphs-only: for an engine",
-        ),
+        (["--run", "RUN", "--popsize", "3", "--graphs-only"], "--popsize, --graphs-only: for an engine"),
+        (["--run", "RUN", "--runtime", "tensorrt"], "pip install"),
+        (["--run", "RUN", "--runtime", "onnxrutime"], "Did you mean 'onnxruntime'"),
+        (["--backbone", "mini", "--triton"], "--triton is for a bundle"),
         (["RUN"], "runs are given as --run RUN"),
         ([], "give --backbone NAME for an engine folder, or --run RUN for a bundle"),
         (["--run", "nowhere"], "there is no folder nowhere"),

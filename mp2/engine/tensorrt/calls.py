@@ -145,12 +145,12 @@ class EngineCalls:
         """Return the named sizes of ``feeds``."""
         return sizes_of(self._shapes, {name: tuple(x.shape) for name, x in feeds.items()})
 
-    def __call__(self, feeds: Mapping[str, torch.Tensor], output: str, result: torch.Tensor) -> None:
-        """Queue the engine on ``feeds`` (contiguous, on the device), writing ``output`` into ``result``."""
+    def __call__(self, feeds: Mapping[str, torch.Tensor], results: Mapping[str, torch.Tensor]) -> None:
+        """Queue the engine on ``feeds`` (contiguous, on the device), writing all outputs into ``results``."""
         profile = best_profile(self._profiles, self.sizes(feeds))
         if profile is None:
             raise self._error(f"no profile covers {self.sizes(feeds)}")
-        tensors = {**feeds, output: result}
+        tensors, outputs = {**feeds, **results}, tuple(results)
         shapes = tuple((name, tuple(x.shape)) for name, x in feeds.items())
         addresses = tuple(x.data_ptr() for x in tensors.values())
         key = (id(self), profile, shapes, addresses)
@@ -160,20 +160,20 @@ class EngineCalls:
         context = self._contexts.get(profile)
         if context is None:
             context = self._contexts[profile] = self._new_context(profile)
-        self._device.run(lambda stream: self._execute(context, profile, tensors, output, shapes, stream))
+        self._device.run(lambda stream: self._execute(context, profile, tensors, outputs, shapes, stream))
         if self._cuda_graphs and graphs.wants(key):
-            graphs.add(key, *self._capture(profile, tensors, output, shapes))
+            graphs.add(key, *self._capture(profile, tensors, outputs, shapes))
 
     def _capture(
         self,
         profile: int,
         tensors: Mapping[str, torch.Tensor],
-        output: str,
+        outputs: Sequence[str],
         shapes: tuple[tuple[str, tuple[int, ...]], ...],
     ) -> tuple[trt.IExecutionContext, Replay]:
         """Return a context of the captured call's own (a graph holds its state) and the graph."""
         context = self._new_context(profile)
-        self._bind(context, tensors, output, shapes)
+        self._bind(context, tensors, outputs, shapes)
         # TensorRT settles a context's state for new shapes in a first, uncaptured call
         self._device.run(lambda stream: self._queue(context, stream))
         return context, self._device.capture(lambda stream: self._queue(context, stream))
@@ -196,11 +196,11 @@ class EngineCalls:
         context: trt.IExecutionContext,
         profile: int,
         tensors: Mapping[str, torch.Tensor],
-        output: str,
+        outputs: Sequence[str],
         shapes: tuple[tuple[str, tuple[int, ...]], ...],
         stream: int,
     ) -> None:
-        self._bind(context, tensors, output, shapes, known=self._set_up.get(profile) == shapes)
+        self._bind(context, tensors, outputs, shapes, known=self._set_up.get(profile) == shapes)
         self._set_up[profile] = shapes
         self._queue(context, stream)
 
@@ -208,7 +208,7 @@ class EngineCalls:
         self,
         context: trt.IExecutionContext,
         tensors: Mapping[str, torch.Tensor],
-        output: str,
+        outputs: Sequence[str],
         shapes: tuple[tuple[str, tuple[int, ...]], ...],
         known: bool = False,
     ) -> None:
@@ -216,9 +216,10 @@ class EngineCalls:
             for name, shape in shapes:
                 if not context.set_input_shape(name, shape):
                     raise self._error(f"input '{name}' cannot have shape {shape}")
-            given, expected = tuple(tensors[output].shape), tuple(context.get_tensor_shape(output))
-            if given != expected:
-                raise self._error(f"output '{output}' has shape {expected}, expected {given}")
+            for output in outputs:
+                given, expected = tuple(tensors[output].shape), tuple(context.get_tensor_shape(output))
+                if given != expected:
+                    raise self._error(f"output '{output}' has shape {expected}, expected {given}")
         n_bytes = self._engine.get_device_memory_size_for_profile_v2(context.active_optimization_profile)
         address, size = self._scratch.reserve(n_bytes)
         context.set_device_memory(address, size)

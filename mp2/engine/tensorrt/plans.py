@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mp2.engine.bundle import Bundle
 from mp2.engine.folder import EngineFolder
 from mp2.engine.tensorrt.builder import BuildSettings, build_plan
 from mp2.engine.tensorrt.profiles import Profile, Sizes, TaskShapes, best_profile, grown
@@ -50,11 +51,11 @@ class Plan:
 
 
 class PlanStore:
-    """The plans of one engine folder for one TensorRT release and GPU; builds what is missing."""
+    """The plans of one folder for one TensorRT release and GPU; builds what is missing."""
 
     def __init__(
         self,
-        folder: EngineFolder,
+        folder: EngineFolder | Bundle,
         module: ModuleType,
         gpu: Gpu,
         *,
@@ -106,13 +107,13 @@ class PlanStore:
 
     def _origin(self, graph: str) -> dict[str, Any]:
         """What a plan of ``graph`` must have been built from and for; profiles apart."""
-        files = self._folder.manifest.files
+        files = self._folder.files
         return {
             "graph": files[graph],
             "weights": {name: files[name] for name in sorted(_weight_files(self._folder.file(graph)))},
             "tensorrt": str(self._module.__version__),
             "gpu": asdict(self._gpu),
-            "precision": self._folder.manifest.precision,
+            "precision": self._folder.precision,
             "settings": asdict(self._settings),
         }
 
@@ -158,7 +159,7 @@ class PlanStore:
         _write(self._path / f"{stem}.json", (json.dumps(record, indent=2, sort_keys=True) + "\n").encode())
 
 
-def read_shapes(folder: EngineFolder) -> TaskShapes:
+def read_shapes(folder: EngineFolder | Bundle) -> TaskShapes:
     """Return the task shapes that ``folder``'s plans are tuned for; FormatError if they are damaged."""
     path = folder.file(SHAPES)
     try:

@@ -17,6 +17,7 @@ Range = tuple[int, int, int]
 
 Sizes = Mapping[str, int]
 Shape = Sequence[int | str]
+DEPLOYMENT_GRAPHS = ("backbone.onnx", "backbone_inline.onnx")
 _STEP = 32  # lengths are rounded up to this where a plan must grow
 _CLASS_STEP = 16  # and a task's classes end at multiples of this
 
@@ -99,9 +100,15 @@ class TaskShapes:
         )
 
     def profiles(self, graph: str) -> tuple[Profile, ...]:
-        """Return the profiles of ``graph``'s plan (``embed.onnx``, ``layer_03.onnx`` ...)."""
+        """Return the profiles of ``graph``'s plan (``embed.onnx``, ``layer_03.onnx``, ``backbone.onnx``)."""
         m, p, n = self.prompt_tokens, _up_to(self.candidates), _up_to(self.examples)
         extra = m if self.shallow else 0
+        if (
+            graph in DEPLOYMENT_GRAPHS
+        ):  # each row with a prompt of its own, of at least one row, if only filling
+            edges = zip((0, *self.lengths), self.lengths, strict=False)
+            rows = {"P": n, "N": n, "m": (1, m, m)}
+            return tuple(Profile({**rows, "T": (low + 1, high, high)}) for low, high in edges)
         if graph == "embed_inline.onnx":
             return (Profile({"P": p, "m": (1, m, m)}),)
         classes = [
@@ -112,14 +119,13 @@ class TaskShapes:
             return tuple(Profile({"N": n, "T": t}) for t in classes)
         if graph.endswith("_plain.onnx") or graph == "head.onnx":
             return tuple(Profile({"P": p, "N": n, "T": t}) for t in classes)
-        rows = (1, m, m)
-        one, own = (1, 1, 1), p
+        one, own, prefix = (1, 1, 1), p, (1, m, m)
         if self.shallow:  # the last layer: every example of every candidate has rows of its own
             return tuple(
-                Profile({"P_hidden": own, "P_prefix": own, "N": n, "N_prefix": n, "T": t, "m": rows})
+                Profile({"P_hidden": own, "P_prefix": own, "N": n, "N_prefix": n, "T": t, "m": prefix})
                 for t in classes
             )
-        base = {"N": n, "N_prefix": one, "m": rows}
+        base = {"N": n, "N_prefix": one, "m": prefix}
         return tuple(
             profile
             for t in classes

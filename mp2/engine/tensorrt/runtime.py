@@ -98,7 +98,7 @@ class TensorRTRuntime(GraphStages):
             if calls is None or not calls.covers(feeds):
                 calls = self._calls[graph] = self._load(graph, feeds)
             result = self._on.empty(shape, self._types[output])
-            calls(feeds, output, result)
+            calls(feeds, {output: result})
         return result
 
     def _load(self, graph: str, feeds: Mapping[str, torch.Tensor] | None) -> EngineCalls:

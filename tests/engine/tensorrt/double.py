@@ -241,6 +241,10 @@ class _Engine:
         typed = onnx.load(path, load_external_data=False).graph
         self.inputs = [info.name for info in typed.input]
         self.outputs = [info.name for info in typed.output]
+        self.declared = {
+            i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim]
+            for i in (*typed.input, *typed.output)
+        }
         self.types = {i.name: i.type.tensor_type.elem_type for i in (*typed.input, *typed.output)}
         self.num_io_tensors = len(self.types)
         options = ort.SessionOptions()
@@ -295,6 +299,10 @@ class _Context:
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         shape = self._shapes
+        if "prompt_length" in shape:  # a whole backbone, whose outputs have the inputs' named sizes
+            declared = self._engine.declared
+            sizes = {d: s for given in shape for d, s in zip(declared[given], shape[given], strict=True)}
+            return tuple(sizes.get(d, d) for d in declared[name])
         if "input_ids" in shape:
             return (1, *shape["input_ids"], self._engine.session.get_outputs()[0].shape[-1])
         if "prompts" in shape:

@@ -333,7 +333,7 @@ def test_a_triton_repository_has_batch_first_inputs_and_shares_the_weights(
 
 def test_triton_reads_the_configuration(runs: dict[str, Path], tmp_path: Path) -> None:
     messages = pytest.importorskip("tritonclient.grpc.model_config_pb2")
-    from google.protobuf import text_format
+    text_format = pytest.importorskip("google.protobuf.text_format")
 
     write_bundle([runs["demo_topic"], runs["demo_sentiment"]], tmp_path / "b")
     bundle = Bundle.open(tmp_path / "b")

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from mp2.backbone import resolve_device
+from mp2.engine.backend import say
 from mp2.engine.bundle import Bundle
-from mp2.engine.runtime import say
 from mp2.engine.tensorrt.builder import BuildSettings, input_shapes
 from mp2.engine.tensorrt.calls import CudaDevice, Device, EngineCalls, Scratch
 from mp2.engine.tensorrt.library import load_tensorrt

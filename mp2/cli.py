@@ -13,10 +13,15 @@ import click
 
 from mp2 import __version__, environment
 from mp2.commands.baselines import baselines
-from mp2.commands.black_box import bbt, predict
-from mp2.commands.gradient import pretrain, pretrain_backbone, scratch, tune
-from mp2.commands.machine import doctor, export
+from mp2.commands.bbt import bbt
+from mp2.commands.doctor import doctor
+from mp2.commands.export import export
+from mp2.commands.predict import predict
+from mp2.commands.pretrain import pretrain
+from mp2.commands.pretrain_backbone import pretrain_backbone
+from mp2.commands.scratch import scratch
 from mp2.commands.tasks import tasks
+from mp2.commands.tune import tune
 from mp2.errors import Mp2Error
 
 # of a file: the machine's doing, for its owner to mend, and no mistake of ours
@@ -50,7 +55,11 @@ class _Group(click.Group):
 @click.group(
     cls=_Group,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit status: 0 done, 1 the work failed, 2 a wrong command or bad input, 130 stopped by Ctrl-C.",
+    epilog="Exit status: 0 done, 1 the work failed, 2 a wrong command or bad input, 130 stopped by Ctrl-C."
+    "\n\n"
+    "Names of tasks, backbones, runtimes and searches are completed after: "
+    'eval "$(_MP2_COMPLETE=bash_source mp2)" (zsh_source in zsh; in fish: '
+    "_MP2_COMPLETE=fish_source mp2 | source).",
 )
 @click.version_option(__version__, prog_name="mp2")
 def main() -> None:

@@ -49,13 +49,13 @@ def examine() -> dict[str, Any]:
     }
 
 
-def as_text(found: dict[str, Any]) -> str:
-    """The findings for people, a line each."""
+def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The findings for people: names and words."""
     cpu, torch, ort, trt = (
         found["cpu"],
         *(found["runtimes"][n] for n in ("torch", "onnxruntime", "tensorrt")),
     )
-    rows = [
+    lines = [
         ("python", f"{found['python']} on {found['platform']}"),
         ("packages", ", ".join(f"{n} {v or 'MISSING'}" for n, v in found["packages"].items())),
         (
@@ -66,22 +66,21 @@ def as_text(found: dict[str, Any]) -> str:
     ]
     if torch["available"]:
         devices = [f"{d['name']} ({d['memory_gib']:.0f} GiB)" for d in torch["cuda"]] or ["no CUDA device"]
-        rows.append(("torch", f"{torch['version']}, {torch['threads']} threads, {', '.join(devices)}"))
-        rows.append(("C kernels", torch["no_kernels"] or "compiled for this processor"))
+        lines.append(("torch", f"{torch['version']}, {torch['threads']} threads, {', '.join(devices)}"))
+        lines.append(("C kernels", torch["no_kernels"] or "compiled for this processor"))
     else:
-        rows.append(("torch", f"missing: {torch['install']}"))
+        lines.append(("torch", f"missing: {torch['install']}"))
     if ort["available"]:
-        rows.append(("onnxruntime", f"{ort['version']}: {', '.join(ort['providers'])}"))
+        lines.append(("onnxruntime", f"{ort['version']}: {', '.join(ort['providers'])}"))
     else:
-        rows.append(("onnxruntime", f"missing: {ort['install']}"))
+        lines.append(("onnxruntime", f"missing: {ort['install']}"))
     state = trt["version"] if trt["available"] else f"missing: {trt['install']}"
-    rows.append(("tensorrt", f"{state} ({trt['note']})"))
+    lines.append(("tensorrt", f"{state} ({trt['note']})"))
     for name, there in found["embedded"].items():
-        rows.append((name, there or "not in this installation"))
+        lines.append((name, there or "not in this installation"))
     data = found["data"]
-    rows.append(("data", data["folder"] if data["exists"] else data["hint"]))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+    lines.append(("data", data["folder"] if data["exists"] else data["hint"]))
+    return lines
 
 
 def _version(name: str) -> str | None:

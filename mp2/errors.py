@@ -55,7 +55,7 @@ class UnknownNameError(UsageError):
         message = f"unknown {kind} '{name}'."
         if near:
             message += " Did you mean " + " or ".join(f"'{n}'" for n in near) + "?"
-        elif len(names) <= 20:
+        if len(names) <= (4 if near else 20):
             message += " Known: " + ", ".join(names) + "."
         super().__init__(f"{message} {hint}".strip())
 

@@ -37,7 +37,7 @@ from mp2.backbone import Backbone, load_backbone
 from mp2.errors import UnknownNameError
 from mp2.files import write_json
 from mp2.prompts import load_prompts
-from mp2.runs.session import one_blas_thread, sigterm_exits
+from mp2.runs.series import one_blas_thread, sigterm_exits
 from mp2.tasks import load_card
 from mp2.training import PretrainConfig, pretrain
 

@@ -39,7 +39,7 @@ from benchmarks.provenance import RESULTS, provenance
 from mp2.errors import MismatchError, UnknownNameError, UsageError
 from mp2.files import write_json
 from mp2.prompts import load_prompts
-from mp2.runs.session import one_blas_thread, sigterm_exits
+from mp2.runs.series import one_blas_thread, sigterm_exits
 from mp2.tasks import load_card
 
 SEEDS = (8, 13, 21, 42, 100)

@@ -41,8 +41,8 @@ from mp2.prompts import PromptSet, load_prompts, save_prompts
 from mp2.runs import BbtConfig, RouterConfig, resume_run, start_run
 from mp2.runs.frozen_model import FrozenModel
 from mp2.tasks import MrcFormatter, TaskCard, load_card, load_examples, score
+from mp2.training.config import TuneConfig
 from mp2.training.scratch import scratch_prompts
-from mp2.training.tune import TuneConfig
 from mp2.training.tune_run import start_tune
 
 DEFAULT_METHODS = ("majority", "deep", "bbtv2", "shallow", "bbt", "gradient")

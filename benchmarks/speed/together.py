@@ -38,10 +38,10 @@ import torch
 from benchmarks.command import one_line_errors
 from benchmarks.provenance import save
 from benchmarks.speed.engine_work import INTRINSIC_DIM, PROMPT_TOKENS, SHAPES, make_backbone, synchronize
+from mp2.commands.options import read_seeds
 from mp2.engine import Objective, create_backend
 from mp2.optimizers.config import RouterConfig
 from mp2.prompts import load_prompts, random_prompts
-from mp2.runs.command import read_seeds
 from mp2.runs.config import BbtConfig
 from mp2.runs.frozen_model import FrozenModel
 from mp2.runs.run import make_problem

@@ -1,60 +1,208 @@
-"""Options that more than one command has, and one choice by two flags."""
+"""Options of the command line from the fields of a config, and a config from what was typed.
+
+A field that carries :func:`mp2.options.option` becomes ``--its-name``; a config inside a config adds its own.
+What was not typed has the field's default. Shells complete the names of tasks, backbones, prompts, runtimes,
+precisions and searches (``mp2 --help`` says how to switch that on).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import click
+from click.shell_completion import CompletionItem
 
-from mp2.errors import UsageError
+from mp2.errors import UnknownNameError, UsageError
+from mp2.options import Option
+
+
+class Choice(click.Choice[str]):
+    """One of a closed set; another name is answered with the nearest ones."""
+
+    def __init__(self, what: str, choices: tuple[str, ...]) -> None:
+        super().__init__(choices)
+        self._what = what
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name as it is; raises ``UnknownNameError``."""
+        if value not in self.choices:
+            raise UnknownNameError(self._what, str(value), self.choices)
+        return str(value)
+
+
+class Name(click.ParamType[str]):
+    """A name of an open set, a file or a folder too where ``paths``; only completed, looked up by others."""
+
+    def __init__(self, name: str, known: Callable[[], list[str]], *, paths: bool = True) -> None:
+        self.name, self._known, self._paths = "text", known, paths
+        self.of = name
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """The known names that begin so; files where none does."""
+        found = [CompletionItem(name) for name in self._known() if name.startswith(incomplete)]
+        return found or ([CompletionItem(incomplete, type="file")] if self._paths else [])
+
+
+def _tasks() -> list[str]:
+    from mp2.tasks.card import card_names
+
+    return list(card_names())
+
+
+def _backbones() -> list[str]:
+    from mp2.backbone.load import EMBEDDED, HUB_NAMES
+
+    return [*EMBEDDED, *HUB_NAMES]
+
+
+def _prompts() -> list[str]:
+    from mp2.prompts.prompt_set import EMBEDDED
+
+    return list(EMBEDDED)
+
+
+def _searches() -> list[str]:
+    from mp2.optimizers.router_search import METHODS
+
+    return [method.replace("<optimizer>", "") for method in METHODS]
+
+
+TASK = Name("task", _tasks)
+BACKBONE = Name("backbone", _backbones)
+_TYPES: dict[str, click.ParamType[Any]] = {
+    "path": click.Path(),
+    "task": TASK,
+    "backbone": BACKBONE,
+    "prompts": Name("prompts", _prompts),
+    "device": Name("device", lambda: ["auto", "cpu", "cuda"], paths=False),
+    "router search": Name("router search", _searches, paths=False),
+}
+
+
+def config_options(
+    config: type[Any], *, skip: Collection[str] = (), only: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the options of a config's fields to a command.
+
+    Args:
+        config: the dataclass.
+        skip: fields for which this command has no option, or an option of its own.
+        only: help by field, of a command that has no others, and no defaults.
+    """
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for item, found, hint in reversed(list(_fields(config))):
+            if only is not None and item.name in only:
+                found = replace(found, help=only[item.name], default_text=None)
+                command = _click_option(item.name, found, None, hint)(command)
+            elif only is None and item.name not in skip:
+                command = _click_option(item.name, found, item.default, hint)(command)
+        return command
+
+    return add
+
+
+def build(config: type[Any], typed: Mapping[str, Any], **values: Any) -> Any:
+    """The config of what was typed; ``values`` are fields that it has from elsewhere."""
+    hints = get_type_hints(config)
+    for item in fields(config):
+        if is_dataclass(hints[item.name]) and item.name not in values:
+            values[item.name] = build(hints[item.name], typed)  # type: ignore[arg-type]
+    return config(**{**field_values(config, typed), **values})
+
+
+def field_values(config: type[Any], typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by field of what was typed, without those of configs inside the config."""
+    values: dict[str, Any] = {}
+    for item in fields(config):
+        found: Option | None = item.metadata.get("option")
+        if found is None or (name := parameter(item.name, found)) not in typed:
+            continue
+        if name == "kind" and typed[name] == "auto" and "auto" not in found.choices:
+            continue  # neither --deep nor --shallow
+        values[item.name] = not typed[name] if name == f"no_{item.name}" else typed[name]
+    return values
+
+
+def parameter(field: str, found: Option) -> str:
+    """The name of a field's option in what was typed."""
+    return (found.flag or field).replace("-", "_")
+
+
+def _fields(config: type[Any]) -> Iterator[tuple[Field[Any], Option, Any]]:
+    hints = get_type_hints(config)
+    for item in fields(config):
+        if is_dataclass(hints[item.name]):
+            yield from _fields(hints[item.name])  # type: ignore[arg-type]
+        elif "option" in item.metadata:
+            yield item, item.metadata["option"], hints[item.name]
+
+
+def _click_option(field: str, found: Option, default: Any, hint: Any) -> Callable[..., Any]:
+    name = parameter(field, found)
+    if field == "kind":
+        return _kind_flags
+    settings: dict[str, Any] = {"help": found.help}
+    flag = f"--{name.replace('_', '-')}"
+    if hint is bool:
+        return click.option(flag, name, is_flag=True, **settings)
+    if found.choices:
+        settings["type"] = Choice(found.what or name.replace("_", " "), found.choices)
+    elif found.kind in _TYPES:
+        settings["type"] = _TYPES[found.kind]
+    else:
+        settings["type"] = _plain(hint)
+    if found.metavar:
+        settings["metavar"] = found.metavar
+    if default is MISSING:
+        settings["required"] = True
+    elif default is not None:
+        settings |= {"default": default, "show_default": True}
+    elif found.default_text:
+        settings["help"] = f"{found.help}  [default: {found.default_text}]"
+    return click.option(flag, name, **settings)
+
+
+def _plain(hint: Any) -> Any:
+    """``int`` of ``int | None``."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(part for part in get_args(hint) if part is not type(None))
+    return hint
 
 
 def _choose(ctx: click.Context, parameter: click.Parameter, typed: bool) -> None:
-    """Set the command's ``kind`` to the flag's name; None where neither flag was typed."""
-    before = ctx.params.setdefault("kind", None)
-    if typed and before not in (None, parameter.name):
+    """Set the command's ``kind`` to the flag's name; ``auto`` where neither flag was typed."""
+    before = ctx.params.setdefault("kind", "auto")
+    if typed and before not in ("auto", parameter.name):
         raise UsageError("--deep and --shallow were both given: drop one of them")
     if typed:
         ctx.params["kind"] = parameter.name
 
 
-_KIND = (
-    click.option(
-        "--deep",
-        is_flag=True,
-        expose_value=False,
-        callback=_choose,
-        help="Prompts at every layer.  [default]",
-    ),
-    click.option(
-        "--shallow", is_flag=True, expose_value=False, callback=_choose, help="Prompts at the input only."
-    ),
-)
-
-_TUNED_MODEL = (
-    click.option("--data", type=click.Path(), help="Folder with TASK/{train,test}.jsonl; or MP2_DATA."),
-    click.option(
-        "--backbone", default="mini", show_default=True, help="mini, cpt-large, a folder, or a hub id."
-    ),
-    click.option(
-        "--prompts", help="Modular prompts: a file, mini-deep or mini-shallow.  [default: the backbone's]"
-    ),
-    *_KIND,
-)
+def _kind_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--deep`` and ``--shallow``: one choice by two flags."""
+    settings: dict[str, Any] = {"is_flag": True, "expose_value": False, "callback": _choose}
+    command = click.option("--shallow", **settings, help="Prompts at the input only.")(command)
+    return click.option("--deep", **settings, help="Prompts at every layer.  [default]")(command)
 
 
-def tuned_model(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say on which data, backbone and prompts a task is tuned."""
-    return _with(_TUNED_MODEL, command)
-
-
-def prompt_kind(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--deep`` and ``--shallow``: the command's ``kind``, None where neither was typed."""
-    return _with(_KIND, command)
-
-
-def _with(options: Sequence[Callable[..., Any]], command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(options):
-        command = option(command)
-    return command
+def read_seeds(one: int | None, several: str | None) -> list[int]:
+    """The seeds of ``--seed`` or ``--seeds``; raises ``UsageError`` for both, or for what are no seeds."""
+    if several is None:
+        return [8 if one is None else one]
+    if one is not None:
+        raise UsageError("--seed and --seeds were both given; give one of them")
+    try:
+        seeds = [int(part) for part in several.split(",")]
+    except ValueError:
+        raise UsageError(
+            f"--seeds is '{several}', expected whole numbers with commas: 8,13,21,42,100"
+        ) from None
+    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds is '{several}', expected different numbers of 0 or more")
+    return seeds

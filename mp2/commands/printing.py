@@ -1,17 +1,59 @@
-"""What commands share: notes on stderr, JSON, and what was typed."""
+"""What commands print with: results on stdout, notes on stderr, tables that fit the terminal."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import click
+
+_UNLIMITED = 10_000  # columns: of a file or a pipe
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def note(line: str) -> None:
     """Print a line of progress or log."""
     click.echo(line, err=True)
+
+
+def notes(quiet: bool) -> Callable[[str], None]:
+    """``note``, or with ``--quiet`` nothing."""
+    return (lambda line: None) if quiet else note
+
+
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress and no notes on stderr.")
+
+
+def show(what: RenderableType) -> None:
+    """Print a result: within the terminal's width, in whole lines where there is none."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else _UNLIMITED
+    console = Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False)
+    with console.capture() as captured:
+        console.print(what, soft_wrap=isinstance(what, str))
+    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def show_table(
+    rows: Iterable[Sequence[str]], head: Sequence[str] = (), numbers_from: int | None = None
+) -> None:
+    """Print rows in columns, numbers from one on; long cells fold, wide characters count double."""
+    from rich.table import Table
+
+    rows = list(rows)
+    table = Table(box=None, show_header=bool(head), pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for i in range(max(map(len, [head, *rows]))):
+        numeric = numbers_from is not None and i >= numbers_from
+        table.add_column(head[i] if head else "", overflow="fold", justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*row)
+    show(table)
 
 
 def as_json_text(value: object) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from mp2.commands.printing import as_json_text, note
+from mp2.commands.options import BACKBONE, TASK
+from mp2.commands.printing import as_json_text, note, show, show_table
 from mp2.errors import UsageError
 
 
@@ -19,14 +20,22 @@ from mp2.errors import UsageError
 def tasks(ctx: click.Context, as_json: bool) -> None:
     """List the tasks; 'show' one, 'check' your own."""
     if ctx.invoked_subcommand is None:
-        from mp2.tasks.show import task_rows, task_table
+        from mp2.tasks.show import task_rows
 
-        click.echo(as_json_text(task_rows()) if as_json else task_table())
+        rows = task_rows()
+        if as_json:
+            click.echo(as_json_text(rows))
+            return
+        cells = [["-" if value is None else str(value) for value in row.values()] for row in rows]
+        show_table(cells, tuple(rows[0]))
+        show(f"{len(rows)} tasks; 'mp2 tasks show NAME' shows one")
 
 
 @tasks.command("show")
-@click.argument("name")
-@click.option("--backbone", help="Count tokens with this backbone's tokenizer.  [default: mini]")
+@click.argument("name", type=TASK)
+@click.option(
+    "--backbone", type=BACKBONE, help="Count tokens with this backbone's tokenizer.  [default: mini]"
+)
 @click.option("--data", type=click.Path(), help="Folder with NAME/train.jsonl; or MP2_DATA.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def tasks_show(name: str, backbone: str | None, data: str | None, as_json: bool) -> None:
@@ -34,13 +43,18 @@ def tasks_show(name: str, backbone: str | None, data: str | None, as_json: bool)
     from mp2.tasks.show import view_task
 
     view = view_task(name, data, backbone)
-    click.echo(as_json_text(view.as_dict()) if as_json else str(view))
+    if as_json:
+        click.echo(as_json_text(view.as_dict()))
+    else:
+        show_table(view.rows())
 
 
 @tasks.command("check")
-@click.argument("card")
+@click.argument("card", type=TASK)
 @click.option("--data", help="Folder with <task>/train.*, a training file, or hub:NAME; or MP2_DATA.")
-@click.option("--backbone", help="Check lengths and label words for this backbone.  [default: mini]")
+@click.option(
+    "--backbone", type=BACKBONE, help="Check lengths and label words for this backbone.  [default: mini]"
+)
 @click.option("--max-tokens", type=int, help="Longest sequence.  [default: what the backbone allows]")
 @click.option("--shots", type=int, help="As of 'mp2 bbt'.")
 @click.option(

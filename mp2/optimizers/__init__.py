@@ -1,18 +1,30 @@
 """What searches: router searches (stage I), CMA-ES by layer (stage II), and the driver of both."""
 
-from mp2.optimizers.cma_layers import LayerCma, layer_searches
-from mp2.optimizers.router_search import METHODS, RouterSearch, create_router_search
-from mp2.optimizers.two_stage import Objective, Outcome, Progress, Space, TwoStage
+from __future__ import annotations
 
-__all__ = [
-    "METHODS",
-    "LayerCma",
-    "Objective",
-    "Outcome",
-    "Progress",
-    "RouterSearch",
-    "Space",
-    "TwoStage",
-    "create_router_search",
-    "layer_searches",
-]
+from typing import Any
+
+from mp2.lazy import lazily
+
+_MODULES = {
+    "Evaluations": "two_stage",
+    "LayerCma": "cma_layers",
+    "LayerConfig": "config",
+    "METHODS": "router_search",
+    "Objective": "two_stage",
+    "Outcome": "two_stage",
+    "Progress": "two_stage",
+    "RouterConfig": "config",
+    "RouterSearch": "router_search",
+    "Scores": "two_stage",
+    "SearchConfig": "config",
+    "Space": "two_stage",
+    "TwoStage": "two_stage",
+    "create_router_search": "router_search",
+    "layer_searches": "cma_layers",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    return lazily(__name__, _MODULES, name)

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from mp2.errors import UnknownNameError, UsageError
-from mp2.limits import check_seed
+from mp2.errors import UsageError
+from mp2.limits import MAX_SEED
+from mp2.options import check, option
 
 Kind = Literal["deep", "shallow"]
 MAX_ITERS = 10_000_000  # resuming reads the journal whole, a line of some 300 bytes for each
 MAX_POPSIZE = 10_000  # a population is drawn and evaluated at once
+_STEP: dict[str, Any] = {"above": 0, "expected": "a positive step size"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """Stage I: the search for the router."""
 
-    method: str = "bits"  # ours; the paper's is "bo" (section 3.4)
-    iterations: int | None = None  # None: 200 shallow, 100 deep (appendix A.2); exhaustive: all 2^K
+    method: str = option(  # ours; the paper's is "bo" (section 3.4)
+        "bits",
+        "bits, exhaustive, bo, nevergrad:NAME, random or none.",
+        flag="router-search",
+        kind="router search",
+        metavar="METHOD",
+    )
+    iterations: int | None = option(  # appendix A.2; exhaustive: all 2^K
+        None,
+        "Iterations of stage I.",
+        flag="router-iters",
+        default_text="100 deep, 200 shallow",
+        at_least=1,
+    )
 
     def __post_init__(self) -> None:
         """Refuse counts that no run can have."""
-        if self.iterations is not None and self.iterations < 1:
-            raise UsageError(f"router_iters is {self.iterations}, expected at least 1")
+        check(self)
         if self.method == "none" and self.iterations is not None:
             raise UsageError("router_iters was given, and router_search is none: there is no stage I")
 
@@ -33,21 +45,26 @@ class RouterConfig:
 class LayerConfig:
     """Stage II: CMA-ES on the fused intrinsic prompts."""
 
-    popsize: int = 20  # appendix A.2
-    sigma_shallow: float = 0.1  # appendix A.2
-    sigma_input: float = 5e-2  # appendix A.2: the first layer of deep prompts
-    sigma_deep: float = 1e-2  # appendix A.2: every other layer
-    cma: Literal["full", "diagonal"] = "full"  # the paper's; "diagonal" is cheaper at d = 300
+    popsize: int = option(  # appendix A.2; with 2, the library stops at the second generation
+        20,
+        "Population of CMA-ES.",
+        at_least=3,
+        at_most=MAX_POPSIZE,
+        expected=f"3 to {MAX_POPSIZE:,} (the paper uses 20)",
+    )
+    cma: Literal["full", "diagonal"] = option(  # the paper's; "diagonal" is cheaper at d = 300
+        "full",
+        "Covariance: full, or diagonal (cheaper).",
+        what="CMA-ES variant",
+        choices=("full", "diagonal"),
+    )
+    sigma_input: float = option(5e-2, "First step size, layer 0, deep.", **_STEP)  # appendix A.2
+    sigma_deep: float = option(1e-2, "First step size, other layers, deep.", **_STEP)  # appendix A.2
+    sigma_shallow: float = option(0.1, "First step size, shallow.", **_STEP)  # appendix A.2
 
     def __post_init__(self) -> None:
         """Refuse what CMA-ES cannot do."""
-        if not 3 <= self.popsize <= MAX_POPSIZE:  # with 2, the library stops at the second generation
-            raise UsageError(f"popsize is {self.popsize}, expected 3 to {MAX_POPSIZE:,} (the paper uses 20)")
-        for name in ("sigma_shallow", "sigma_input", "sigma_deep"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UsageError(f"{name} is {getattr(self, name)}, expected a positive step size")
-        if self.cma not in ("full", "diagonal"):
-            raise UnknownNameError("CMA-ES variant", self.cma, ["full", "diagonal"])
+        check(self)
 
     def sigma(self, layer: int, kind: Kind) -> float:
         """Initial step size of ``layer``."""
@@ -60,26 +77,32 @@ class LayerConfig:
 class SearchConfig:
     """Both stages together: all that decides which candidates are tried."""
 
-    iters: int = 8000  # appendix A.2; both stages together
-    router_only: bool = False
+    iters: int = option(  # appendix A.2
+        8000,
+        "Candidates evaluated, both stages together.",
+        at_least=1,
+        at_most=MAX_ITERS,
+        why=": the journal has a line an iteration",
+    )
     router: RouterConfig = field(default_factory=RouterConfig)
+    router_only: bool = option(False, "Stage I only.")
     layers: LayerConfig = field(default_factory=LayerConfig)
-    seed: int = 8  # the first of the authors' five: 8, 13, 21, 42, 100
+    seed: int = option(  # the first of the authors' five: 8, 13, 21, 42, 100
+        8,
+        "Draws the few-shot split and drives the search.",
+        at_least=0,
+        at_most=MAX_SEED,
+        expected=f"0 to {MAX_SEED}",
+    )
     dev_every: int | None = None  # None: one round of layer visits (deep), 100 iterations (shallow)
 
     def __post_init__(self) -> None:
         """Refuse values that no search can have."""
-        if self.iters < 1:
-            raise UsageError(f"iters is {self.iters}, expected at least 1")
-        if self.iters > MAX_ITERS:
-            raise UsageError(
-                f"iters is {self.iters}, expected at most {MAX_ITERS:,}: the journal has a line an iteration"
-            )
+        check(self)
         if (self.router.iterations or 0) > self.iters:
             raise UsageError(
                 f"router_iters is {self.router.iterations}, expected at most {self.iters}: "
                 "iters counts both stages together"
             )
-        check_seed(self.seed)
         if self.dev_every is not None and self.dev_every < 1:
             raise UsageError(f"dev_every is {self.dev_every}, expected at least 1")

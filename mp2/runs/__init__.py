@@ -1,22 +1,26 @@
 """Runs: their config, folder, journal and result; resuming them; several at once; labelling with them."""
 
-from mp2.optimizers.config import LayerConfig, RouterConfig
-from mp2.optimizers.two_stage import Scores
-from mp2.runs.config import BbtConfig
-from mp2.runs.predict import Predictor
-from mp2.runs.recorder import NonFiniteLossWarning, Recorder
-from mp2.runs.series import resume_run, resume_series, start_run, start_series
+from __future__ import annotations
 
-__all__ = [
-    "BbtConfig",
-    "LayerConfig",
-    "NonFiniteLossWarning",
-    "Predictor",
-    "Recorder",
-    "RouterConfig",
-    "Scores",
-    "resume_run",
-    "resume_series",
-    "start_run",
-    "start_series",
-]
+from typing import Any
+
+from mp2.lazy import lazily
+
+_MODULES = {
+    "BbtConfig": "config",
+    "LayerConfig": "config",
+    "NonFiniteLossWarning": "recorder",
+    "Predictor": "predict",
+    "Recorder": "recorder",
+    "RouterConfig": "config",
+    "Scores": "recorder",
+    "resume_run": "series",
+    "resume_series": "series",
+    "start_run": "series",
+    "start_series": "series",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    return lazily(__name__, _MODULES, name)

@@ -72,19 +72,3 @@ def baseline_rows(lines: Sequence[Baseline]) -> list[tuple[str, str, str]]:
         dev, test = (f"{100 * line.scores[s]:.1f}" if s in line.scores else "-" for s in ("dev", "test"))
         rows.append((line.name, dev, test))
     return rows
-
-
-def baselines_table(found: dict[str, Any]) -> str:
-    """Return what ``mp2 baselines`` prints."""
-    rows = [("", f"dev {found['metric']}", f"test {found['metric']}")]
-    rows += baseline_rows(read_baselines(found["baselines"]))
-    widths = [max(len(row[i]) for row in rows if row[1] or not i) for i in range(3)]
-    counts = ", ".join(f"{n} {split}" for split, n in found["examples"].items())
-    lines = [
-        f"{found['task']}  seed {found['seed']}  {counts} examples"
-        + (f"  probe of {found['backbone']}" if found["backbone"] else "")
-    ]
-    lines += [
-        "  ".join([a.ljust(widths[0]), b.rjust(widths[1]), c.rjust(widths[2])]).rstrip() for a, b, c in rows
-    ]
-    return "\n".join(lines)

@@ -8,43 +8,59 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from mp2.errors import FormatError, UnknownNameError, UsageError
-from mp2.limits import check_threads
+from mp2.errors import FormatError, UsageError
+from mp2.limits import MAX_THREADS
 from mp2.optimizers.config import Kind, LayerConfig, RouterConfig, SearchConfig
+from mp2.options import option
 
-RequestedKind = Literal["auto", "deep", "shallow"]
 SCHEMA_VERSION = 1
+KINDS = ("auto", "deep", "shallow")
+RUNTIMES = ("auto", "torch", "onnxruntime", "onnxruntime-tensorrt", "tensorrt")  # those of mp2.engine
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "fp8", "int8")  # of any device
 
 
 @dataclass(frozen=True, kw_only=True)
 class BbtConfig(SearchConfig):
     """Everything that `mp2 bbt` needs to run, and to run again: the search, and what it searches."""
 
-    task: str
-    data: str | None = None
-    backbone: str = "mini"
-    prompts: str | None = None  # None: the embedded prompts of the backbone, by kind
-    kind: RequestedKind = "auto"  # auto: what the prompt file holds; without one, deep
-    shots: int | None = None  # a label; None: the card's
-    max_tokens: int | None = None  # None: what the backbone's positions allow
-    test: bool = True
-    test_limit: int | None = None
-    runtime: str = "auto"
-    precision: str = "auto"  # fp32 on a CPU, bf16 on a GPU; a run's config.json has the one it took
-    device: str = "auto"  # the GPU if there is one
-    threads: int | None = None
-    engine: str | None = None
+    task: str = option(help="A name of 'mp2 tasks', or your own card (a TOML file).", kind="task")
+    data: str | None = option(None, "Folder with TASK/{train,test}.jsonl; or MP2_DATA.", kind="path")
+    backbone: str = option("mini", "mini, cpt-large, a folder, or a hub id.", kind="backbone")
+    prompts: str | None = option(
+        None,
+        "Modular prompts: a file, mini-deep or mini-shallow.",
+        kind="prompts",
+        default_text="the backbone's",
+    )
+    kind: Literal["auto", "deep", "shallow"] = option(  # auto: what the prompt file holds; without one, deep
+        "auto", "Prompts at every layer, or at the input only.", what="kind of prompts", choices=KINDS
+    )
+    shots: int | None = option(  # None: the card's
+        None, "Examples a label (in all, if the task has no labels).", at_least=1
+    )
+    max_tokens: int | None = option(
+        None, "Longest sequence.", default_text="what the backbone allows", at_least=1
+    )
+    engine: str | None = option(None, "Engine folder of 'mp2 export'.", kind="path")
+    runtime: str = option("auto", "What computes.", choices=RUNTIMES)
+    precision: str = option(  # auto: fp32 on a CPU, bf16 on a GPU; config.json has the one that a run took
+        "auto", "On a CPU fp32, bf16, int8; on a GPU fp32, fp16, bf16, fp8.", choices=PRECISIONS
+    )
+    device: str = option("auto", "cpu, cuda, cuda:1 ...", kind="device")  # auto: the GPU if there is one
+    threads: int | None = option(
+        None,
+        "Threads of the runtime.",
+        default_text="its own choice",
+        at_least=1,
+        at_most=MAX_THREADS,
+        expected=f"1 to {MAX_THREADS}",
+    )
+    test: bool = option(True, "Do not score the test set.", flag="no-test")
+    test_limit: int | None = option(None, "Score the first N test examples only.", metavar="N", at_least=1)
 
     def __post_init__(self) -> None:
-        """Refuse values that no run can have; names are checked where they are looked up."""
+        """Refuse values that no run can have; open sets of names are checked where they are looked up."""
         super().__post_init__()
-        if self.kind not in ("auto", "deep", "shallow"):
-            raise UnknownNameError("kind of prompts", self.kind, ["auto", "deep", "shallow"])
-        check_threads(self.threads)
-        for name in ("shots", "max_tokens", "test_limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}, expected at least 1")
         if self.test_limit is not None and not self.test:
             raise UsageError(
                 f"test_limit is {self.test_limit}, and no test set is scored: drop --test-limit or --no-test"

@@ -5,7 +5,6 @@ How long it takes is not predicted: the progress line has what is left at the pa
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -106,8 +105,8 @@ def engine_line(plan: dict[str, Any]) -> str:
     return f"{engine['runtime']}, {engine['precision']}, {engine['device']}{threads} ({engine['reason']})"
 
 
-def announce(problems: Sequence[FewShotProblem], agreements: Sequence[Agreement | None]) -> None:
-    """Say on stderr what runs and why, and what a person may not expect.
+def opening_lines(problems: Sequence[FewShotProblem], agreements: Sequence[Agreement | None]) -> list[str]:
+    """What runs and why, and what a person may not expect: said before the first forward.
 
     ``agreements``: what the precision costs each of the ``problems``; said for each task's first.
     """
@@ -138,5 +137,4 @@ def announce(problems: Sequence[FewShotProblem], agreements: Sequence[Agreement 
             "these prompts were trained with soft routers; the search tries routers of 0 and 1, the corners "
             "of the soft ones ('mp2 tune' learns soft weights)"
         )
-    for line in lines:
-        print(f"mp2: {line}", file=sys.stderr, flush=True)
+    return lines

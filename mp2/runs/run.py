@@ -24,8 +24,7 @@ from mp2.runs.journal import open_journal
 from mp2.runs.plan import iterations_of
 from mp2.runs.provenance import check_identity, config_file, identity, versions
 from mp2.runs.recorder import Evaluate, Recorder
-from mp2.runs.report import draw_curve
-from mp2.runs.result import run_result, score_tests, tuned_meta
+from mp2.runs.result import draw_curve, run_result, score_tests, tuned_meta
 from mp2.runs.run_folder import says_how_to_go_on
 from mp2.runs.task_data import TaskData
 from mp2.runs.tuned import save_tuned
@@ -132,12 +131,6 @@ class Run:
         finally:
             self.iteration = recorder.iteration
             journal.close()
-
-    def close_progress(self) -> None:
-        """End a live line, so that what is printed next starts on its own."""
-        close = getattr(self._observe, "close", None)
-        if close:
-            close()
 
     def finish(self, found: tuple[Outcome, dict[str, float]]) -> dict[str, Any]:
         """Write the tuned prompt, the curve and, last, the result, which is returned."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from mp2.errors import FormatError, LossError, Mp2Error, UsageError
@@ -18,7 +20,6 @@ from mp2.runs.frozen_model import FrozenModel, load_model, resolve_paths
 from mp2.runs.result import read_result
 from mp2.runs.run import Observe, Run, make_problem
 from mp2.runs.run_folder import how_to_end, locked, new_folder, read_config, resume_command
-from mp2.runs.session import one_blas_thread, sigterm_exits
 from mp2.runs.task_data import TaskData
 from mp2.runs.together import AT_ONCE, Server, timed
 
@@ -46,14 +47,15 @@ def start_series(
     observe: Callable[[], Observe] = lambda: lambda p: None,
     model: FrozenModel | None = None,
     check: Callable[[FrozenModel], None] = lambda model: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[dict[str, Any]]:
     """Tune in new folders under ``out``, all with one engine; yields the results in the configs' order.
 
     The configs may differ in task, seed and everything that does not choose the engine. Each result is the
     one that the run would have alone, bit for bit on CPUs in float32. Nothing is made before everything that
-    can be wrong was looked at; ``check`` may refuse the model that was loaded.
+    can be wrong was looked at; ``check`` may refuse the model that was loaded. ``say`` is told what runs.
     """
-    from mp2.runs.plan import announce
+    from mp2.runs.plan import opening_lines
     from mp2.runs.precision import precision_agreement
 
     started = time.perf_counter()
@@ -63,7 +65,8 @@ def start_series(
     check(model)
     problems = _problems(configs, model)
     agreements = [precision_agreement(problem) for problem in problems]
-    announce(problems, agreements)
+    for line in opening_lines(problems, agreements):
+        say(f"mp2: {line}")
     with ExitStack() as locks:
         runs = []
         for problem, agreement in zip(problems, agreements, strict=True):
@@ -73,7 +76,7 @@ def start_series(
             runs.append(Run(run_dir, problem, observe(), started))
             runs[-1].write_beginning(agreement)
         del problems, problem
-        yield from _tune(runs)
+        yield from _tune(runs, say)
 
 
 def resume_run(run_dir: str | Path, observe: Observe = lambda p: None) -> dict[str, Any]:
@@ -90,7 +93,9 @@ def resume_run(run_dir: str | Path, observe: Observe = lambda p: None) -> dict[s
 
 
 def resume_series(
-    run_dirs: Sequence[Path], observe: Callable[[], Observe] = lambda: lambda p: None
+    run_dirs: Sequence[Path],
+    observe: Callable[[], Observe] = lambda: lambda p: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[dict[str, Any]]:
     """Go on with several runs as one; neighbours in the list share the engine where they have the same."""
 
@@ -105,7 +110,7 @@ def resume_series(
                 locks.enter_context(locked(run_dir))
             found = {run_dir: _ended(run_dir) for run_dir in members}
             open_dirs = [run_dir for run_dir, result in found.items() if result is None]
-            going_on = _go_on({run_dir: members[run_dir] for run_dir in open_dirs}, observe)
+            going_on = _go_on({run_dir: members[run_dir] for run_dir in open_dirs}, observe, say)
             for result in found.values():
                 yield next(going_on) if result is None else result
 
@@ -141,7 +146,9 @@ def find_runs(folder: Path) -> list[Path]:
     return found
 
 
-def _go_on(configs: dict[Path, BbtConfig], observe: Callable[[], Observe]) -> Iterator[dict[str, Any]]:
+def _go_on(
+    configs: dict[Path, BbtConfig], observe: Callable[[], Observe], say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
     from mp2.tasks import load_card
 
     if not configs:
@@ -152,7 +159,7 @@ def _go_on(configs: dict[Path, BbtConfig], observe: Callable[[], Observe]) -> It
     for run_dir, config in configs.items():
         problem = FewShotProblem(config, load_card(run_dir / "card.toml"), model)
         runs.append(Run(run_dir, problem, observe(), started))
-    yield from _tune(runs)
+    yield from _tune(runs, say)
 
 
 def _problems(configs: Sequence[BbtConfig], model: FrozenModel) -> list[FewShotProblem]:
@@ -166,12 +173,12 @@ def _problems(configs: Sequence[BbtConfig], model: FrozenModel) -> list[FewShotP
     return problems
 
 
-def _tune(runs: list[Run]) -> Iterator[dict[str, Any]]:
+def _tune(runs: list[Run], say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """Drive the runs, together if there are several; yields their results in order."""
     try:
         with sigterm_exits(), one_blas_thread():
             if len(runs) > 1:
-                _share_device(runs)
+                _share_device(runs, say)
                 server = Server()
                 works = [lambda run=run: run.drive(server.timed) for run in runs]  # type: ignore[misc]
                 yield from _in_order((n, runs[n].finish(found)) for n, found in server.run(works))
@@ -179,8 +186,6 @@ def _tune(runs: list[Run]) -> Iterator[dict[str, Any]]:
             result = runs[0].finish(runs[0].drive(timed))
         yield result
     except (KeyboardInterrupt, SystemExit, LossError):
-        for run in runs:
-            run.close_progress()
         left = [run for run in runs if not run.ended]
         where = f"at iteration {left[0].iteration}" if len(runs) == 1 else f"{len(left)} of {len(runs)} runs"
         command = resume_command(*(run.run_dir for run in left))
@@ -188,16 +193,12 @@ def _tune(runs: list[Run]) -> Iterator[dict[str, Any]]:
         raise
 
 
-def _share_device(runs: Sequence[Run]) -> None:
+def _share_device(runs: Sequence[Run], say: Callable[[str], None]) -> None:
     """Let the runs compute side by side where the device can, and say so."""
     n_lanes = min(len(runs), AT_ONCE, *(run.objective.side_by_side() for run in runs))
     runs[0].objective.forward.backend.share(n_lanes)
     if n_lanes > 1:
-        print(
-            f"mp2: {len(runs)} runs share the device; {n_lanes} side by side, each on its own CUDA stream",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"mp2: {len(runs)} runs share the device; {n_lanes} side by side, each on its own CUDA stream")
 
 
 def _in_order(finished: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
@@ -213,3 +214,30 @@ def _in_order(finished: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[dict[s
     except Mp2Error:
         yield from (held[number] for number in sorted(held))
         raise
+
+
+@contextmanager
+def sigterm_exits() -> Iterator[None]:
+    """SIGTERM becomes ``SystemExit(143)``, so that it ends a run as tidily as Ctrl-C does."""
+
+    def on_sigterm(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, on_sigterm)
+    except ValueError:  # not the main thread: whoever owns it decides
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """CMA-ES at d = 300 is faster with one thread, and its sums then never depend on the number of cores."""
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    with threadpool_limits(limits=1, user_api="blas"):
+        yield

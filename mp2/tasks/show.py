@@ -1,4 +1,4 @@
-"""What ``mp2 tasks`` and ``mp2 tasks show`` print: the tasks; a task with an example and token lengths."""
+"""What ``mp2 tasks`` and ``mp2 tasks show`` show: the tasks; a task with an example and token lengths."""
 
 from __future__ import annotations
 
@@ -38,18 +38,6 @@ def task_rows() -> list[dict[str, Any]]:
     ]
 
 
-def task_table() -> str:
-    """Return the package's tasks as a table."""
-    head = ("task", "type", "family", "labels", "track")
-    rows = [tuple(str(value if value is not None else "-") for value in row.values()) for row in task_rows()]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [head, *rows]
-    ]
-    return "\n".join([*lines, f"{len(rows)} tasks; 'mp2 tasks show NAME' shows one"])
-
-
 @dataclass(frozen=True)
 class TaskView:
     """A card with one example written out and, where there is data, token lengths."""
@@ -86,30 +74,29 @@ class TaskView:
             "notes": list(self.notes),
         }
 
-    def __str__(self) -> str:
-        card = self.card
-        lines = [
-            f"{card.task}: {card.family}, {card.type}, {card.track}, {card.metric}, version {card.version}",
-            f"card      {card.path}",
-            f"template  {card.template}",
-            f"fields    {', '.join(card.fields)}",
+    def rows(self) -> list[tuple[str, str]]:
+        """The view for people: names and words."""
+        card, version = self.card, f"version {self.card.version}"
+        rows = [
+            ("task", f"{card.task}: {card.family}, {card.type}, {card.track}, {card.metric}, {version}"),
+            ("card", str(card.path)),
+            ("template", card.template),
+            ("fields", ", ".join(card.fields)),
         ]
         if card.labels:
-            lines.append(
-                f"labels    {len(card.labels)}: " + ", ".join(f"{k} = {v}" for k, v in card.labels.items())
-            )
+            labels = ", ".join(f"{k} = {v}" for k, v in card.labels.items())
+            rows.append(("labels", f"{len(card.labels)}: {labels}"))
         if card.source and card.source.hub:
             config = f" ({card.source.config})" if card.source.config else ""
-            lines.append(f"hub       {card.source.hub}{config}")
-        lines += [f"example   {self.example}"]
+            rows.append(("hub", f"{card.source.hub}{config}"))
+        rows.append(("example", self.example))
         if self.gold is not None:
-            lines.append(f"answer    {self.gold}")
-        lines.append(f"tokens    {self.n_template_tokens} for template and options")
+            rows.append(("answer", self.gold))
+        rows.append(("tokens", f"{self.n_template_tokens} for template and options"))
         if self.token_percentiles:
             shown = ", ".join(f"{n} at {p}" for p, n in self.token_percentiles.items())
-            lines.append(f"          {shown} of {self.n_measured} training examples, uncut")
-        lines += [f"note      {note}" for note in self.notes]
-        return "\n".join(lines)
+            rows.append(("", f"{shown} of {self.n_measured} training examples, uncut"))
+        return [*rows, *(("note", note) for note in self.notes)]
 
 
 def view_task(name_or_path: str, data: str | Path | None = None, backbone: str | None = None) -> TaskView:

@@ -1,26 +1,29 @@
 """Gradient work: a backbone by masked language modelling, modular prompts by multi-task pre-training."""
 
-from mp2.training.config import PretrainConfig
-from mp2.training.mlm import MlmConfig
-from mp2.training.mlm_trainer import train_mlm
-from mp2.training.outputs import PretrainResult
-from mp2.training.pretrain import Pretrainer
-from mp2.training.pretrain_run import PretrainInputs, asked_run, pretrain, pretrain_command, score_table
-from mp2.training.prompted import PromptedEncoder, span_loss
-from mp2.training.ranks import is_main
+from __future__ import annotations
 
-__all__ = [
-    "MlmConfig",
-    "PretrainConfig",
-    "PretrainInputs",
-    "PretrainResult",
-    "Pretrainer",
-    "PromptedEncoder",
-    "asked_run",
-    "is_main",
-    "pretrain",
-    "pretrain_command",
-    "score_table",
-    "span_loss",
-    "train_mlm",
-]
+from typing import Any
+
+from mp2.lazy import lazily
+
+_MODULES = {
+    "MlmConfig": "config",
+    "PretrainConfig": "config",
+    "PretrainInputs": "pretrain_run",
+    "PretrainResult": "outputs",
+    "Pretrainer": "pretrain",
+    "PromptedEncoder": "prompted",
+    "TuneConfig": "config",
+    "asked_run": "pretrain_run",
+    "is_main": "ranks",
+    "pretrain": "pretrain_run",
+    "pretrain_command": "pretrain_run",
+    "score_table": "pretrain_run",
+    "span_loss": "prompted",
+    "train_mlm": "mlm_trainer",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    return lazily(__name__, _MODULES, name)

@@ -6,8 +6,6 @@ What is masked and predicted: ``mp2.training.masking``. The run: ``mp2.training.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,77 +14,7 @@ from torch.nn import functional as F
 from mp2.backbone.config import BackboneConfig
 from mp2.backbone.encoder import Encoder
 from mp2.backbone.mlm_head import MlmHead, MlmTransform
-from mp2.errors import UsageError
-from mp2.limits import check_seed
 from mp2.training.contrastive import contrastive_loss
-
-
-@dataclass(frozen=True, kw_only=True)
-class MlmConfig:
-    """How a backbone is trained; the defaults are the command line's, and step 1 of recipes/mini.sh."""
-
-    n_layers: int = 4
-    hidden: int = 128
-    n_heads: int = 4
-    ffn: int = 512
-    vocab_size: int = 5300
-    max_positions: int = 256
-    length: int = 128
-    batch_size: int = 32
-    steps: int = 3600
-    learning_rate: float = 1e-3
-    warmup_steps: int | None = None  # None: a twentieth of all
-    decay_steps: int | None = None  # None: all that follow the warm-up
-    weight_decay: float = 0.01
-    masking: Literal["char", "span", "mixed"] = "char"
-    mask_rate: float = 0.15
-    contrastive: float = 0.0  # weight of mp2.training.contrastive
-    ppmi_init: bool = True
-    precision: str = "bf16"
-    seed: int = 0
-    checkpoint_minutes: float = 5.0
-
-    def __post_init__(self) -> None:
-        for name, option in (
-            ("n_layers", "layers"),
-            ("hidden", "hidden"),
-            ("n_heads", "heads"),
-            ("ffn", "ffn"),
-            ("max_positions", "max-positions"),
-            ("steps", "steps"),
-            ("batch_size", "batch-size"),
-        ):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{option} {getattr(self, name)}, expected at least 1")
-        for name in ("warmup_steps", "decay_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UsageError(f"--{name.replace('_', '-')} {value}, expected at least 0")
-        if self.hidden % self.n_heads:
-            raise UsageError(f"--hidden {self.hidden} is not a multiple of {self.n_heads} heads")
-        check_seed(self.seed)
-        if self.length > self.max_positions:
-            raise UsageError(
-                f"--length {self.length} exceeds the {self.max_positions} positions of the backbone"
-            )
-        if self.length < 3:
-            raise UsageError(f"--length {self.length}, expected at least 3: [CLS], a character, [SEP]")
-        if self.precision not in ("fp32", "bf16"):
-            raise UsageError(f"precision '{self.precision}', expected fp32 or bf16")
-        if self.masking not in ("char", "span", "mixed"):
-            raise UsageError(f"masking '{self.masking}', expected char, span or mixed")
-        if not 0 < self.mask_rate < 1:
-            raise UsageError(f"mask rate {self.mask_rate}, expected a share between 0 and 1")
-        if not 0 <= self.contrastive < math.inf:
-            raise UsageError(f"--contrastive {self.contrastive}, expected a weight of 0 or more")
-        if self.contrastive and self.batch_size % 2:
-            raise UsageError(
-                f"--batch-size {self.batch_size}, expected an even one with --contrastive: rows come in pairs"
-            )
-        if not 0 < self.learning_rate < 1:
-            raise UsageError(f"--lr {self.learning_rate}, expected 0 < rate < 1")
-        if not 0 <= self.checkpoint_minutes < math.inf:
-            raise UsageError(f"--checkpoint-minutes {self.checkpoint_minutes}, expected 0 or more")
 
 
 class MaskedLanguageModel(nn.Module):

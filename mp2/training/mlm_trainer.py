@@ -24,10 +24,11 @@ from mp2.files import write_json, write_text
 from mp2.limits import check_new_folder, check_threads
 from mp2.training.attention import trainable_attention
 from mp2.training.checkpoint import Preparation, alone_in
+from mp2.training.config import MlmConfig
 from mp2.training.contrastive import shared_document
 from mp2.training.corpus import corpus_files, file_digests, pack, ppmi_embeddings
 from mp2.training.masking import mask_tokens
-from mp2.training.mlm import MaskedLanguageModel, MlmConfig, schedule
+from mp2.training.mlm import MaskedLanguageModel, schedule
 from mp2.training.mlm_branch import branch, check_start
 from mp2.training.mlm_vocabulary import folder_tokenizer
 from mp2.training.model_card import backbone_card

@@ -20,85 +20,29 @@ epoch: one pass over the few-shot training set (here forward and backward).
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mp2.engine import Objective, Scorer
-from mp2.errors import LossError, UsageError
-from mp2.optimizers import Outcome, Progress
-from mp2.optimizers.config import Kind, LayerConfig
-from mp2.optimizers.two_stage import Checkpoint, Prompt
+from mp2.errors import LossError
+from mp2.optimizers.config import LayerConfig
+from mp2.optimizers.two_stage import Checkpoint, Outcome, Progress, Prompt, Scores
 from mp2.prompts import ModularPrompts, PromptSet
-from mp2.runs import Scores
-from mp2.runs.config import BbtConfig
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.tasks import MrcInput
+from mp2.training.config import TuneConfig
 from mp2.training.mixture import pad
 from mp2.training.prompted import span_losses
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 """Token ids and mask [N, T], gold starts and ends [N]."""
 PARTS = 4  # of a batch, by length
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuneConfig:
-    """Gradient tuning; defaults are the paper's (appendix A.2)."""
-
-    run: BbtConfig  # what black-box tuning has too: task, data, prompts, seed ...; its search is not used
-    injection: Literal["prefix", "inline"] | None = None  # of deep prompts; None: as their file says
-    epochs: int = 1000  # both stages
-    router_epochs: int | None = None  # of stage I; None: half of them
-    router_lr: float | None = None  # None: 3e-3 deep, 1e-2 shallow
-    prompt_lr: float | None = None  # None: 2e-5 deep, 3e-4 shallow
-    batch_size: int = 32
-    temperature: float = 1.0  # of the relaxed Bernoulli routers, as in pre-training
-    dev_every: int = 10  # epochs
-
-    def __post_init__(self) -> None:
-        for name, least in (("epochs", 2), ("batch_size", 1), ("dev_every", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)}, expected at least {least}")
-        if self.router_epochs is not None and not 0 <= self.router_epochs <= self.epochs:
-            raise UsageError(f"router_epochs is {self.router_epochs}, expected 0 to {self.epochs} (epochs)")
-        if self.router_epochs == 0 and self.run.router_only:
-            raise UsageError("router_epochs is 0, expected at least 1 with --router-only")
-        for rate, stage, absent in (
-            ("router_lr", "stage I (router_epochs is 0)", self.router_epochs == 0),
-            ("prompt_lr", "stage II (--router-only)", self.run.router_only),
-        ):
-            if absent and getattr(self, rate) is not None:
-                raise UsageError(f"{rate} was given, and there is no {stage}")
-        if self.injection not in (None, "prefix", "inline"):
-            raise UsageError(f"injection is '{self.injection}', expected prefix or inline")
-        if not self.temperature > 0:
-            raise UsageError(f"temperature is {self.temperature}, expected a positive number")
-        for name in ("router_lr", "prompt_lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
-                raise UsageError(f"{name} is {value}, expected 0 < rate < 1")
-
-    def rates(self, kind: Kind) -> tuple[float, float]:
-        """Learning rates (router, prompts): the paper's unless given."""
-        router, prompts = (3e-3, 2e-5) if kind == "deep" else (1e-2, 3e-4)
-        return self.router_lr or router, self.prompt_lr or prompts
-
-    def sha256(self) -> str:
-        """Hash of all fields: two runs with the same hash, data and files give the same result."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
-
-    def method(self, kind: Kind) -> str:
-        """What the result calls this run: ``mp2-deep-gradient``, ``mp2-deep-gradient-router``, ..."""
-        return f"mp2-{kind}-gradient" + ("-router" if self.run.router_only else "")
 
 
 def as_soft_prompts(prompts: PromptSet, task: str) -> PromptSet:

@@ -7,7 +7,6 @@ prompts), ``prompt.safetensors`` (their mixture), ``config.json`` (how to load b
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,22 +15,20 @@ from typing import Any, Literal
 from mp2.errors import UsageError
 from mp2.files import write_json, write_text
 from mp2.limits import check_new_folder
-from mp2.optimizers import Progress
 from mp2.optimizers.config import RouterConfig
-from mp2.optimizers.two_stage import Checkpoint
+from mp2.optimizers.two_stage import Checkpoint, Progress
 from mp2.prompts import save_prompts
-from mp2.runs.command import read_seeds
 from mp2.runs.config import BbtConfig
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.runs.frozen_model import FrozenModel, load_model, resolve_paths
 from mp2.runs.journal import finite_or_none
 from mp2.runs.provenance import config_file, identity, versions
-from mp2.runs.report import ProgressLine, draw_curve
-from mp2.runs.result import engine_facts, router_text, stage_scores
+from mp2.runs.result import draw_curve, engine_facts, router_text, stage_scores
 from mp2.runs.run_folder import OWN_PROMPTS, locked, new_folder
 from mp2.runs.tuned import TunedMeta, save_tuned
 from mp2.tasks import load_card
-from mp2.training.tune import GradientTuner, TuneConfig, TuneOutcome
+from mp2.training.config import TuneConfig
+from mp2.training.tune import GradientTuner, TuneOutcome
 
 Observe = Callable[[Progress], None]
 
@@ -151,44 +148,3 @@ def _result(run_dir: Path, config: TuneConfig, tuner: GradientTuner, outcome: Tu
         "non_finite_losses": 0,
         "provenance": {**identity(problem), "config_sha256": config.sha256(), "versions": versions()},
     }
-
-
-def tune_results(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What ``mp2 tune`` does: a run for each seed; yields each result as it comes."""
-    seeds = read_seeds(options["seed"], options["seeds"])
-    run = BbtConfig(
-        task=options["task"],
-        data=options["data"],
-        backbone=options["backbone"],
-        prompts=options["prompts"],
-        kind=options["kind"] or "auto",
-        router_only=options["router_only"],
-        seed=seeds[0],
-        shots=options["shots"],
-        max_tokens=options["max_tokens"],
-        test=not options["no_test"],
-        test_limit=options["test_limit"],
-        runtime="torch",
-        device=options["device"],
-        threads=options["threads"],
-    )
-    names = ("injection", "epochs", "router_epochs", "router_lr", "prompt_lr", "batch_size")
-    config = TuneConfig(run=run, **{name: options[name] for name in names})
-    lines: list[ProgressLine] = []
-
-    def observe() -> ProgressLine:
-        lines.append(ProgressLine())
-        return lines[-1]
-
-    try:
-        for result in start_tunes(config, seeds, Path(options["out"]), observe):
-            lines[-1].close()
-            yield result
-    except KeyboardInterrupt:
-        for line in lines:
-            line.close()
-        print("mp2: a tuning by gradient keeps nothing before its end; begin it again", file=sys.stderr)
-        raise
-    finally:
-        for line in lines:
-            line.close()

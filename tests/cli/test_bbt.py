@@ -505,7 +505,7 @@ def test_the_table_shows_three_stages(world: World) -> None:
     assert done.exit_code == 0, done.stderr
     for part in ("untuned", "stage I (router)", "stage II", "dev accuracy", "test accuracy", "12 iterations"):
         assert part in done.stdout
-    assert "stage II  12/12  train loss" in done.stderr
+    assert "stage II  12/12  ETA 0:00  train loss" in done.stderr
 
 
 def test_a_tuned_prompt_is_one_vector_a_layer(unbroken: dict[str, Any], world: World) -> None:

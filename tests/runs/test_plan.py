@@ -105,6 +105,10 @@ def test_a_run_says_first_what_it_runs_on(world: World, tmp_path: Path) -> None:
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("mp2: "))
     assert line.startswith("mp2: torch, fp32, cpu, 1 thread (asked for")
     assert line.endswith("; 20 + 0 iterations")
+    quiet = ["bbt", *world.options(), *options, *more, "--out", str(tmp_path), "--quiet"]
+    done = CliRunner().invoke(main, quiet)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert "mean of 2" in done.stdout
 
 
 def test_a_low_precision_says_what_it_costs_and_changes_nothing(

@@ -214,12 +214,14 @@ def alone(world: World) -> list[tuple[object, ...]]:
 
 
 def test_runs_on_lanes_of_their_own_have_the_bits_of_runs_alone(
-    world: World, tmp_path: Path, alone: list[tuple[object, ...]], capsys: pytest.CaptureFixture[str]
+    world: World, tmp_path: Path, alone: list[tuple[object, ...]]
 ) -> None:
     frozen, device = model(world, 3)
-    assert [comparable(r) for r in start_series(configs(world), tmp_path, model=frozen)] == alone
+    said: list[str] = []
+    results = start_series(configs(world), tmp_path, model=frozen, say=said.append)
+    assert [comparable(r) for r in results] == alone
     assert len(device.lanes) == 3
-    assert "4 runs share the device; 3 side by side, each on its own CUDA stream" in capsys.readouterr().err
+    assert said[-1] == "mp2: 4 runs share the device; 3 side by side, each on its own CUDA stream"
     assert len({number for event, number in device.events if event == "send"}) == 3
 
 

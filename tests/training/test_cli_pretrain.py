@@ -54,7 +54,7 @@ def test_the_defaults_of_the_command_are_those_of_the_python_api(
         asked.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mp2.training.train_mlm", remember)
+    monkeypatch.setattr("mp2.training.mlm_trainer.train_mlm", remember)
     mp2("pretrain-backbone", "--corpus", tmp_path, "--out", tmp_path / "out")
     assert asked == [MlmConfig()]
 
@@ -67,10 +67,10 @@ def test_pretrain_backbone_says_what_is_wrong_with_its_input(
     assert f"no *.txt or *.txt.xz files in {tmp_path / 'nowhere'}" in empty.stderr
     long = mp2(*backbone_options, "--out", tmp_path / "o", "--length", 64)
     assert long.exit_code == 2
-    assert "--length 64 exceeds the 32 positions" in long.stderr
+    assert "length is 64, expected at most 32 (max_positions)" in long.stderr
     heads = mp2(*backbone_options, "--out", tmp_path / "o", "--heads", 3)
     assert heads.exit_code == 2
-    assert "--hidden 16 is not a multiple of 3 heads" in heads.stderr
+    assert "hidden is 16, expected a multiple of the 3 heads" in heads.stderr
 
 
 @pytest.fixture
@@ -222,9 +222,12 @@ def test_pretrain_without_names_takes_every_known_task_with_data(
         (["--tasks", "waimi"], "unknown task 'waimi'. Did you mean 'waimai'"),
         (["--backbone", "mimi"], "unknown backbone 'mimi'"),
         (["--temperature", "0"], "temperature is 0.0"),
-        (["--precision", "fp8"], "precision is 'fp8'"),
+        (["--precision", "fp8"], "unknown precision 'fp8'"),
         (["--init", "nowhere.safetensors"], "no prompt file 'nowhere.safetensors'"),
-        (["--schedule", "cosine"], "'cosine' is not one of 'constant', 'linear'"),
+        (
+            ["--schedule", "cosine"],
+            "unknown schedule 'cosine'. Did you mean 'linear'? Known: constant, linear.",
+        ),
     ],
 )
 def test_pretrain_says_what_was_typed_wrong(

@@ -59,7 +59,7 @@ from mp2.tasks import load_card
 from mp2.training import PretrainConfig, Pretrainer
 from mp2.training.mixture import load_mixture
 from mp2.training.corpus import build_vocab, corpus_files, pack
-from mp2.training.mlm import MlmConfig
+from mp2.training.config import MlmConfig
 from mp2.training.mlm_trainer import MlmTrainer
 from mp2.training import mlm_trainer
 from mp2.training.ranks import joined

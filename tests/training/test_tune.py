@@ -22,8 +22,9 @@ from mp2.runs import BbtConfig
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.runs.frozen_model import load_model
 from mp2.tasks import load_card
+from mp2.training.config import TuneConfig
 from mp2.training.scratch import scratch_prompts
-from mp2.training.tune import Batch, GradientTuner, TuneConfig, as_soft_prompts, never_empty, started
+from mp2.training.tune import Batch, GradientTuner, as_soft_prompts, never_empty, started
 from mp2.training.tune_run import start_tune
 
 

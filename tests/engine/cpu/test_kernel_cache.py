@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mp2.backbone import Backbone
-from mp2.doctor import as_text, examine
+from mp2.doctor import examine, rows
 from mp2.engine.cpu import native
 from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.cpu.native.private_folder import NoPrivateFolderError, private_folder
@@ -100,7 +100,7 @@ def test_a_damaged_library_is_made_again(kept: Path, damage: str) -> None:
     assert again()
     assert native.problem() == ""
     assert library(kept).stat().st_size == len(whole)
-    assert "C kernels" in as_text(examine())
+    assert "C kernels" in dict(rows(examine()))
 
 
 @needs_compiler
@@ -223,7 +223,7 @@ def test_without_a_compiler_there_is_no_library_and_no_error(
     }[way]
     assert said in native.problem()
     assert f"; no C kernels: {native.problem()}" in CpuBackend(tiny_backbone).reason
-    assert f"none: {native.problem()}" in as_text(examine())
+    assert f"none: {native.problem()}" in dict(rows(examine()))["C kernels"]
 
 
 def test_without_a_home_there_is_no_library_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Engines and the machine they run on: ``mp2 export``, ``mp2 doctor``."""
+"""``mp2 export``: write an engine folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from mp2.commands.options import BACKBONE, TASK, Choice
 from mp2.commands.printing import as_json_text
 from mp2.errors import UsageError
 
@@ -13,15 +14,19 @@ from mp2.errors import UsageError
 @click.command(short_help="Write ONNX graphs: a bundle of runs, or an engine.")
 @click.option("--run", "first", type=click.Path(), help="Runs to write a bundle of: --run RUN [RUN ...].")
 @click.argument("more", nargs=-1, type=click.Path(), metavar="[RUN]...")
-@click.option("--backbone", help="A name (cpt-large, mini ...), a folder or a hub id.")
+@click.option("--backbone", type=BACKBONE, help="A name (cpt-large ...), a folder or a hub id.")
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder to write.")
 @click.option("--prompts", help="tensorrt: prompts that plans are tuned for. --run: where they are now.")
-@click.option("--runtime", help="onnxruntime | tensorrt  [default: onnxruntime]")
+@click.option(
+    "--runtime",
+    type=Choice("runtime", ("onnxruntime", "tensorrt")),
+    help="What the engine folder is for.  [default: onnxruntime]",
+)
 @click.option(
     "--precision",
     help="fp32; tensorrt: fp16, bf16, fp8; --run: fp32, fp16, bf16.  [default: fp32; tensorrt: fp16]",
 )
-@click.option("--task", help="tensorrt: tune plans for this task's few-shot set.")
+@click.option("--task", type=TASK, help="tensorrt: tune plans for this task's few-shot set.")
 @click.option("--data", type=click.Path(), help="Folder with TASK/train.jsonl; or MP2_DATA.")
 @click.option("--popsize", type=int, help="tensorrt: population plans are tuned for.  [default: 20]")
 @click.option("--graphs-only", is_flag=True, help="tensorrt: build no plans, so that no GPU is needed.")
@@ -55,13 +60,3 @@ def export(as_json: bool, first: str | None, more: tuple[str, ...], **options: A
         summary = export_command(**options, show=show)
     if as_json:
         click.echo(as_json_text(summary))
-
-
-@click.command(short_help="Show what this machine has.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(as_json: bool) -> None:
-    """Show what this machine has: libraries, runtimes, devices, embedded weights, data."""
-    from mp2.doctor import as_text, examine
-
-    found = examine()
-    click.echo(as_json_text(found) if as_json else as_text(found))

@@ -1,0 +1,49 @@
+"""``mp2 pretrain``: pre-train modular prompts on many tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from mp2.commands.options import BACKBONE, TASK, config_options, field_values
+from mp2.commands.printing import given, notes, quiet_option, typed
+from mp2.training.config import PretrainConfig
+
+
+@click.command(short_help="Pre-train modular prompts on many tasks.")
+@click.option(
+    "--tasks",
+    "names",
+    multiple=True,
+    type=TASK,
+    metavar="TASK ...",
+    help="Names or cards, as many as you like: --tasks my/*.toml.  [default: all that have data]",
+)
+@click.argument("more", nargs=-1, metavar="", type=TASK)
+@click.option("--data", type=click.Path(), help="Folder with TASK/{train,dev}.jsonl; or MP2_DATA.")
+@click.option(
+    "--backbone",
+    default="mini",
+    show_default=True,
+    type=BACKBONE,
+    help="mini, cpt-large, a folder, or a hub id.",
+)
+@click.option("--out", type=click.Path(file_okay=False), help="Folder to write; a run in it goes on.")
+@click.option(
+    "--resume", type=click.Path(), metavar="DIR", help="Go on with the run in DIR as it was asked for."
+)
+@click.option("--init", type=click.Path(), help="Prompt file to start from.")
+@config_options(PretrainConfig)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@click.option("--threads", type=int, help="CPU threads.  [default: torch's choice]")
+@quiet_option
+@click.pass_context
+def pretrain(ctx: click.Context, /, device: str, threads: int | None, quiet: bool, **options: Any) -> None:
+    """Pre-train modular prompts and routers on many tasks by gradient; restartable, alone or by torchrun."""
+    from mp2.training.pretrain_run import asked_run, pretrain_command
+
+    names = ("names", "more", "data", "backbone", "out", "resume", "init")
+    asked = {name: options[name] for name in names} | field_values(PretrainConfig, options)
+    inputs, config, out = asked_run(asked, given(ctx) - {"quiet"}, typed())
+    pretrain_command(inputs, config, out, device, threads, log=notes(quiet), show=click.echo)

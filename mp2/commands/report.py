@@ -1,0 +1,75 @@
+"""Results for people: what ``mp2 bbt`` and ``mp2 tune`` print of a run, and of several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from mp2.commands.printing import show, show_table
+from mp2.runs.progress import clock, percent
+
+_STAGES = {"untuned": "untuned", "stage1": "stage I", "stage2": "stage II"}
+_WHAT = {"untuned": " (every module on)", "stage1": " (router)", "stage2": " (selected)"}
+
+
+def show_result(result: dict[str, Any]) -> None:
+    """Print a line a stage, then where and how long."""
+    show(
+        f"{result['task']}  {result['method']}  seed {result['seed']}  backbone {result['backbone']}"
+        f"  router search {result['router_search']}"
+    )
+    rows = []
+    for name, label in _STAGES.items():
+        stage = result["stages"].get(name)
+        if stage is not None:
+            loss, test = stage["train_loss"], stage["test_score"]
+            cells = ["-" if loss is None else f"{loss:.4f}", percent(stage["dev_score"])]
+            rows.append([label + _WHAT[name], *cells, "-" if test is None else percent(test)])
+    metric = result["metric"]
+    show_table(rows, ("", "train loss", f"dev {metric}", f"test {metric}"), numbers_from=1)
+    seconds, engine = result["seconds"], result["engine"]
+    show(
+        f"{result['iterations']} iterations in {clock(seconds['stage1'] + seconds['stage2'])}"
+        f" (stage I {seconds['stage1']:.1f} s, stage II {seconds['stage2']:.1f} s;"
+        f" forward {seconds['forward']:.1f} s, suggest {seconds['suggest']:.1f} s,"
+        f" journal {seconds['journal']:.1f} s, other {seconds['other']:.1f} s),"
+        f" dev {seconds['dev']:.1f} s  [{engine['runtime']}, {engine['precision']}, {engine['device']}]"
+    )
+    if result["non_finite_losses"]:
+        show(f"{result['non_finite_losses']} candidates had losses that were NaN or infinite")
+    if result["stages"].get("stage2") and result["selected"]["at"] != "stage2":
+        show(f"selected by dev: {result['selected']['at']}, no later prompt was better")
+    show(result["run_dir"])
+
+
+def show_series(results: Sequence[dict[str, Any]]) -> None:
+    """Print a line a run, and for every task the mean and standard deviation over its seeds."""
+    stages = [name for name in _STAGES if any(name in r["stages"] for r in results)]
+    rows = []
+    for task in dict.fromkeys(r["task"] for r in results):
+        members = sorted((r for r in results if r["task"] == task), key=lambda r: r["seed"])
+        for r in members:
+            scores = [_pair(r["stages"].get(name, {})) for name in stages]
+            rows.append([task, str(r["seed"]), f"{r['train_loss']:.4f}", *scores])
+        if len(members) > 1:
+            loss = f"{mean(r['train_loss'] for r in members):.4f}"
+            scores = [_mean_pair([r["stages"].get(name, {}) for r in members]) for name in stages]
+            rows.append([task, f"mean of {len(members)}", loss, *scores])
+    show_table(rows, ("task", "seed", "train loss", *(f"{_STAGES[name]} dev / test" for name in stages)))
+
+
+def _pair(stage: dict[str, Any]) -> str:
+    scores = (stage.get("dev_score"), stage.get("test_score"))
+    return " / ".join("-" if s is None else percent(s) for s in scores)
+
+
+def _mean_pair(stages: Sequence[dict[str, Any]]) -> str:
+    """Mean and standard deviation of the dev and of the test scores."""
+    parts = []
+    for name in ("dev_score", "test_score"):
+        scores = [s.get(name) for s in stages]
+        known = [s for s in scores if s is not None]
+        whole = len(known) == len(scores)
+        parts.append(f"{100 * mean(known):.1f} ± {100 * stdev(known):.1f}" if whole else "-")
+    return " / ".join(parts)

@@ -1,0 +1,49 @@
+"""``mp2 tune``: tune prompts for a task by gradient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mp2.commands.options import build, config_options, read_seeds
+from mp2.commands.printing import as_json_text, note, quiet_option
+from mp2.training.config import TuneConfig
+
+
+@click.command(short_help="Tune prompts for a task by gradient.")
+@config_options(TuneConfig, skip=("iters", "router", "layers", "engine", "runtime", "precision", "seed"))
+@click.option("--seed", type=int, help="Draws the few-shot split and drives training.  [default: 8]")
+@click.option("--seeds", metavar="8,13,...", help="Several seeds, a run each.")
+@click.option(
+    "--out", type=click.Path(), default="runs", show_default=True, help="Where run folders are made."
+)
+@quiet_option
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (a list with --seeds).")
+def tune(as_json: bool, quiet: bool, out: str, seed: int | None, seeds: str | None, **typed: Any) -> None:
+    """Tune prompts for a task by gradient: the router, then the prompts it selects (two-stage, Adam)."""
+    from mp2.commands.report import show_result, show_series
+    from mp2.runs.progress import ProgressLine
+    from mp2.training.tune_run import start_tunes
+
+    numbers, line = read_seeds(seed, seeds), ProgressLine()
+    config = build(TuneConfig, typed | {"runtime": "torch"})
+    observe = (lambda: lambda progress: None) if quiet else line.observer
+    results = []
+    try:
+        for result in start_tunes(config, numbers, Path(out), observe):
+            line.close()
+            results.append(result)
+            if not as_json:
+                show_result(result)
+    except KeyboardInterrupt:
+        line.close()
+        note("mp2: a tuning by gradient keeps nothing before its end; begin it again")
+        raise
+    finally:
+        line.close()
+    if as_json:
+        click.echo(as_json_text(results if seeds else results[0]))
+    elif len(results) > 1:
+        show_series(results)

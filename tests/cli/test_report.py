@@ -1,0 +1,54 @@
+"""Results for people, on files, pipes and narrow terminals."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+from rich.cells import cell_len
+
+from mp2.commands.printing import show_table
+from mp2.commands.report import show_series
+
+
+def run(task: str, seed: int, dev: float, test: float | None) -> dict[str, object]:
+    stages = {
+        "untuned": {"dev_score": 0.25, "test_score": test},
+        "stage1": {"dev_score": dev, "test_score": test},
+    }
+    return {"task": task, "seed": seed, "train_loss": dev, "stages": stages}
+
+
+def test_a_line_a_run_and_mean_and_deviation_of_every_tasks_seeds(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runs = [run("a", 13, 0.7, None), run("a", 8, 0.5, None), run("b", 8, 0.5, 0.25)]  # as a folder lists them
+    show_series(runs)
+    assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == [
+        "task seed train loss untuned dev / test stage I dev / test",
+        "a 8 0.5000 25.0 / - 50.0 / -",
+        "a 13 0.7000 25.0 / - 70.0 / -",
+        "a mean of 2 0.6000 25.0 ± 0.0 / - 60.0 ± 14.1 / -",
+        "b 8 0.5000 25.0 / 25.0 50.0 / 25.0",
+    ]
+
+
+@pytest.mark.parametrize("columns", [40, 60])
+def test_a_table_fits_a_narrow_terminal_with_wide_characters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: int
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = "主题识别：这是一条很长的新闻，它比一行要长得多，所以要折成几行" * 2
+    show_table([("template", text), ("note", "[bold]not markup[/bold] :smile:")], ("field", "value"))
+    lines = re.sub(r"\x1b\[\d*m", "", capsys.readouterr().out).splitlines()
+    assert max(map(cell_len, lines)) <= columns
+    assert "".join(line[10:].strip() for line in lines if "note" not in line).startswith(f"value{text}")
+    assert "[bold]not markup[/bold]" in "".join(lines)
+    assert ":smile:" in "".join(lines)
+
+
+def test_a_pipe_gets_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    show_table([("template", "字" * 300)])
+    assert capsys.readouterr().out == f"template  {'字' * 300}\n"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,8 +157,10 @@ def _by_transformers(
 
 @contextmanager
 def _one_line(settings: Mapping[str, Any], source: Path) -> Iterator[None]:
-    """Whatever is raised, a panic of the library too (which also prints its stack), as one line."""
-    kept, quiet = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    """Whatever is raised, a panic of the library too, as one line; what it prints itself is not shown."""
+    sys.stdout.flush()
+    kept, quiet = (os.dup(1), os.dup(2)), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     try:
         yield
@@ -172,6 +175,7 @@ def _one_line(settings: Mapping[str, Any], source: Path) -> Iterator[None]:
             path=source,
         ) from error
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        for number, stream in enumerate(kept, 1):
+            os.dup2(stream, number)
+            os.close(stream)
         os.close(quiet)

@@ -310,6 +310,15 @@ def test_a_panic_of_the_library_is_a_format_error(
     assert capfd.readouterr().err == ""
 
 
+def test_what_the_library_prints_does_not_reach_the_output(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    token = {"content": "<gap>", "special": False, "unheard": 1}
+    settings_file = {"added_tokens_decoder": {str(len(VOCAB)): token}}
+    Tokenizer.from_folder(write(tmp_path, {**TXT, "tokenizer_config.json": settings_file}))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_plain_folder_is_read_without_importing_transformers(tmp_path: Path) -> None:
     write(tmp_path, {**TXT, "tokenizer.json": fast_file({t: i for i, t in enumerate(VOCAB)})})
     code = (

@@ -18,16 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from mp2.backbone import Backbone, add_to_rows
-from mp2.engine.backend import (
-    CACHE_BYTES,
-    Arrival,
-    Batch,
-    Forward,
-    Prefixes,
-    Probe,
-    Run,
-    is_out_of_memory,
-)
+from mp2.engine.backend import CACHE_BYTES, Prefixes, Probe, is_out_of_memory
+from mp2.engine.forward import Arrival, Batch, Forward, Run
 from mp2.errors import UsageError
 from mp2.heads import Head
 from mp2.prompts import PrefixProjector, PromptSet

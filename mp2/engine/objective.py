@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mp2.engine.backend import Arrival, Batch, Forward, Pending, Run
+from mp2.engine.forward import Arrival, Batch, Forward, Pending, Run
 from mp2.errors import UsageError
 from mp2.heads import Head
 from mp2.prompts import PromptSet
@@ -45,7 +45,6 @@ class Objective:
         self.n_evaluations = 0
         self.seconds = 0.0
         self._prompts = forward.prompts
-        self._shape = (self._prompts.z.shape[0], self._prompts.z.shape[-1])  # L', d
         self._train = list(train)
         self._longest = max(len(x.input_ids) for x in train)
         self._batches: dict[int, Sequence[Batch]] = {}
@@ -60,11 +59,11 @@ class Objective:
 
     def full_losses(self, z: np.ndarray) -> Pending[np.ndarray]:
         """Return float64 [P] losses of intrinsic prompts ``z`` [P, L', d], with every layer run."""
-        return self._losses(intrinsic(z, ("P", *self._shape)), self.forward.every_layer, None)
+        return self._losses(self.forward.intrinsic(z, "P L' d"), self.forward.every_layer, None)
 
     def set_incumbent(self, z: np.ndarray) -> None:
         """Take ``z`` [L', d] as the prompt that `layer_losses` varies one layer of; computes nothing."""
-        self.forward.set_incumbent(intrinsic(z, self._shape).clone())
+        self.forward.set_incumbent(self.forward.intrinsic(z, "L' d").clone())
 
     def layer_losses(self, layer: int, z: np.ndarray) -> Pending[np.ndarray]:
         """Return float64 [P] losses when ``layer`` takes ``z[p]`` [P, d] and all others keep the incumbent.
@@ -73,7 +72,7 @@ class Objective:
         does for a layer whose output the head does not read. Raises UsageError without an incumbent.
         """
         incumbent = self._incumbent(layer)
-        candidates = intrinsic(z, ("P", self._shape[1]))
+        candidates = self.forward.intrinsic(z, "P d")
         if not self.forward.prefixed or layer >= self.forward.n_layers:
             whole = incumbent.repeat(len(candidates), 1, 1)
             whole[:, layer] = candidates
@@ -83,14 +82,14 @@ class Objective:
     def commit(self, layer: int, z: np.ndarray) -> None:
         """Make ``z`` [d] the incumbent's prompt of ``layer``; computes nothing."""
         self._incumbent(layer)
-        self.forward.commit(layer, intrinsic(z, (self._shape[1],)))
+        self.forward.commit(layer, self.forward.intrinsic(z, "d"))
 
     def reader(self, z: np.ndarray) -> Head:
         """Return the head that scores under the prompt ``z`` [L', d], fitted to the training set if it must.
 
         Waits for what it needs.
         """
-        candidate = intrinsic(z, self._shape).unsqueeze(0)
+        candidate = self.forward.intrinsic(z, "L' d").unsqueeze(0)
 
         def outputs() -> np.ndarray:
             found: np.ndarray = self._outputs(candidate, self.forward.every_layer, None).fetch()[0]
@@ -190,12 +189,3 @@ def fused(prompts: PromptSet, routers: np.ndarray) -> np.ndarray:
         raise UsageError(f"routers have shape {tuple(weights.shape)}, expected (P, L', K)")
     z: np.ndarray = prompts.fuse(weights).detach().numpy()
     return z
-
-
-def intrinsic(z: np.ndarray, shape: tuple[int | str, ...]) -> torch.Tensor:
-    """Return intrinsic prompts as float32; ``UsageError`` unless of ``shape``, in which "P" is any number."""
-    got = tuple(np.shape(z))
-    if len(got) != len(shape) or any(s != g for s, g in zip(shape, got, strict=True) if s != "P"):
-        expected = ", ".join(map(str, shape))
-        raise UsageError(f"intrinsic prompts z have shape {got}, expected ({expected})")
-    return torch.from_numpy(np.ascontiguousarray(z, dtype=np.float32))

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mp2.engine.backend import Arrival, Batch, Forward, Pending
-from mp2.engine.objective import intrinsic
+from mp2.engine.forward import Arrival, Batch, Forward, Pending
 
 if TYPE_CHECKING:
     from mp2.tasks import MrcInput
@@ -25,8 +24,6 @@ class Scorer:
     def __init__(self, forward: Forward) -> None:
         """Run on ``forward``, which an objective may use as well."""
         self.forward = forward
-        prompts = forward.prompts
-        self._shape = (prompts.z.shape[0], prompts.z.shape[-1])  # L', d
         self._kept: list[tuple[list[MrcInput], Sequence[Batch]]] = []
         self._generation = forward.generation
 
@@ -35,7 +32,7 @@ class Scorer:
 
         Where an output has a row a token, rows may follow the last token's.
         """
-        prompt = intrinsic(z, self._shape).unsqueeze(0)
+        prompt = self.forward.intrinsic(z, "L' d").unsqueeze(0)
         if not inputs:
             return Pending.of([])
 

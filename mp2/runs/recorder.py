@@ -12,20 +12,27 @@ import hashlib
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mp2.engine.backend import Pending
+from mp2.engine.forward import Pending
 from mp2.errors import LossError, MismatchError
 from mp2.optimizers.two_stage import Scores
 from mp2.runs.journal import Journal, Record, finite_or_none
-from mp2.runs.together import timed
 
 Floats = NDArray[np.float64]
+T = TypeVar("T")
 Evaluate = Callable[[Callable[[], Any]], tuple[Any, float]]  # also of a computation that is only launched
 SECONDS = ("forward", "suggest", "journal", "other")  # of losses; each event's, as ``<name>_s``
+
+
+def timed(compute: Callable[[], Pending[T]]) -> tuple[T, float]:
+    """The result of ``compute``, fetched where it was only launched, and the seconds that it took."""
+    start = time.perf_counter()
+    value = compute().fetch()
+    return value, time.perf_counter() - start
 
 
 class NonFiniteLossWarning(UserWarning):

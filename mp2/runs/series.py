@@ -17,11 +17,12 @@ from mp2.limits import check_new_folder
 from mp2.runs.config import BbtConfig
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.runs.frozen_model import FrozenModel, load_model, resolve_paths
+from mp2.runs.recorder import timed
 from mp2.runs.result import read_result
 from mp2.runs.run import Observe, Run, make_problem
 from mp2.runs.run_folder import how_to_end, locked, new_folder, read_config, resume_command
 from mp2.runs.task_data import TaskData
-from mp2.runs.together import AT_ONCE, Server, timed
+from mp2.runs.together import AT_ONCE, Server
 
 _MODEL_FIELDS = ("backbone", "prompts", "kind", "runtime", "precision", "device", "threads", "engine")
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from mp2.engine.backend import Pending
+from mp2.engine.forward import Pending
 from mp2.errors import Mp2Error
 
 T = TypeVar("T")
@@ -131,10 +131,3 @@ class Server:
             raise
         else:
             call.answer.put(_Answer(value, started, time.perf_counter()))
-
-
-def timed(compute: Callable[[], Pending[T]]) -> tuple[T, float]:
-    """The result of ``compute``, fetched where it was only launched, and the seconds that it took."""
-    start = time.perf_counter()
-    value = compute().fetch()
-    return value, time.perf_counter() - start

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mp2.backbone import Backbone
-from mp2.engine.backend import even_parts
 from mp2.engine.chain import group_by_length
 from mp2.engine.cpu.backend import CpuBackend
+from mp2.engine.forward import even_parts
 from mp2.prompts import PromptSet
 
 from .slow_reference import make_inputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mp2.engine.cache import ActivationCache
+from mp2.engine.forward import ActivationCache
 
 KIB = 256  # floats
 

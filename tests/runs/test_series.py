@@ -19,8 +19,9 @@ from mp2.errors import LossError, UsageError
 from mp2.runs import BbtConfig, LayerConfig, RouterConfig, resume_series, start_run, start_series
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.runs.journal import Journal, read_journal
+from mp2.runs.recorder import timed
 from mp2.runs.series import find_runs
-from mp2.runs.together import Server, timed
+from mp2.runs.together import Server
 
 TIMES = {"forward_s", "suggest_s", "hidden_s", "journal_s", "other_s", "seconds"}
 

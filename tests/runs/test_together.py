@@ -23,9 +23,10 @@ from mp2.runs import BbtConfig, LayerConfig, RouterConfig, resume_series, start_
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.runs.frozen_model import FrozenModel
 from mp2.runs.journal import Journal
+from mp2.runs.recorder import timed
 from mp2.runs.run_folder import locked
 from mp2.runs.series import find_runs
-from mp2.runs.together import Server, timed
+from mp2.runs.together import Server
 
 from .test_series import comparable
 

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from mp2.backbone import Backbone, Layer
-from mp2.engine.backend import Prefixes, check_positions
+from mp2.engine.backend import Prefixes
 from mp2.engine.chain import ChainBackend
 from mp2.engine.cpu import native
 from mp2.engine.cpu.attention import attend, attend_shared_text
 from mp2.engine.cpu.linear import FastLinear
 from mp2.engine.cpu.second_half import SecondHalf, make_second_half
+from mp2.engine.forward import check_positions
 from mp2.errors import UnknownNameError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -53,6 +54,7 @@ class CpuBackend(ChainBackend):
         if precision == "fp32" and (problem := native.problem()):
             self.reason += f"; no C kernels: {problem}"
         self._config = backbone.config
+        self._heads = (backbone.config.n_heads, backbone.config.head_size)
         self._encoder = backbone.encoder
         self._layers: dict[int, _Layer] = {}
 
@@ -76,7 +78,7 @@ class CpuBackend(ChainBackend):
         config = self._config
         _, n, t, width = hidden.shape
         x = hidden.reshape(-1, width)
-        qkv = layer.qkv(x).view(hidden.shape[0], n, t, 3, config.n_heads, config.head_size)
+        qkv = layer.qkv(x).view(hidden.shape[0], n, t, 3, *self._heads)
         if prefix is not None:
             prefix = (prefix[0].to(self._dtype), prefix[1].to(self._dtype))
         shared = False

@@ -88,7 +88,7 @@ class Int8Backend(CpuBackend):
         config, steps = self._config, self.steps
         exact, rough = self._layers.get(index) or self._prepare(index), self._rough(index)
         _, n, t, width = hidden.shape
-        rows, heads = n * t, (n, t, 3, config.n_heads, config.head_size)
+        rows, heads = n * t, (n, t, 3, *self._heads)
         x = hidden.reshape(-1, rows, width)
 
         if len(x) == 1:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mp2.backbone.encoder import Prefix
-from mp2.engine.backend import Arrival, Batch, Forward, Run
 from mp2.engine.cuda.graphs import Graphs
 from mp2.engine.cuda.lanes import Lane
 from mp2.engine.cuda.pack import Pack, PackedStates, make_packs
+from mp2.engine.forward import Arrival, Batch, Forward, Run
 from mp2.errors import UsageError
 from mp2.heads import Head
 from mp2.prompts import PromptSet

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mp2.engine.backend import Batch
+from mp2.engine.forward import Batch
 
 if TYPE_CHECKING:
     from mp2.tasks import MrcInput

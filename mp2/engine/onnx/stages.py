@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from mp2.backbone import Backbone
-from mp2.engine.backend import Prefixes, check_positions
+from mp2.engine.backend import Prefixes
 from mp2.engine.chain import ChainBackend
 from mp2.engine.folder import layer_file, plain_layer_file
+from mp2.engine.forward import check_positions
 
 
 class GraphStages(ChainBackend):

@@ -41,10 +41,16 @@ def make_runs(runtime: CudaBackend, backbone: Backbone, prompts: PromptSet, n: i
     return [Objective(runtime.forward(prompts), inputs) for inputs in sets]
 
 
+def shape_of(objective: Objective) -> tuple[int, int]:
+    """L', d."""
+    z = objective.forward.prompts.z
+    return z.shape[0], z.shape[-1]
+
+
 def drive(objective: Objective, seed: int, rounds: int = 2) -> list[np.ndarray]:
     """What a run asks for, one thing after another."""
     rng = np.random.default_rng(seed)
-    n_layers, scorer = objective._shape[0], Scorer(objective.forward)
+    n_layers, scorer = shape_of(objective)[0], Scorer(objective.forward)
     found: list[np.ndarray] = []
     for _ in range(3):
         found.append(objective.full_losses(rng.standard_normal((4, n_layers, D)).astype(np.float32)).fetch())
@@ -75,7 +81,7 @@ def test_runs_whose_work_interleaves_have_the_bits_of_runs_alone(
     device = Device(one_thread=False)
     runs = make_runs(runtime_on(device, tiny_backbone, 3), tiny_backbone, prompts)
     for run in runs:  # weights are made by the first; on a GPU, one thread launches
-        run.full_losses(np.zeros((4, *run._shape), np.float32)).fetch()
+        run.full_losses(np.zeros((4, *shape_of(run)), np.float32)).fetch()
         run.forward.graphs.restart(run.forward._lane.record)  # type: ignore[union-attr]
     together: dict[int, list[np.ndarray]] = {}
     threads = [
@@ -130,8 +136,8 @@ def test_what_lanes_share_is_complete_before_it_is_shared(
     runtime = runtime_on(Device(), tiny_backbone, 1, runtime=Watched)
     run = make_runs(runtime, tiny_backbone, deep, 1)[0]
     settled.clear()
-    run.full_losses(np.zeros((2, *run._shape), np.float32)).fetch()
-    run.full_losses(np.ones((2, *run._shape), np.float32)).fetch()
+    run.full_losses(np.zeros((2, *shape_of(run)), np.float32)).fetch()
+    run.full_losses(np.ones((2, *shape_of(run)), np.float32)).fetch()
     # layer 0: projection folded, then weights packed; and so on: each is waited for while not yet there
     assert settled == [(0, 0), (0, 1), (1, 1), (1, 2), (2, 2), (2, 3)]
 
@@ -139,7 +145,7 @@ def test_what_lanes_share_is_complete_before_it_is_shared(
 def test_an_incumbent_changes_without_work_on_the_device(tiny_backbone: Backbone, deep: PromptSet) -> None:
     """A run commits in its own thread, perhaps while a graph is captured: the double allows no work there."""
     (run,) = make_runs(runtime_on(Device(), tiny_backbone, 1), tiny_backbone, deep, 1)
-    z = np.random.default_rng(0).standard_normal((4, *run._shape)).astype(np.float32)
+    z = np.random.default_rng(0).standard_normal((4, *shape_of(run))).astype(np.float32)
 
     def in_a_run() -> None:
         run.set_incumbent(z[0])
@@ -163,7 +169,7 @@ def test_all_are_launched_before_any_is_fetched_and_fetched_in_any_order(
     device = Device()
     runs = make_runs(runtime_on(device, tiny_backbone, 3), tiny_backbone, deep)
     scorers = [Scorer(run.forward) for run in runs]
-    z = np.random.default_rng(0).standard_normal((3, 4, *runs[0]._shape)).astype(np.float32)
+    z = np.random.default_rng(0).standard_normal((3, 4, *shape_of(runs[0]))).astype(np.float32)
     expected = [run.full_losses(x).fetch() for run, x in zip(runs, z, strict=True)]
     for _ in range(3):  # run, recorded, replayed
         device.events.clear()
@@ -238,7 +244,7 @@ def test_an_example_that_fits_no_memory_is_an_error_of_its_run_after_the_sharing
         Objective(small.forward(deep), make_inputs(lengths, tiny_backbone.config.vocab_size))
         for lengths in ((5,), (31,))
     )
-    z = np.zeros((4, *first._shape), np.float32)
+    z = np.zeros((4, *shape_of(first)), np.float32)
     launched = first.full_losses(z)
     with pytest.raises(OutOfMemoryError, match="one example of 31 tokens does not fit"):
         second.full_losses(z).fetch()
@@ -274,7 +280,7 @@ def test_only_the_cuda_backend_computes_runs_side_by_side(
 ) -> None:
     plain = Objective(CpuBackend(tiny_backbone).forward(deep), train)
     assert plain.side_by_side() == 1
-    z = np.zeros((1, *plain._shape), np.float32)
+    z = np.zeros((1, *shape_of(plain)), np.float32)
     assert plain.full_losses(z).ready  # nothing has to be waited for
     backend = runtime_on(Device(), tiny_backbone, 1)
     runs = make_runs(backend, tiny_backbone, deep)
@@ -452,9 +458,9 @@ def test_runs_side_by_side_have_the_bits_of_runs_alone_on_cuda(
         rng = np.random.default_rng(0)
         losses: list[np.ndarray] = []
         for run in runs:
-            run.set_incumbent(np.zeros(run._shape, np.float32))
+            run.set_incumbent(np.zeros(shape_of(run), np.float32))
         for step in range(24):
-            z = rng.standard_normal((4, 5, *runs[0]._shape)).astype(np.float32)
+            z = rng.standard_normal((4, 5, *shape_of(runs[0]))).astype(np.float32)
             layer = step % z.shape[2]
             pending = [run.layer_losses(layer, x[:, layer]) for run, x in zip(runs, z, strict=True)]
             losses += [p.fetch() for p in pending]
@@ -474,7 +480,7 @@ def test_losses_side_by_side_are_right_on_cuda(
     runtime = CudaBackend(tiny_backbone, device="cuda", precision="fp32")
     runtime.lanes.spread(3)
     runs = make_runs(runtime, tiny_backbone, deep)
-    z = np.random.default_rng(0).standard_normal((3, 4, *runs[0]._shape)).astype(np.float32)
+    z = np.random.default_rng(0).standard_normal((3, 4, *shape_of(runs[0]))).astype(np.float32)
     for _ in range(3):
         pending = [run.full_losses(x) for run, x in zip(runs, z, strict=True)]
         for run, x, p in zip(runs, z, pending, strict=True):

@@ -1,0 +1,147 @@
+"""Where things lie: no package imports its importer, and the walks that matter are short."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import mp2
+from mp2.cli import main
+from mp2.engine.cpu.backend import CpuBackend
+from mp2.engine.objective import Objective
+from mp2.optimizers.config import RouterConfig
+from mp2.runs.config import BbtConfig
+from mp2.runs.series import start_run
+
+ROOT = Path(mp2.__file__).parent
+MOST_MODULES = 10
+# a package may import its own level's and lower ones, but two of one level never each other
+LEVELS = (
+    ("errors", "files", "limits", "text_files", "tensor_files", "environment", "__version__"),
+    ("backbone",),
+    ("heads", "tasks", "prompts"),
+    ("engine", "optimizers"),
+    ("runs", "training", "export", "serve", "doctor"),
+    ("commands",),
+    ("cli",),
+    ("__main__",),
+)
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+
+
+def imports() -> Iterator[tuple[str, str, Path]]:
+    """(importer, imported, file) of packages and lone modules of mp2, wherever in a file."""
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).parts
+        if parts == ("__init__.py",):
+            continue
+        importer = parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: relative import"
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            for name in names:
+                top, _, rest = name.partition(".")
+                imported = rest.split(".")[0]
+                if top == "mp2" and imported and imported != importer:
+                    yield importer, imported, path
+
+
+def test_arrows_point_down_and_no_package_imports_its_importer() -> None:
+    edges = {(a, b): path for a, b, path in imports()}
+    unknown = {name for edge in edges for name in edge} - set(LEVEL)
+    assert not unknown, f"{unknown} have no place in LEVELS"
+    upward = {edge: path for edge, path in edges.items() if LEVEL[edge[1]] > LEVEL[edge[0]]}
+    assert not upward
+    below: dict[str, set[str]] = {name: {b for a, b in edges if a == name} for name in LEVEL}
+    for _ in LEVEL:
+        below = {name: found.union(*(below[x] for x in found)) for name, found in below.items()}
+    assert not [name for name, found in below.items() if name in found], "packages that import each other"
+
+
+def test_optimizers_know_nothing_of_the_engine_and_the_engine_nothing_of_what_uses_it() -> None:
+    found = {name: {b for a, b, _ in imports() if a == name} for name in ("optimizers", "engine")}
+    assert found["optimizers"] <= {"errors", "limits"}
+    assert found["engine"] <= {"errors", "files", "limits", "backbone", "heads", "tasks", "prompts"}
+
+
+def test_backends_are_told_apart_in_one_place_only() -> None:
+    """No test for a backend's class or name outside of engine/select.py and the backends' own folders."""
+    classes = ("CpuBackend", "Int8Backend", "CudaBackend", "OnnxRuntime", "TensorRTRuntime", "ChainBackend")
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
+                assert not any(name in ast.unparse(node.args[1]) for name in classes), path
+
+
+def stop(module: str) -> str:
+    """A module as a stop of a walk; what lies behind the engine's seam, a backend's folder, is one."""
+    parts = module.split(".")
+    return ".".join(parts[:3]) if parts[:2] == ["mp2", "engine"] and len(parts) > 3 else module
+
+
+def test_from_ask_to_loss_is_a_short_walk(tmp_path: Path) -> None:
+    walks: list[list[str]] = []
+    begun = False
+
+    def watch(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal begun
+        module = frame.f_globals.get("__name__", "")
+        if event == "call" and module.startswith("mp2."):
+            if (module, frame.f_code.co_name) == ("mp2.optimizers.cma_layers", "ask"):
+                begun = True
+                walks.append([])
+            if begun and "<string>" not in frame.f_code.co_filename and stop(module) not in walks[-1]:
+                walks[-1].append(stop(module))
+        elif event == "return" and frame.f_code is Objective.layer_losses.__code__:
+            begun = False
+
+    config = BbtConfig(
+        task="demo_topic",
+        iters=48,
+        router=RouterConfig(iterations=8),
+        runtime="torch",
+        threads=1,
+        test=False,
+        shots=2,
+    )
+    sys.setprofile(watch)
+    try:
+        start_run(config, tmp_path)
+    finally:
+        sys.setprofile(None)
+    assert len(walks) == 2
+    for walk in walks:
+        assert {"mp2.optimizers.two_stage", "mp2.engine.objective", "mp2.engine.cpu"} <= set(walk)
+        assert len(walk) <= MOST_MODULES, "\n".join(walk)
+
+
+def test_from_precision_to_the_backend_is_a_short_walk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stacks: list[list[str]] = []
+
+    def made(self: CpuBackend, *arguments: Any, **options: Any) -> None:
+        assert options["precision"] == "bf16"
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_stack(None)]
+        stacks.append([name for name in modules[::-1] if name.startswith("mp2.")])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CpuBackend, "__init__", made)
+    options = ["--task", "demo_topic", "--precision", "bf16", "--runtime", "torch", "--out", str(tmp_path)]
+    CliRunner().invoke(main, ["bbt", *options])
+    (stack,) = stacks
+    walk = [name for k, name in enumerate(stack) if k == 0 or stack[k - 1] != name]
+    assert walk[-1] == "mp2.engine.select"
+    assert len(walk) == len(set(walk)) < MOST_MODULES, walk

@@ -46,7 +46,7 @@ def ranks(
 ) -> dict[str, Any]:
     """Rank agreement and loss error of populations at each layer."""
     rows = [
-        agreement(runtime, backbone, prompts, inputs, layer, n_candidates=RANKED)
+        agreement(runtime, prompts, inputs, layer, n_candidates=RANKED)
         for layer in range(backbone.config.n_layers)
     ]
     return {
@@ -71,7 +71,7 @@ def times(
         seconds = []
         for _ in range(ROUNDS + 1):
             start = time.perf_counter()
-            losses(*args)
+            losses(*args).fetch()
             seconds.append(time.perf_counter() - start)
         return 1e3 * median(seconds[1:]) / POPULATION
 

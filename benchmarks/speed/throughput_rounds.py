@@ -136,8 +136,8 @@ class Comparison:
         """Measure once: seconds and losses by engine, JSON values."""
         found: dict[str, Record] = {
             name: {
-                "precision": subject.objective.runtime.precision,
-                "runtime": subject.objective.runtime.name,
+                "precision": subject.objective.forward.backend.precision,
+                "runtime": subject.objective.forward.backend.name,
                 "stage2_s": [],
                 "losses": [],
             }

@@ -31,7 +31,7 @@ from benchmarks.provenance import save
 from mp2.backbone import load_backbone
 from mp2.engine import Objective
 from mp2.engine.cuda.backend import CUDA_PRECISIONS, CudaBackend
-from mp2.optimizers.cma_layers import LayerSearches
+from mp2.optimizers.cma_layers import layer_searches
 from mp2.optimizers.config import LayerConfig
 from mp2.prompts import load_prompts, random_prompts
 from mp2.tasks import MrcFormatter, MrcInput, few_shot_split, load_card, load_examples
@@ -49,11 +49,8 @@ def populations(n_layers: int, d: int, chosen: Sequence[int]) -> dict[int, np.nd
     """First populations of CMA-ES at some layers, offsets [20, d]."""
     config = LayerConfig()
     sigmas = [config.sigma(layer, "deep") for layer in range(n_layers)]
-    searches = LayerSearches(sigmas, d, config, np.random.SeedSequence(SEED))
-    try:
-        return {layer: searches.ask(layer) for layer in chosen}
-    finally:
-        searches.close()
+    searches = layer_searches(sigmas, d, config, np.random.SeedSequence(SEED))
+    return {layer: searches[layer].ask() for layer in chosen}
 
 
 def losses_of(

@@ -24,6 +24,7 @@ from benchmarks.speed.engine_work import (
 )
 from benchmarks.speed.throughput_rounds import Comparison, Record
 from benchmarks.speed.throughput_rows import rows
+from mp2.engine import Pending
 
 ENGINES = [Engine.parse("torch:fp32"), Engine.parse("torch:int8")]
 
@@ -84,7 +85,7 @@ def test_turns_alternate_and_each_precision_has_its_own_matrix_rate_beside_it(
     for name, subject in comparison.subjects.items():
         objective = subject.objective
         monkeypatch.setattr(objective, "layer_losses", spied(name, objective.layer_losses))
-        monkeypatch.setattr(objective, "router_losses", spied(f"{name} I", lambda routers: None))
+        monkeypatch.setattr(objective, "router_losses", spied(f"{name} I", lambda routers: Pending.of(None)))
     records = [{**comparison.round(number), "time": "now"} for number in (0, 1)]
     even = ["plain", "torch:fp32", "torch:int8"] * 4
     even += ["plain", "rate cpu fp32", "torch:fp32 I", "rate cpu int8", "torch:int8 I"]

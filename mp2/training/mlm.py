@@ -29,14 +29,22 @@ class MaskedLanguageModel(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Matrices N(0, 0.02), gains one, the rest zero."""
+        """Embeddings N(0, 0.02), positions sinusoids of that size, gains one, biases zero.
+
+        The other matrices are N(0, s), s = 0.02 at BERT's width of 768 and as 1 / sqrt(H) otherwise: a narrow
+        layer adds as much to its input as a wide one.
+        """
+        scale = 0.02 * math.sqrt(768 / self.encoder.config.hidden)
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
             elif parameter.dim() > 1:
-                parameter.normal_(0.0, 0.02, generator=generator)
+                size = 0.02 if "embeddings" in name else scale
+                parameter.normal_(0.0, size, generator=generator)
             else:
                 parameter.zero_()
+        positions = self.encoder.position_embeddings.weight
+        positions.copy_(0.02 * math.sqrt(2) * sinusoids(*positions.shape))
 
     def forward(
         self, input_ids: Tensor, chosen: Tensor, targets: Tensor, starts: Tensor, shared: Tensor | None = None
@@ -72,6 +80,18 @@ class MaskedLanguageModel(nn.Module):
         )
         words = self.encoder.word_embeddings.weight.detach()
         return MlmHead(transform=transform, decoder=words, bias=self.bias.detach(), tied=True)
+
+
+def sinusoids(n_positions: int, hidden: int) -> Tensor:
+    """Sine and cosine of each position at wavelengths from 2 pi to 20,000 pi, [n_positions, H].
+
+    Vaswani et al. (2017, section 3.5). As a start of the position table they let attention find a token's
+    neighbours from the first step on; random rows must first learn who stands beside whom.
+    """
+    at = torch.arange(n_positions)[:, None]
+    rates = 10_000.0 ** (-torch.arange(0, hidden, 2) / hidden)  # [H / 2, rounded up]
+    angles = at * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :hidden]
 
 
 def schedule(step: int, steps: int, warmup_steps: int | None, decay_steps: int | None) -> float:

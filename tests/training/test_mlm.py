@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from mp2.backbone.checkpoint import checkpoint_names
 from mp2.errors import FormatError, LossError, MismatchError, RunLockedError, UsageError
 from mp2.training import MlmConfig, train_mlm
 from mp2.training.checkpoint import alone_in
-from mp2.training.mlm import MaskedLanguageModel, schedule
+from mp2.training.mlm import MaskedLanguageModel, schedule, sinusoids
 from mp2.training.mlm_trainer import MlmTrainer
 from training.toy_mlm import corpus_of, losses, tiny
 from training.toy_runs import cut_at, kill_after
@@ -100,6 +101,28 @@ def test_the_rate_stays_at_the_peak_until_the_last_steps() -> None:
     assert rates[4:91] == [1.0] * 87
     assert rates[90:] == pytest.approx([n / 10 for n in range(10, 0, -1)])
     assert rates[:90] == [schedule(step, 10_000, 5, 0) for step in range(90)]  # wherever the run may end
+
+
+def test_positions_start_as_sines_and_cosines() -> None:
+    table = sinusoids(40, 7)
+    assert table.shape == (40, 7)
+    for position in (0, 1, 39):
+        for i in range(7):
+            angle = position / 10_000 ** ((i - i % 2) / 7)
+            expected = math.cos(angle) if i % 2 else math.sin(angle)
+            assert table[position, i].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_matrices_start_by_their_width_and_positions_as_large_as_words() -> None:
+    shape = BackboneConfig(
+        name="x", n_layers=1, hidden=192, n_heads=2, ffn=384, vocab_size=500, max_positions=100
+    )
+    model = MaskedLanguageModel(shape)
+    model.initialise(torch.Generator().manual_seed(0))
+    sizes = {name: p.square().mean().sqrt().item() for name, p in model.named_parameters() if p.dim() > 1}
+    for name, size in sizes.items():
+        if "token_type" not in name:  # two rows
+            assert size == pytest.approx(0.02 if "embeddings" in name else 0.04, rel=0.05)
 
 
 # ---- runs

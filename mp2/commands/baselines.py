@@ -6,15 +6,16 @@ from typing import Any
 
 import click
 
-from mp2.commands.options import BACKBONE, TASK
-from mp2.commands.printing import as_json_text, show, show_table
+from mp2.commands.options import BACKBONE, TASK, field_option
+from mp2.commands.printing import as_json_text, note, show, show_table
 
 
 @click.command(short_help="Score simple baselines on a task's few-shot examples.")
 @click.option(
     "--task", required=True, type=TASK, help="A name of 'mp2 tasks', or your own card (a TOML file)."
 )
-@click.option("--data", type=click.Path(), help="Folder with NAME/{train,dev,test}.jsonl; or MP2_DATA.")
+@click.option("--data", help="Folder with NAME/train.*, a training file, or hub:NAME; or MP2_DATA.")
+@field_option
 @click.option(
     "--backbone", default="mini", show_default=True, type=BACKBONE, help="Encoder of the linear probe."
 )
@@ -29,8 +30,9 @@ from mp2.commands.printing import as_json_text, show, show_table
 def baselines(task: str, backbone: str, no_probe: bool, as_json: bool, **options: Any) -> None:
     """Majority class, TF-IDF with logistic regression, a linear probe on the frozen encoder's states."""
     from mp2.runs.baselines import baseline_rows, read_baselines, task_baselines
+    from mp2.runs.config import BbtConfig
 
-    found = task_baselines(task, backbone=None if no_probe else backbone, **options)
+    found = task_baselines(BbtConfig(task=task, backbone=backbone, **options), probe=not no_probe)
     if as_json:
         click.echo(as_json_text(found))
         return
@@ -39,3 +41,5 @@ def baselines(task: str, backbone: str, no_probe: bool, as_json: bool, **options
     show(f"{found['task']}  seed {found['seed']}  {counts} examples{probe}")
     rows = baseline_rows(read_baselines(found["baselines"]))
     show_table(rows, ("", f"dev {found['metric']}", f"test {found['metric']}"), numbers_from=1)
+    for remark in found["remarks"]:
+        note(remark)

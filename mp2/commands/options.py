@@ -147,6 +147,8 @@ def _click_option(field: str, found: Option, default: Any, hint: Any) -> Callabl
     name = parameter(field, found)
     if field == "kind":
         return _kind_flags
+    if found.kind == "field":
+        return field_option
     settings: dict[str, Any] = {"help": found.help}
     flag = f"--{name.replace('_', '-')}"
     if hint is bool:
@@ -189,6 +191,14 @@ def _kind_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     settings: dict[str, Any] = {"is_flag": True, "expose_value": False, "callback": _choose}
     command = click.option("--shallow", **settings, help="Prompts at the input only.")(command)
     return click.option("--deep", **settings, help="Prompts at every layer.  [default]")(command)
+
+
+field_option = click.option(
+    "--field",
+    multiple=True,
+    metavar="KEY=NAME",
+    help="The data's name for a key of the card; again for more.",
+)
 
 
 def read_seeds(one: int | None, several: str | None) -> list[int]:

@@ -7,6 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from mp2.commands.printing import show, show_table
+from mp2.runs.baselines import baseline_rows, read_baselines
 from mp2.runs.progress import clock, percent
 
 _STAGES = {"untuned": "untuned", "stage1": "stage I", "stage2": "stage II"}
@@ -24,8 +25,13 @@ def show_result(result: dict[str, Any]) -> None:
         stage = result["stages"].get(name)
         if stage is not None:
             loss, test = stage["train_loss"], stage["test_score"]
-            cells = ["-" if loss is None else f"{loss:.4f}", percent(stage["dev_score"])]
+            cells = [
+                "-" if loss is None else f"{loss:.4f}",
+                "-" if stage["dev_score"] is None else percent(stage["dev_score"]),
+            ]
             rows.append([label + _WHAT[name], *cells, "-" if test is None else percent(test)])
+    for name, dev, test in baseline_rows(read_baselines(result["baselines"] or {})):
+        rows.append([name, "", dev, test])
     metric = result["metric"]
     show_table(rows, ("", "train loss", f"dev {metric}", f"test {metric}"), numbers_from=1)
     seconds, engine = result["seconds"], result["engine"]
@@ -39,7 +45,10 @@ def show_result(result: dict[str, Any]) -> None:
     if result["non_finite_losses"]:
         show(f"{result['non_finite_losses']} candidates had losses that were NaN or infinite")
     if result["stages"].get("stage2") and result["selected"]["at"] != "stage2":
-        show(f"selected by dev: {result['selected']['at']}, no later prompt was better")
+        by = "the training loss" if result["dev_score"] is None else "dev"
+        show(f"selected by {by}: {result['selected']['at']}, no later prompt was better")
+    if result["verdict"]:
+        show(result["verdict"])
     show(result["run_dir"])
 
 

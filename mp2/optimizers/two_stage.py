@@ -14,7 +14,7 @@ CMA-ES is not told of it. Dev evaluations are counted and timed apart.
 *Selection.* Dev is evaluated for the untuned prompt, after stage I, then once a round of layer visits
 (deep) or every 100 iterations (shallow) and at the end, whenever the incumbent has changed. The best dev
 score wins; ties go to the lower dev loss, then to the earlier checkpoint. So tuning never returns something
-that dev ranks below the untuned prompt.
+that dev ranks below the untuned prompt. Without a dev set the lowest training loss wins, at the same places.
 """
 
 from __future__ import annotations
@@ -120,17 +120,24 @@ class Space:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A prompt that dev has scored."""
+    """A prompt that may be selected; ``dev`` is None where there is no dev set."""
 
     at: str  # untuned | stage1 | stage2
     iteration: int
     z: Prompt
     router: Routers  # what z was fused by, or moved away from after it was
     train_loss: float
-    dev: Scores
+    dev: Scores | None
+
+    @property
+    def dev_score(self) -> float | None:
+        """The score on dev, if there is one."""
+        return None if self.dev is None else self.dev.score
 
     def rank(self) -> tuple[float, float]:
-        """Smaller is better: dev score, then dev loss."""
+        """Smaller is better: dev score, then dev loss; without dev the training loss."""
+        if self.dev is None:
+            return (self.train_loss if math.isfinite(self.train_loss) else math.inf, 0.0)
         return (-self.dev.score, self.dev.loss if math.isfinite(self.dev.loss) else math.inf)
 
 
@@ -166,7 +173,7 @@ class TwoStage:
         config: SearchConfig,
         objective: Objective,
         space: Space,
-        dev: Callable[[Prompt], Any],
+        dev: Callable[[Prompt], Any] | None,
         evaluations: Evaluations,
         observe: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
@@ -199,7 +206,7 @@ class TwoStage:
             final=final,
             incumbent_loss=self._loss,
             loss_curve=self._loss_curve,
-            dev_curve=[(c.iteration, c.dev.score) for c in self._checkpoints],
+            dev_curve=[(c.iteration, c.dev.score) for c in self._checkpoints if c.dev is not None],
         )
 
     def _prepare(self, rng: np.random.Generator) -> RouterSearch:
@@ -289,19 +296,22 @@ class TwoStage:
             layer = (layer + 1) % space.n_layers
 
     def _checkpoint(self, at: str, z: Prompt, router: Routers) -> Checkpoint:
-        """Score z on dev, unless the last checkpoint was the same prompt."""
-        last = self._checkpoints[-1] if self._checkpoints else None
-        if last is not None and np.array_equal(last.z, z):
+        """Score z on dev if there is one, unless the last checkpoint was the same prompt."""
+        last, on_dev = self._checkpoints[-1] if self._checkpoints else None, self._dev
+        if on_dev is None:
+            dev = None
+        elif last is not None and np.array_equal(last.z, z):
             dev = last.dev
         else:
-            dev = self._evaluations.scores("dev", at, z, lambda: self._dev(z))
+            dev = self._evaluations.scores("dev", at, z, lambda: on_dev(z))
         checkpoint = Checkpoint(at, self._evaluations.iteration, z, router, self._loss, dev)
         self._checkpoints.append(checkpoint)
         self._report(2 if at == "stage2" else 1)
         return checkpoint
 
     def _report(self, stage: int) -> None:
-        dev = self._checkpoints[-1].dev.score if self._checkpoints else math.nan
+        score = self._checkpoints[-1].dev_score if self._checkpoints else None
+        dev = math.nan if score is None else score
         iters = self._stage1_iters if self._config.router_only else self._config.iters
         self._observe(
             Progress(stage, self._evaluations.iteration, iters, self._loss, dev, self._evaluations.live)

@@ -8,45 +8,68 @@ from typing import TYPE_CHECKING, Any
 from mp2.tasks.baselines import Baseline
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from mp2.runs.config import BbtConfig
+    from mp2.runs.few_shot_problem import FewShotProblem
 
 
-def task_baselines(
-    task: str | Path,
-    *,
-    data: str | None = None,
-    backbone: str | None = "mini",
-    seed: int = 8,
-    shots: int | None = None,
-    max_tokens: int | None = None,
-    test_limit: int | None = None,
-) -> dict[str, Any]:
-    """Return the baselines on the few-shot split that ``mp2 bbt`` would draw with the same seed.
+def task_baselines(config: BbtConfig, *, probe: bool = True) -> dict[str, Any]:
+    """Return the baselines on the few-shot split that ``mp2 bbt`` draws with the same config.
 
-    ``backbone`` is the encoder that is probed; None: no probe. Raises ``UsageError`` for what ``mp2 bbt``
-    refuses.
+    With ``probe`` the config's backbone is loaded and probed. Raises ``UsageError`` for what ``mp2 bbt``
+    refuses of the data.
     """
     from mp2.backbone import load_backbone
     from mp2.runs.pooled_states import pooled_states
     from mp2.tasks import few_shot_split, has_split, load_card, load_examples
     from mp2.tasks.baselines import baselines
+    from mp2.tasks.columns import parse_fields
 
-    card = load_card(task)
-    split = few_shot_split(card, load_examples(card, "train", data), seed, shots)
-    test = load_examples(card, "test", data, test_limit) if has_split(card, "test", data) else []
+    card, data = load_card(config.task), config.data
+    names = parse_fields(config.field, card)
+    there = {split for split in ("dev", "test") if has_split(card, split, data)}
+    select = config.dev == "auto"
+    split = few_shot_split(
+        card,
+        load_examples(card, "train", data, fields=names),
+        config.seed,
+        config.shots,
+        dev_examples=load_examples(card, "dev", data, fields=names) if select and "dev" in there else (),
+        select=select,
+    )
+    test = load_examples(card, "test", data, config.test_limit, names) if "test" in there else []
     states = None
-    if backbone is not None:
-        loaded = load_backbone(backbone)
-        states = pooled_states(loaded, max_tokens or loaded.config.max_positions)
+    if probe:
+        backbone = load_backbone(config.backbone)
+        states = pooled_states(backbone, config.max_tokens or backbone.config.max_positions)
     lines = baselines(card, split.train, {"dev": split.dev, "test": test}, states)
     return {
         "task": card.task,
         "metric": card.metric,
-        "seed": seed,
-        "backbone": backbone,
+        "seed": config.seed,
+        "backbone": config.backbone if probe else None,
         "examples": {"train": len(split.train), "dev": len(split.dev), "test": len(test)},
         "baselines": {line.key: line.as_dict() for line in lines},
+        "remarks": list(split.remarks),
     }
+
+
+def baseline_facts(
+    problem: FewShotProblem, dev_score: float | None, test_score: float | None
+) -> dict[str, Any]:
+    """Return what ``result.json`` has of the baselines, and of the selected prompt beside them.
+
+    ``verdict`` says in words that the prompt is no better than one of them; None where it is better than all.
+    """
+    from mp2.tasks.baselines import baselines, verdict
+
+    config, split = problem.config, problem.split
+    if not config.baselines:
+        return {"baselines": None, "verdict": None}
+    scored = {"dev": split.dev, "test": problem.data.tests if config.test else []}
+    lines = baselines(problem.card, split.train, scored, problem.data.states)
+    where, found = ("test", test_score) if test_score is not None else ("dev", dev_score)
+    said = None if found is None else verdict(problem.card.metric, where, found, lines)
+    return {"baselines": {line.key: line.as_dict() for line in lines}, "verdict": said}
 
 
 def read_baselines(stored: dict[str, dict[str, Any]]) -> list[Baseline]:

@@ -24,7 +24,9 @@ class BbtConfig(SearchConfig):
     """Everything that `mp2 bbt` needs to run, and to run again: the search, and what it searches."""
 
     task: str = option(help="A name of 'mp2 tasks', or your own card (a TOML file).", kind="task")
-    data: str | None = option(None, "Folder with TASK/{train,test}.jsonl; or MP2_DATA.", kind="path")
+    data: str | None = option(
+        None, "Folder with TASK/train.*, a training file, or hub:NAME; or MP2_DATA.", kind="path"
+    )
     backbone: str = option("mini", "mini, cpt-large, a folder, or a hub id.", kind="backbone")
     prompts: str | None = option(
         None,
@@ -38,6 +40,14 @@ class BbtConfig(SearchConfig):
     shots: int | None = option(  # None: the card's
         None, "Examples a label (in all, if the task has no labels).", at_least=1
     )
+    dev: Literal["auto", "none"] = option(
+        "auto",
+        "The dev set: the data's own, else what train leaves; none: the training loss selects.",
+        what="dev set",
+        choices=("auto", "none"),
+    )
+    field: tuple[str, ...] = option((), kind="field")  # KEY=NAME: the data's names for the card's keys
+    baselines: bool = option(True, "No baselines beside the result.", flag="no-baselines")
     max_tokens: int | None = option(
         None, "Longest sequence.", default_text="what the backbone allows", at_least=1
     )
@@ -61,6 +71,7 @@ class BbtConfig(SearchConfig):
     def __post_init__(self) -> None:
         """Refuse values that no run can have; open sets of names are checked where they are looked up."""
         super().__post_init__()
+        object.__setattr__(self, "field", tuple(self.field))  # a list, where it was read back from JSON
         if self.test_limit is not None and not self.test:
             raise UsageError(
                 f"test_limit is {self.test_limit}, and no test set is scored: drop --test-limit or --no-test"
@@ -72,7 +83,7 @@ class BbtConfig(SearchConfig):
 
     def to_json(self) -> dict[str, Any]:
         """The config as plain JSON values."""
-        return asdict(self)
+        return asdict(self) | {"field": list(self.field)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any], path: Path | None = None) -> BbtConfig:

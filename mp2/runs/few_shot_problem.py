@@ -6,13 +6,12 @@ Everything that can be wrong with the input is found here, before a run folder e
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mp2.errors import UsageError
 from mp2.optimizers.router_search import stage_one_iterations
 from mp2.optimizers.two_stage import Prompt, Scores
 from mp2.runs.config import BbtConfig
@@ -40,9 +39,15 @@ class FewShotProblem:
         stage_one_iterations(config.router.method, config.router.iterations, model.kind, shape, config.iters)
         self.data = data or TaskData(config, card, model)
         self.max_tokens = self.data.max_tokens
-        split = few_shot_split(card, self.data.pool, config.seed, config.shots)
-        if not split.dev:  # until selection by the training loss is wired in
-            raise UsageError(f"task '{card.task}': {split.remarks[-1]}; give more examples or fewer --shots")
+        self.split = few_shot_split(
+            card,
+            self.data.pool,
+            config.seed,
+            config.shots,
+            dev_examples=self.data.dev_pool if config.dev == "auto" else (),
+            select=config.dev == "auto",
+        )
+        split = self.split
         self._dev = split.dev
         self.train_inputs = [self.data.formatter.training_input(e, i) for i, e in enumerate(split.train)]
         self.dev_inputs = self.data.inputs(split.dev)
@@ -53,6 +58,11 @@ class FewShotProblem:
         forward = model.runtime.forward(model.prompts)
         self.objective = Objective(forward, self.train_inputs)
         self.scorer = Scorer(forward)
+
+    @property
+    def on_dev(self) -> Callable[[Prompt], Pending[Scores]] | None:
+        """`dev_scores`; None where there is no dev set."""
+        return self.dev_scores if self._dev else None
 
     def dev_scores(self, z: Prompt) -> Pending[Scores]:
         """Score and loss of z [L', d] on the few-shot dev set; the loss is the mean over `has_gold`."""

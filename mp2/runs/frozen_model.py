@@ -88,9 +88,10 @@ def resolve_paths(config: BbtConfig) -> BbtConfig:
 
     from mp2.backbone.load import EMBEDDED as BACKBONES
     from mp2.prompts.prompt_set import EMBEDDED as PROMPTS
+    from mp2.tasks.place import HUB_PREFIX
 
     data = config.data or os.environ.get("MP2_DATA") or None
-    if data and not config.data and not Path(data).is_dir():
+    if data and not config.data and not data.startswith(HUB_PREFIX) and not Path(data).exists():
         raise UsageError(f"MP2_DATA: there is no folder {data}")
     prompts = default_prompts(config)
     return replace(

@@ -11,6 +11,7 @@ from mp2.errors import FormatError
 from mp2.files import whole_file
 from mp2.optimizers.router_search import Routers
 from mp2.optimizers.two_stage import Checkpoint, Outcome
+from mp2.runs.baselines import baseline_facts
 from mp2.runs.config import BbtConfig
 from mp2.runs.journal import finite_or_none
 from mp2.runs.provenance import identity, versions
@@ -29,13 +30,13 @@ _WORDS = {dict: "an object", str: "a text", int: "a number", float: "a number", 
 _FIELDS: dict[str, Any] = {
     **dict.fromkeys(("task", "method", "backbone", "metric", "run_dir", "router_search"), str),
     **dict.fromkeys(("seed", "iterations", "non_finite_losses"), int),
-    **{"train_loss": _SCORE, "dev_score": _NUMBER, "test_score": _SCORE},
+    **{"train_loss": _SCORE, "dev_score": _SCORE, "test_score": _SCORE},
     "seconds": dict.fromkeys(
         ("stage1", "stage2", "forward", "suggest", "journal", "other", "dev", "test"), _NUMBER
     ),
     "engine": dict.fromkeys(("runtime", "precision", "device"), str),
     "selected": {"at": str},
-    "stages": {"*": {"train_loss": _SCORE, "dev_score": _NUMBER, "test_score": _SCORE}},
+    "stages": {"*": {"train_loss": _SCORE, "dev_score": _SCORE, "test_score": _SCORE}},
 }
 
 
@@ -108,7 +109,7 @@ def run_result(
         "backbone": model.backbone.config.name,
         "iterations": recorder.iteration,
         "train_loss": final.train_loss,
-        "dev_score": final.dev.score,
+        "dev_score": final.dev_score,
         "test_score": final_test,
         "metric": problem.card.metric,
         "seconds": run_seconds(recorder.seconds),
@@ -122,6 +123,7 @@ def run_result(
         "evaluations": dict(recorder.counts),
         "examples": {"train": problem.n_train, "dev": problem.n_dev, "test": problem.n_test if tests else 0},
         "non_finite_losses": recorder.n_non_finite,
+        **baseline_facts(problem, final.dev_score, final_test),
         "provenance": {**identity(problem), "versions": versions()},
     }
 
@@ -150,8 +152,8 @@ def stage_scores(stages: Mapping[str, Checkpoint], tests: Mapping[str, float]) -
         name: {
             "iteration": c.iteration,
             "train_loss": finite_or_none(c.train_loss),
-            "dev_score": c.dev.score,
-            "dev_loss": finite_or_none(c.dev.loss),
+            "dev_score": c.dev_score,
+            "dev_loss": None if c.dev is None else finite_or_none(c.dev.loss),
             "test_score": tests.get(name),
             "router": router_text(c.router),
         }

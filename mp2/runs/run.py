@@ -123,7 +123,7 @@ class Run:
                 problem.config,
                 problem.objective,
                 problem.model.space(),
-                problem.dev_scores,
+                problem.on_dev,
                 recorder,
                 observe,
             ).run()

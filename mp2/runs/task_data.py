@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mp2.errors import UsageError
@@ -13,6 +12,10 @@ if TYPE_CHECKING:
     from mp2.runs.config import BbtConfig
     from mp2.runs.frozen_model import FrozenModel
     from mp2.tasks import Example, MrcInput, TaskCard
+    from mp2.tasks.baselines import States
+
+
+N_MEASURED = 1000  # training texts whose lengths are measured
 
 
 class TaskData:
@@ -20,26 +23,38 @@ class TaskData:
 
     def __init__(self, config: BbtConfig, card: TaskCard, model: FrozenModel) -> None:
         from mp2.tasks import MrcFormatter
+        from mp2.tasks.columns import parse_fields
 
-        self.card = card
+        self.card, self._backbone = card, model.backbone
         self.max_tokens = model.max_tokens(config.max_tokens)
         self.formatter = MrcFormatter(card, model.backbone.tokenizer, self.max_tokens)
-        self._folder = Path(config.data) if config.data else None
+        self._data = config.data
+        self._fields = parse_fields(config.field, card)
         self._test_limit = config.test_limit
 
     @cached_property
     def pool(self) -> list[Example]:
         """The training examples that fit; few-shot splits are drawn from them."""
-        from mp2.tasks import load_examples
+        return [e for e in self._load("train") if self.formatter.fits(e)]
 
-        return [e for e in load_examples(self.card, "train", self._folder) if self.formatter.fits(e)]
+    @cached_property
+    def dev_pool(self) -> list[Example]:
+        """The dev examples that fit, where the data has some of their own; else dev is drawn from train."""
+        from mp2.tasks import has_split
+
+        if not has_split(self.card, "dev", self._data):
+            return []
+        return [e for e in self._load("dev") if self.formatter.fits(e)]
 
     @cached_property
     def tests(self) -> list[Example]:
         """The test examples that are scored."""
+        return self._load("test", self._test_limit)
+
+    def _load(self, split: str, limit: int | None = None) -> list[Example]:
         from mp2.tasks import load_examples
 
-        return load_examples(self.card, "test", self._folder, self._test_limit)
+        return load_examples(self.card, split, self._data, limit, self._fields)
 
     @cached_property
     def fitting_tests(self) -> list[Example]:
@@ -53,6 +68,21 @@ class TaskData:
     def test_inputs(self) -> list[MrcInput]:
         """The sequences of :attr:`fitting_tests`."""
         return self.inputs(self.fitting_tests)
+
+    def lines(self) -> list[str]:
+        """What of the training texts is cut to the longest sequence, in words."""
+        from mp2.tasks.lengths import lengths
+
+        measured = lengths(self.card, self.formatter.tokenizer, self.max_tokens, self.pool[:N_MEASURED])
+        line = None if measured is None else measured.line("training texts")
+        return [] if line is None else [line]
+
+    @cached_property
+    def states(self) -> States:
+        """What a linear probe looks at; the states of an input are computed once for all seeds."""
+        from mp2.runs.pooled_states import pooled_states
+
+        return pooled_states(self._backbone, self.max_tokens)
 
     def inputs(self, examples: Sequence[Example]) -> list[MrcInput]:
         """The sequences of examples, in their order."""

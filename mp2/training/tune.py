@@ -142,11 +142,11 @@ class GradientTuner:
                 final=final,
                 incumbent_loss=min(c.train_loss for c in self._checkpoints),
                 loss_curve=self._loss_curve,
-                dev_curve=[(c.iteration, c.dev.score) for c in self._checkpoints],
+                dev_curve=[(c.iteration, c.dev.score) for c in self._checkpoints if c.dev is not None],
             ),
             prompts=prompts,
             seconds=self._seconds,
-            n_dev=len(self._checkpoints),
+            n_dev=sum(c.dev is not None for c in self._checkpoints),
         )
 
     def scorer(self, prompts: PromptSet) -> FewShotProblem:
@@ -250,7 +250,7 @@ class GradientTuner:
         scorer = self.scorer(prompts)
         z: Prompt = prompts.fuse(weights).numpy()
         train_loss = float(scorer.objective.full_losses(z[None]).fetch()[0])
-        dev: Scores = scorer.dev_scores(z).fetch()
+        dev: Scores | None = scorer.on_dev(z).fetch() if scorer.on_dev else None
         self._seconds["dev"] += time.perf_counter() - begun
         router = (weights > 0.5).cpu().numpy()
         checkpoint = Checkpoint(at, self._epoch, z, router, train_loss, dev)
@@ -259,5 +259,6 @@ class GradientTuner:
         if self._best is None or checkpoint.rank() < self._best[0].rank():
             self._best = (checkpoint, prompts, weights)
         stage = 2 if at == "stage2" else 1
-        self._observe(Progress(stage, self._epoch, self.config.epochs, train_loss, dev.score, True))
+        on_dev = math.nan if dev is None else dev.score
+        self._observe(Progress(stage, self._epoch, self.config.epochs, train_loss, on_dev, True))
         return checkpoint

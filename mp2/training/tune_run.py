@@ -18,6 +18,7 @@ from mp2.limits import check_new_folder
 from mp2.optimizers.config import RouterConfig
 from mp2.optimizers.two_stage import Checkpoint, Progress
 from mp2.prompts import save_prompts
+from mp2.runs.baselines import baseline_facts
 from mp2.runs.config import BbtConfig
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.runs.frozen_model import FrozenModel, load_model, resolve_paths
@@ -123,7 +124,7 @@ def _result(run_dir: Path, config: TuneConfig, tuner: GradientTuner, outcome: Tu
         "injection": model.prompts.meta.injection,
         "iterations": found.loss_curve[-1][0],
         "train_loss": finite_or_none(found.final.train_loss),
-        "dev_score": found.final.dev.score,
+        "dev_score": found.final.dev_score,
         "test_score": tests.get(list(stages)[-1]),
         "metric": problem.card.metric,
         "seconds": {
@@ -146,5 +147,6 @@ def _result(run_dir: Path, config: TuneConfig, tuner: GradientTuner, outcome: Tu
         "evaluations": {"train": found.loss_curve[-1][0], "dev": outcome.n_dev, "test": n_tests},
         "examples": {"train": problem.n_train, "dev": problem.n_dev, "test": problem.n_test if tests else 0},
         "non_finite_losses": 0,
+        **baseline_facts(problem, found.final.dev_score, tests.get(list(stages)[-1])),
         "provenance": {**identity(problem), "config_sha256": config.sha256(), "versions": versions()},
     }

@@ -619,3 +619,38 @@ def test_doctor_names_what_there_is_and_what_is_missing() -> None:
     text = mp2("doctor").stdout
     for part in ("python", "onnxruntime", "tensorrt", "cores", "memory", "data"):
         assert part in text
+
+
+def test_baselines_stand_beside_the_result_and_a_bad_one_is_said_in_words(unbroken: dict[str, Any]) -> None:
+    lines = unbroken["baselines"]
+    assert list(lines) == ["majority", "tfidf", "probe"]
+    for line in lines.values():
+        assert 0.0 <= line["dev_score"] <= 1.0
+        assert 0.0 <= line["test_score"] <= 1.0
+    best = max(line["test_score"] for line in lines.values())
+    if unbroken["test_score"] <= best:
+        assert unbroken["verdict"].startswith("test accuracy")
+        assert "is not better than" in unbroken["verdict"]
+    else:
+        assert unbroken["verdict"] is None
+
+
+def test_32_examples_tune_without_a_dev_set_and_without_baselines(world: World, tmp_path: Path) -> None:
+    source = next(Path(world.data).glob("*/train.jsonl"))
+    found: dict[str, list[str]] = {}
+    for line in source.read_text("utf-8").splitlines():
+        found.setdefault(json.loads(line)["label"], []).append(line)
+    folder = tmp_path / "data" / source.parent.name
+    folder.mkdir(parents=True)
+    few = [line for lines in found.values() for line in lines[:4]]
+    (folder / "train.jsonl").write_text("\n".join(few) + "\n", "utf-8")
+    options = [*world.options(), "--data", tmp_path / "data", "--no-test", "--no-baselines"]
+    done = mp2("bbt", *options, *SHORT, "--json")
+    assert done.exit_code == 0, done.output
+    assert "no dev set: train takes" in done.stderr
+    result = json.loads(done.stdout)
+    assert (result["dev_score"], result["baselines"], result["verdict"]) == (None, None, None)
+    assert result["examples"]["dev"] == 0
+    assert result["train_loss"] == result["best_train_loss"]
+    done = mp2("bbt", *options, *SHORT)
+    assert done.exit_code == 0, done.output

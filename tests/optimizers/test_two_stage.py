@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +31,11 @@ def config(**changes: object) -> BbtConfig:
     return BbtConfig(**(values | changes))  # type: ignore[arg-type]
 
 
+def at_once(compute: Callable[[], Any]) -> tuple[Any, float]:
+    """The objective here is no engine's: what it returns is there."""
+    return compute(), 0.0
+
+
 def tune(
     path: Path,
     settings: BbtConfig,
@@ -39,7 +46,7 @@ def tune(
     """Start, or go on where the journal ends."""
     objective = objective or HiddenPrompt()
     journal, _, records = open_journal(path, {})
-    recorder = Recorder(journal, records, precision=precision)
+    recorder = Recorder(journal, records, at_once, precision=precision)
     try:
         outcome = TwoStage(settings, objective, objective.space(kind), objective.dev, recorder).run()
         for checkpoint in (outcome.untuned, outcome.final):
@@ -335,8 +342,22 @@ def test_libraries_are_imported_before_the_first_forward(
 
 def test_loading_ends_with_the_first_evaluation(tmp_path: Path) -> None:
     journal, _, records = open_journal(tmp_path / "j.jsonl", {})
-    recorder = Recorder(journal, records, started=time.perf_counter() - 50)
+    recorder = Recorder(journal, records, at_once, started=time.perf_counter() - 50)
     for _ in range(2):
         recorder.losses(1, None, np.ones((1, 2), dtype=bool), lambda: np.zeros(1))
     journal.close()
     assert 50 <= recorder.seconds["load"] < 51
+
+
+def test_without_dev_the_training_loss_selects_and_nothing_is_scored(tmp_path: Path) -> None:
+    settings, objective = config(), HiddenPrompt()
+    journal, _, records = open_journal(tmp_path / "j.jsonl", {})
+    recorder = Recorder(journal, records, at_once)
+    outcome = TwoStage(settings, objective, objective.space("deep"), None, recorder).run()
+    journal.close()
+    assert recorder.counts["dev"] == 0
+    assert outcome.dev_curve == []
+    assert outcome.final.dev is None
+    assert outcome.final.dev_score is None
+    assert outcome.final.train_loss == outcome.incumbent_loss == min(loss for _, loss in outcome.loss_curve)
+    assert outcome.final.train_loss < outcome.untuned.train_loss

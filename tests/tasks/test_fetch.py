@@ -141,7 +141,7 @@ def test_what_is_there_from_the_same_source_is_not_fetched_again(
 
 
 def test_lines_in_an_archive_with_a_digest(web: Web, make_card: MakeCard, tmp_path: Path) -> None:
-    data = zipped(**{"set__train.tsv": "今天\ta\n明天\tb\n后天\tc\n", "__MACOSX/._set/train.tsv": "x"})
+    data = zipped(**{"set__train.tsv": "今天\ta\n明天\tb\n后天\tc\n", "__MACOSX/set/train.tsv": "x"})
     address = web.put("set.zip", data)
     md5 = hashlib.md5(data).hexdigest()
     source = (

@@ -82,6 +82,7 @@ class TaskCard:
     path: Path
     unanswerable: bool = False
     max_answer_tokens: int = DEFAULT_MAX_ANSWER_TOKENS
+    cloze: str | None = None  # for the masked-language-model head: fields and {label}
 
     @property
     def parts(self) -> tuple[tuple[str, str | None], ...]:
@@ -190,4 +191,5 @@ def read_card(path: Path, problems: Problems) -> TaskCard | None:
         path=path,
         unanswerable=raw.get("unanswerable", False),
         max_answer_tokens=raw.get("max_answer_tokens", DEFAULT_MAX_ANSWER_TOKENS),
+        cloze=raw.get("cloze"),
     )

@@ -35,6 +35,7 @@ _OPTIONAL: dict[str, type] = {
     "max_answer_tokens": int,
     "labels": dict,
     "source": dict,
+    "cloze": str,
 }
 _SOURCE: dict[str, type] = {
     **dict.fromkeys(("hub", "config", "join", "format", "columns", "separator"), str),
@@ -145,6 +146,25 @@ class CardRules:
                     self.report("only an extraction task has this; remove it", key)
         if "template" in good:
             self._template(raw["template"], kind)
+        if "cloze" in good:
+            self._cloze(raw["cloze"], kind)
+
+    def _cloze(self, cloze: str, kind: str) -> None:
+        if kind != "classification":
+            self.report(f"a {kind} task has no cloze; remove it", "cloze")
+            return
+        try:
+            names = [name for _, name in template_parts(cloze) if name is not None]
+        except ValueError as error:
+            self.report(f"{error}; fields are written {{name}}, a literal brace {{{{ or }}}}", "cloze")
+            return
+        if names.count("label") != 1:
+            self.report(f"shows {{label}} {names.count('label')} times, expected once", "cloze")
+        for name, times in Counter(names).items():
+            if name != "label" and times > 1:
+                self.report(f"shows {{{name}}} {times} times, expected once", "cloze")
+        if "options" in names:
+            self.report("shows {options}, which only the template has", "cloze")
 
     def _template(self, template: str, kind: str) -> None:
         try:

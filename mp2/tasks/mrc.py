@@ -9,7 +9,7 @@ never are. An extraction context is not cut but slid over by windows that overla
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,9 @@ class MrcInput:
     ``example`` is the index given to the formatter. ``start``, ``end`` is the gold span, (0, 0) = [CLS] where
     there is none (unanswerable, unlabelled, or not in this window). ``option_spans`` [n_options, 2]: the
     options of classification and multiple choice. ``context_span`` (first, last) and ``context_offsets``
-    (characters [start, end) of each token between them, in the whole context) are for extraction.
+    (characters [start, end) of each token between them, in the whole context) are for extraction. ``label`` is
+    the number of the right option, -1 where it is not known. ``segments`` [S, 2] are the runs of tokens that a
+    head other than the span head reads: text fields, or the [MASK] tokens.
     """
 
     example: int
@@ -45,6 +47,8 @@ class MrcInput:
     option_spans: npt.NDArray[np.int64]
     context_span: tuple[int, int] | None = None
     context_offsets: Sequence[tuple[int, int]] = ()
+    label: int = -1
+    segments: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64))
 
     @property
     def n_tokens(self) -> int:
@@ -67,7 +71,7 @@ class MrcFormatter:
         self._n_template = 2 + sum(len(literal) for literal, _ in self._parts)
         self._words: list[list[int]] = []
         if card.type == "classification":
-            self._words = self._label_words()
+            self._words = label_words(card, tokenizer)
             self._index_of_label = {label: index for index, label in enumerate(card.labels)}
         self._n_fixed = self._n_template + self._n_option_tokens(self._words)
         if max_tokens - self._n_fixed < MIN_TEXT_TOKENS:
@@ -97,6 +101,10 @@ class MrcFormatter:
         window = max(spans, key=lambda w: hold(w, target))
         clipped = max(target[0], window[0]), min(target[1], window[1] - 1)
         return self._window_input(index, fields, context, window, clipped)
+
+    def training_inputs(self, example: Example, index: int) -> list[MrcInput]:
+        """Return the sequences to train on: one, see `training_input`."""
+        return [self.training_input(example, index)]
 
     def inputs(self, example: Example, index: int) -> list[MrcInput]:
         """Return the sequences to predict on: every window of an extraction context, else one."""
@@ -136,26 +144,6 @@ class MrcFormatter:
             if stop is not None and len(ids := self._ids(text[:stop])) >= room:
                 return ids
         return self._ids(text)
-
-    def _label_words(self) -> list[list[int]]:
-        words = [self._ids(word) for word in self.card.labels.values()]
-        unspelled = [
-            f"'{word}' ({label})"
-            for (label, word), ids in zip(self.card.labels.items(), words, strict=True)
-            if not ids or self.tokenizer.unk_id in ids
-        ]
-        if unspelled:
-            raise UsageError(
-                f"task '{self.card.task}': the tokenizer cannot spell the label words "
-                f"{', '.join(unspelled)}; choose words of its vocabulary in {self.card.path.name}"
-            )
-        same: dict[tuple[int, ...], str] = {}
-        for word, ids in zip(self.card.labels.values(), words, strict=True):
-            if (other := same.setdefault(tuple(ids), word)) != word:
-                raise UsageError(
-                    f"task '{self.card.task}': words '{word}' and '{other}' are the same tokens; change one"
-                )
-        return words
 
     def _n_option_tokens(self, options: Sequence[list[int]]) -> int:
         if not options:
@@ -203,6 +191,7 @@ class MrcFormatter:
             start=start,
             end=end,
             option_spans=np.array(spans, np.int64).reshape(-1, 2),
+            label=-1 if gold is None else gold,
         )
 
     def _assemble(
@@ -257,6 +246,31 @@ class MrcFormatter:
             context_span=(at, at + last - first - 1) if last > first else None,
             context_offsets=context.offsets[first:last],
         )
+
+
+def label_words(card: TaskCard, tokenizer: Tokenizer) -> list[list[int]]:
+    """Return the token ids of each label's word, in the card's order.
+
+    Raises ``UsageError`` naming the words that the vocabulary cannot spell, or two that are the same tokens.
+    """
+    words = [list(tokenizer.encode(word).ids) for word in card.labels.values()]
+    unspelled = [
+        f"'{word}' ({label})"
+        for (label, word), ids in zip(card.labels.items(), words, strict=True)
+        if not ids or tokenizer.unk_id in ids
+    ]
+    if unspelled:
+        raise UsageError(
+            f"task '{card.task}': the tokenizer cannot spell the label words "
+            f"{', '.join(unspelled)}; choose words of its vocabulary in {card.path.name}"
+        )
+    same: dict[tuple[int, ...], str] = {}
+    for word, ids in zip(card.labels.values(), words, strict=True):
+        if (other := same.setdefault(tuple(ids), word)) != word:
+            raise UsageError(
+                f"task '{card.task}': words '{word}' and '{other}' are the same tokens; change one"
+            )
+    return words
 
 
 def filled_template(card: TaskCard, example: Example) -> str:

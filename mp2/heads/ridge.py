@@ -1,0 +1,187 @@
+"""A closed-form head for classification over any encoder: kernel ridge regression on pooled states.
+
+The hidden states of one layer are averaged over each text field; ridge regression maps them to the labels,
+fitted to the few-shot examples in closed form, no gradients. What the search lowers is the leave-one-out
+cross-entropy of its scores (`mp2.heads.leave_one_out`): a candidate prompt is good if it makes each example
+predictable from the others. At the untuned prompt this is a linear probe. Token n-grams may stand beside the
+states, as a second kernel of the same weight: they do not depend on the prompt, and know words that the
+encoder averages away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mp2.heads.head import States
+from mp2.heads.leave_one_out import best_settings, centred, cross_entropy, dual
+from mp2.heads.ngrams import NgramFeatures
+
+if TYPE_CHECKING:
+    from mp2.tasks import MrcInput
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RidgeSettings:
+    """What is chosen once, at the untuned prompt, by the leave-one-out loss."""
+
+    layer: int  # whose states are pooled: 0 the embeddings, L the last layer's output
+    penalty: float
+    temperature: float
+    ngrams: bool  # whether token n-grams stand beside the states
+
+
+class RidgeHead:
+    """The head of one few-shot training set; `fit` gives the one that answers."""
+
+    def __init__(self, train: Sequence[MrcInput], n_labels: int, settings: RidgeSettings) -> None:
+        """Take the training inputs, each with its ``label``, and the choices made."""
+        self.settings = settings
+        self._train, self._n_labels = list(train), n_labels
+        self._labels = torch.tensor([item.label for item in self._train])
+        self._targets = torch.nn.functional.one_hot(self._labels, n_labels).double()
+        texts = [fields_of(item) for item in self._train]
+        self._ngrams = NgramFeatures.of(texts) if settings.ngrams else None
+        self._known: Tensor | None = None  # the n-grams' centred kernel [N, N]
+        if self._ngrams is not None:
+            rows = torch.from_numpy(np.stack([self._ngrams(text) for text in texts]))
+            self._known = centred((rows @ rows.T)[None])[0]
+
+    @property
+    def layer(self) -> int:
+        """See `Head.layer`."""
+        return self.settings.layer
+
+    def to(self, device: torch.device) -> RidgeHead:
+        """See `Head.to`: it has no weights."""
+        return self
+
+    def targets(self, inputs: Sequence[MrcInput]) -> NDArray[np.int64]:
+        """Return the first and last tokens of each input's fields [N, 2 S]."""
+        return np.stack([item.segments for item in inputs]).reshape(len(inputs), -1)
+
+    def training_outputs(self, states: States) -> Tensor:
+        """Return pooled features [p, n, F], float32."""
+        return pooled(states)
+
+    def losses(self, outputs: NDArray[np.floating]) -> Floats:
+        """Leave-one-out cross-entropy [P] of features [P, N, F]."""
+        _, scores = dual(self._kernel(outputs), self._targets, self.settings.penalty)
+        losses: Floats = cross_entropy(scores, self._labels, self.settings.temperature).numpy()
+        return losses
+
+    def with_best_settings(self, outputs: NDArray[np.floating]) -> tuple[float, RidgeHead]:
+        """(Leave-one-out loss, head) with the penalty and temperature that suit features [N, F] best."""
+        kernel = self._kernel(outputs[None])[0]
+        loss, penalty, temperature = best_settings(kernel, self._labels, self._n_labels)
+        settings = replace(self.settings, penalty=penalty, temperature=temperature)
+        return loss, RidgeHead(self._train, self._n_labels, settings)
+
+    def fit(self, outputs: Callable[[], NDArray[np.floating]]) -> FittedRidge:
+        """Return the regression that was fitted to all training examples under one prompt."""
+        features = torch.from_numpy(np.asarray(outputs(), dtype=np.float64))
+        weights, _ = dual(self._kernel(features.numpy()[None]), self._targets, self.settings.penalty)
+        share = 0.5 if self._ngrams is not None else 1.0
+        mean_target = self._targets.mean(0)
+        state_weight, state_bias = _primal(features, weights[0], share)
+        fitted = FittedRidge(
+            settings=self.settings,
+            state_weight=state_weight,
+            bias=(mean_target - state_bias).numpy(),
+        )
+        if self._ngrams is None:
+            return fitted
+        rows = torch.from_numpy(np.stack([self._ngrams(fields_of(item)) for item in self._train]))
+        ngram_weight, ngram_bias = _primal(rows, weights[0], share)
+        return replace(
+            fitted, bias=fitted.bias - ngram_bias.numpy(), ngrams=self._ngrams, ngram_weight=ngram_weight
+        )
+
+    def _kernel(self, features: NDArray[np.floating]) -> Tensor:
+        """Centred kernels [P, N, N] of features [P, N, F], with the n-grams' half if there are any."""
+        rows = torch.from_numpy(np.asarray(features, dtype=np.float64))
+        kernel = centred(rows @ rows.transpose(-1, -2))
+        return kernel if self._known is None else (kernel + self._known) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedRidge:
+    """Linear scores of pooled states (and token n-grams); see `Head`, of which it has the scoring half."""
+
+    settings: RidgeSettings
+    state_weight: Floats  # [F, C]
+    bias: Floats  # [C]
+    ngrams: NgramFeatures | None = None
+    ngram_weight: Floats | None = None  # [G, C], of pairs [2 G, C]
+
+    @property
+    def layer(self) -> int:
+        """See `Head.layer`."""
+        return self.settings.layer
+
+    def to(self, device: torch.device) -> FittedRidge:
+        """See `Head.to`: the few weights stay on the host."""
+        return self
+
+    def targets(self, inputs: Sequence[MrcInput]) -> NDArray[np.int64]:
+        """Return the first and last tokens of each input's fields [N, 2 S]."""
+        return np.stack([item.segments for item in inputs]).reshape(len(inputs), -1)
+
+    def scoring_outputs(self, states: States) -> Tensor:
+        """Return pooled features [p, n, F], float32."""
+        return pooled(states)
+
+    def scores(self, item: MrcInput, output: NDArray[np.floating]) -> Floats:
+        """Return log-scores of the labels [C], up to a constant."""
+        found = np.asarray(output, dtype=np.float64) @ self.state_weight + self.bias
+        if self.ngrams is not None:
+            found = found + self.ngrams(fields_of(item)) @ self.ngram_weight
+        return np.asarray(self.settings.temperature * found)
+
+    def option_scores(self, item: MrcInput, scores: Floats) -> Floats:
+        """Return ``scores``."""
+        return scores
+
+    def loss(self, item: MrcInput, scores: Floats) -> float:
+        """Return the cross-entropy of the gold label."""
+        return float(np.logaddexp.reduce(scores) - scores[item.label])
+
+
+def pooled(states: States) -> Tensor:
+    """Features [p, n, F] of each example: the mean state of its field, or of two fields what compares them.
+
+    Two fields u, v give u, v, |u - v| and u * v (Conneau et al. 2017), more fields their means in a row. The
+    heads' targets are the fields' first and last tokens.
+    """
+    grid = states.each(lambda x: x.float(), 0.0)  # [p, n, T, H]
+    spans = states.targets.view(len(states.targets), -1, 2)
+    at = torch.arange(grid.shape[2], device=grid.device)
+    inside = ((at >= spans[..., :1]) & (at <= spans[..., 1:])).float()  # [n, S, T]
+    shares = inside / inside.sum(-1, keepdim=True).clamp_min(1.0)
+    means = torch.einsum("nst,pnth->pnsh", shares, grid)
+    if means.shape[2] != 2:
+        return means.flatten(2)
+    u, v = means.unbind(2)
+    return torch.cat([u, v, (u - v).abs(), u * v], -1)
+
+
+def fields_of(item: MrcInput) -> list[list[int]]:
+    """Token ids of each text field of an input."""
+    return [item.input_ids[first : last + 1].tolist() for first, last in item.segments]
+
+
+def _primal(features: Tensor, weights: Tensor, share: float) -> tuple[Floats, Tensor]:
+    """Weights [F, C] and what they give the features' mean [C]: the dual solution, written out."""
+    middle = features.mean(0)
+    rows = features - middle
+    scale = float((rows * rows).sum(1).mean())
+    primal = rows.T @ weights * (share / scale if scale else 0.0)
+    return primal.numpy(), middle @ primal

@@ -42,7 +42,7 @@ from mp2.runs import BbtConfig, RouterConfig, resume_run, start_run
 from mp2.runs.frozen_model import FrozenModel
 from mp2.tasks import MrcFormatter, TaskCard, load_card, load_examples, score
 from mp2.training.config import TuneConfig
-from mp2.training.scratch import scratch_prompts
+from mp2.runs.scratch import untrained_prompts
 from mp2.training.tune_run import start_tune
 
 DEFAULT_METHODS = ("majority", "deep", "bbtv2", "shallow", "bbt", "gradient")
@@ -189,9 +189,9 @@ class Lab:
         name, prompts = self.prompts[key]
         file = self.work / "prompts" / f"{method}-seed{seed}.safetensors"
         if method.startswith("bbt"):
-            made = scratch_prompts(self.backbone, prompts, seed=seed)
+            made = untrained_prompts(self.backbone, prompts, seed=seed)
         elif "scratch" in method:
-            made = random_start(scratch_prompts(self.backbone, prompts, seed=seed, alpha=SCRATCH_ALPHA), seed)
+            made = random_start(untrained_prompts(self.backbone, prompts, seed=seed, alpha=SCRATCH_ALPHA), seed)
         elif method.endswith("-sum") and key != "sum":
             made = replace(prompts, meta=replace(prompts.meta, router_normalisation="sum"))
         elif method.endswith("-soft"):

@@ -8,7 +8,7 @@ side is the word embeddings and a bias alone (FudanNLP/CPT, ``CPTForMaskedLM``: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,6 +61,15 @@ class MlmHead:
         """Last hidden states [..., H] -> logits [..., V]."""
         inner = hidden if self.transform is None else self.transform(hidden)
         return F.linear(inner, self.decoder, self.bias)
+
+    def to(self, device: torch.device) -> MlmHead:
+        """The head with its tensors, in float32, on ``device``."""
+        t = self.transform
+        if t is not None:
+            tensors = {name: getattr(t, name).to(device, torch.float32) for name in _NAMES}
+            t = replace(t, **tensors)
+        decoder, bias = (x.detach().to(device, torch.float32) for x in (self.decoder, self.bias))
+        return replace(self, transform=t, decoder=decoder, bias=bias)
 
     def state(self) -> dict[str, Tensor]:
         """The tensors under BERT's names; a tied decoder is left out, as it is the word embeddings.

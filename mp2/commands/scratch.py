@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from mp2.commands.options import BACKBONE
+from mp2.errors import UsageError
 
 
 @click.command(short_help="Write untrained prompts (BBT, BBTv2).")
@@ -17,12 +19,20 @@ from mp2.commands.options import BACKBONE
     type=BACKBONE,
     help="mini, cpt-large, a folder, or a hub id.",
 )
-@click.option("--like", default="mini-deep", show_default=True, help="Prompts whose shape and head to take.")
+@click.option("--like", help="Prompts whose shape and span head to take.  [default: mini-deep for mini]")
+@click.option("--deep", "kind", flag_value="deep", help="Without --like: prompts at every layer (BBTv2).")
+@click.option("--shallow", "kind", flag_value="shallow", help="Without --like: at the input only (BBT).")
 @click.option("--seed", default=8, show_default=True, help="Draws the random projections.")
 @click.option("--out", required=True, type=click.Path(dir_okay=False), help="Prompt file to write.")
-def scratch(backbone: str, like: str, seed: int, out: str) -> None:
-    """Write untrained prompts; 'mp2 bbt --router-search none' on them is BBTv2 (deep) or BBT (shallow)."""
-    from mp2.training.scratch import scratch_command
+def scratch(
+    backbone: str, like: str | None, kind: Literal["deep", "shallow"] | None, seed: int, out: str
+) -> None:
+    """Write untrained prompts for any backbone; 'mp2 bbt' on them is BBTv2 (deep) or BBT (shallow)."""
+    from mp2.runs.scratch import scratch_command
 
-    meta = scratch_command(backbone, like, seed, Path(out)).meta
+    if like and kind:
+        raise UsageError(f"--like {like} says the kind of prompts: drop --{kind}")
+    if like is None and kind is None and backbone == "mini":
+        like = "mini-deep"
+    meta = scratch_command(backbone, like, kind or "deep", seed, Path(out)).meta
     click.echo(f"{out}: {meta.kind}, m = {meta.prompt_tokens}, d = {meta.intrinsic_dim}, random projections")

@@ -156,14 +156,6 @@ class GridStates:
         """See `States.at`."""
         return self._hidden[:, torch.arange(len(positions), device=positions.device), positions]
 
-    def mean(self) -> torch.Tensor:
-        """See `States.mean`."""
-        hidden = self._hidden.float()
-        if self._mask is None:
-            return hidden.mean(2)
-        real = self._mask[None, :, :, None]
-        return hidden.masked_fill(~real, 0).sum(2) / real.sum(2)
-
 
 class ChainForward(Forward):
     """Runs candidates through the stages; each result is there when it is returned."""

@@ -84,18 +84,18 @@ class Objective:
         self._incumbent(layer)
         self.forward.commit(layer, self.forward.intrinsic(z, "d"))
 
+    def training_outputs(self, z: np.ndarray) -> np.ndarray:
+        """Return the head's training outputs [N, ...] under the prompt ``z`` [L', d]; waits for them."""
+        candidate = self.forward.intrinsic(z, "L' d").unsqueeze(0)
+        found: np.ndarray = self._outputs(candidate, self.forward.every_layer, None).fetch()[0]
+        return found
+
     def reader(self, z: np.ndarray) -> Head:
         """Return the head that scores under the prompt ``z`` [L', d], fitted to the training set if it must.
 
         Waits for what it needs.
         """
-        candidate = self.forward.intrinsic(z, "L' d").unsqueeze(0)
-
-        def outputs() -> np.ndarray:
-            found: np.ndarray = self._outputs(candidate, self.forward.every_layer, None).fetch()[0]
-            return found
-
-        return self.forward.head.fit(outputs)
+        return self.forward.head.fit(lambda: self.training_outputs(z))
 
     def cut(self, population: int) -> dict[str, int | float]:
         """Return how a population is cut up, for people: groups of examples, batches, share of padding."""

@@ -40,10 +40,6 @@ class States(Protocol):
         """Return the states [p, n, H] at one token of each example, ``positions`` [n] int64."""
         ...
 
-    def mean(self) -> Tensor:
-        """Return the mean state [p, n, H] of each example's tokens, float32."""
-        ...
-
 
 class Head(Protocol):
     """Losses and answers from hidden states; its weights are on one device."""
@@ -89,6 +85,9 @@ class Head(Protocol):
         """
         ...
 
-    def loss(self, item: MrcInput, output: np.ndarray) -> float:
-        """Return the loss of the gold answer of ``item`` from its `scoring_outputs`."""
+    def gold_losses(self, inputs: Sequence[MrcInput], outputs: Sequence[np.ndarray]) -> list[float]:
+        """Return the losses of the gold answers, from the `scoring_outputs` of inputs whose answer is known.
+
+        One for each input or, where an example is written as several inputs, for each example.
+        """
         ...

@@ -30,9 +30,7 @@ class LabelWordHead:
 
     layer: int | None = None
 
-    def __init__(
-        self, mlm: MlmHead, words: Sequence[Sequence[int]], train: Sequence[MrcInput] = ()
-    ) -> None:
+    def __init__(self, mlm: MlmHead, words: Sequence[Sequence[int]], train: Sequence[MrcInput] = ()) -> None:
         """Take the checkpoint's head, the token ids of each label's word, and what losses are asked for."""
         self._mlm, self._words, self._train = mlm, [list(word) for word in words], list(train)
         numbers = np.array([item.example for item in self._train], dtype=np.int64)
@@ -76,7 +74,7 @@ class LabelWordHead:
         return self.training_outputs(states)
 
     def losses(self, outputs: NDArray[np.floating]) -> Floats:
-        """Mean cross-entropy [P] over the training examples, from the log-scores [P, N, C] of their inputs."""
+        """Mean cross-entropy [P] over the training examples, from their inputs' log-scores [P, N, C]."""
         losses = []
         for own in self._of_example:  # its inputs, one for each length of word
             scores = outputs[:, own].max(1).astype(np.float64)  # [P, C]
@@ -93,10 +91,12 @@ class LabelWordHead:
         """Return the log-scores [C] of this input's words, the others -inf."""
         return output
 
-    def option_scores(self, item: MrcInput, scores: NDArray[np.floating]) -> NDArray[np.floating]:
-        """Return ``scores``."""
-        return scores
-
-    def loss(self, item: MrcInput, scores: NDArray[np.floating]) -> float:
-        """Return the cross-entropy of the gold label, from the scores of all lengths."""
-        return float(np.logaddexp.reduce(scores) - scores[item.label])
+    def gold_losses(self, inputs: Sequence[MrcInput], outputs: Sequence[NDArray[np.floating]]) -> list[float]:
+        """Return the cross-entropy of each example's gold label."""
+        rows: dict[int, Floats] = {}
+        labels: dict[int, int] = {}
+        for item, output in zip(inputs, outputs, strict=True):
+            row = np.asarray(output, dtype=np.float64)
+            rows[item.example] = np.maximum(rows.get(item.example, row), row)
+            labels[item.example] = item.label
+        return [float(np.logaddexp.reduce(row) - row[labels[i]]) for i, row in rows.items()]

@@ -1,7 +1,7 @@
 """TF-IDF features of token n-grams: what a bag of words knows of a text, from the ids that the encoder reads.
 
-Weights as in Salton and Buckley (1988), smoothed as in scikit-learn's default: idf = ln((1 + N) / (1 + df)) + 1
-over the N training examples, rows of length 1. With a character vocabulary these are character n-grams.
+Weights as in Salton and Buckley (1988), smoothed as scikit-learn does: idf = ln((1 + N) / (1 + df)) + 1 over
+the N training examples, rows of length 1. With a character vocabulary these are character n-grams.
 """
 
 from __future__ import annotations

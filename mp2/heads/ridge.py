@@ -72,6 +72,10 @@ class RidgeHead:
         """Return pooled features [p, n, F], float32."""
         return pooled(states)
 
+    def scoring_outputs(self, states: States) -> Tensor:
+        """Return what `training_outputs` does: the head that `fit` gives turns it into scores."""
+        return pooled(states)
+
     def losses(self, outputs: NDArray[np.floating]) -> Floats:
         """Leave-one-out cross-entropy [P] of features [P, N, F]."""
         _, scores = dual(self._kernel(outputs), self._targets, self.settings.penalty)
@@ -146,13 +150,10 @@ class FittedRidge:
             found = found + self.ngrams(fields_of(item)) @ self.ngram_weight
         return np.asarray(self.settings.temperature * found)
 
-    def option_scores(self, item: MrcInput, scores: Floats) -> Floats:
-        """Return ``scores``."""
-        return scores
-
-    def loss(self, item: MrcInput, scores: Floats) -> float:
-        """Return the cross-entropy of the gold label."""
-        return float(np.logaddexp.reduce(scores) - scores[item.label])
+    def gold_losses(self, inputs: Sequence[MrcInput], outputs: Sequence[NDArray[np.floating]]) -> list[float]:
+        """Return the cross-entropies of the gold labels."""
+        rows = [(item, self.scores(item, output)) for item, output in zip(inputs, outputs, strict=True)]
+        return [float(np.logaddexp.reduce(row) - row[item.label]) for item, row in rows]
 
 
 def pooled(states: States) -> Tensor:

@@ -59,9 +59,12 @@ class SpanHead:
         """Return `span_scores`."""
         return span_scores(item, output)
 
-    def loss(self, item: MrcInput, output: np.ndarray) -> float:
-        """Return the loss of the gold span, as `training_outputs` has it."""
-        return -(float(output[item.start, 0]) + float(output[item.end, 1])) / 2
+    def gold_losses(self, inputs: Sequence[MrcInput], outputs: Sequence[np.ndarray]) -> list[float]:
+        """Return the losses of the gold spans, as `training_outputs` has them."""
+        return [
+            -(float(output[item.start, 0]) + float(output[item.end, 1])) / 2
+            for item, output in zip(inputs, outputs, strict=True)
+        ]
 
 
 def span_scores(item: MrcInput, logp: np.ndarray) -> np.ndarray:

@@ -118,6 +118,11 @@ class PromptSet:
         return self.meta.kind
 
     @property
+    def has_span_head(self) -> bool:
+        """Whether a span head came with the prompts; those from scratch have none (all zero)."""
+        return bool(self.span_weight.any())
+
+    @property
     def sha256(self) -> str:
         """Hash of all tensors (float32 bytes), of the router convention and of deep inline injection."""
         how = f"{self.meta.router_inference}/{self.meta.router_normalisation}"

@@ -1,15 +1,15 @@
 """Which head a run reads its answers with (``--head``), and why.
 
-``span`` is the paper's and was trained with the prompts. ``mlm`` is the checkpoint's own masked-language-model
-head. ``ridge`` is fitted in closed form to the few-shot examples. ``auto`` compares those that are there by
-what they make of the training examples before anything is tuned: the cross-entropy over the labels, for ridge
-of predictions that leave each example out. Dev and test have no say.
+``span`` is the paper's and was trained with the prompts. ``mlm`` is the checkpoint's own head of masked
+language modelling. ``ridge`` is fitted in closed form to the few-shot examples. ``auto`` compares those that
+are there by what they make of the training examples before anything is tuned: the cross-entropy over the
+labels, for ridge of predictions that leave each example out. Dev and test have no say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -57,8 +57,7 @@ class HeadChoice:
 
         found: dict[str, Any] = {"kind": self.kind, "reason": self.reason}
         if isinstance(self.head, RidgeHead):
-            s = self.head.settings
-            found |= {"layer": s.layer, "penalty": s.penalty, "temperature": s.temperature, "ngrams": s.ngrams}
+            found |= asdict(self.head.settings)
         return found
 
 
@@ -87,8 +86,8 @@ class HeadChooser:
         if kind == "span":
             if not self._prompts.has_span_head:
                 raise UsageError(
-                    "these prompts have no span head, it is trained with pre-trained prompts: use --head auto, "
-                    "ridge or mlm, or give --prompts of 'mp2 pretrain'"
+                    "these prompts have no span head, which is trained with pre-trained prompts: use --head "
+                    "auto, ridge or mlm, or give --prompts of 'mp2 pretrain'"
                 )
             return self._span("asked for")
         if kind == "mlm":
@@ -101,8 +100,8 @@ class HeadChooser:
         if self._card.type != "classification":
             if not self._prompts.has_span_head:
                 raise UsageError(
-                    f"task '{self._card.task}' is {self._card.type.replace('_', ' ')}: only the span head reads "
-                    "it, which comes with pre-trained prompts: give --prompts of 'mp2 pretrain'"
+                    f"task '{self._card.task}' is {self._card.type.replace('_', ' ')}, which only the span "
+                    "head reads, and that comes with pre-trained prompts: give --prompts of 'mp2 pretrain'"
                 )
             return self._span("the only head for this type of task")
         found = [self._ridge("")]
@@ -157,11 +156,10 @@ class HeadChooser:
         for router in routers:
             z = self._prompts.fuse(router).detach().cpu().numpy()
             outputs = scorer.outputs(z, inputs).fetch()
-            rows = [
-                head.option_scores(item, head.scores(item, output))
-                for item, output in zip(inputs, outputs, strict=True)
+            rows = [head.scores(item, output) for item, output in zip(inputs, outputs, strict=True)]
+            gold = [
+                np.logaddexp.reduce(row) - row[item.label] for row, item in zip(rows, inputs, strict=True)
             ]
-            gold = [np.logaddexp.reduce(row) - row[item.label] for row, item in zip(rows, inputs, strict=True)]
             losses.append(float(np.mean(gold)))
         return min(losses)
 
@@ -173,8 +171,8 @@ class HeadChooser:
         mlm = self._backend.backbone.mlm_head
         if mlm is None:
             raise UsageError(
-                f"backbone '{self._backend.backbone.name}' has no masked-language-model head in its checkpoint: "
-                "use --head ridge"
+                f"the checkpoint of backbone '{self._backend.backbone.name}' has no masked-language-model "
+                "head: use --head ridge"
             )
         inputs = self._inputs("mlm")
         words = label_words(self._card, self._backend.backbone.tokenizer)

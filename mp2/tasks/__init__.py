@@ -2,20 +2,24 @@
 
 from mp2.tasks.card import Source, TaskCard, card_names, list_cards, load_card
 from mp2.tasks.check import CheckReport, check_task
+from mp2.tasks.cloze import ClozeFormatter
 from mp2.tasks.data import has_split, load_examples, parse_lines, read_examples
 from mp2.tasks.decode import decode
 from mp2.tasks.example import Answer, Example
 from mp2.tasks.fewshot import FewShotSplit, few_shot_split
+from mp2.tasks.fields import FieldFormatter
 from mp2.tasks.metrics import accuracy, character_f1, exact_match, score
-from mp2.tasks.mrc import MrcFormatter, MrcInput, filled_template
+from mp2.tasks.mrc import MrcFormatter, MrcInput, filled_template, label_words
 from mp2.tasks.problems import AllProblems, FirstProblem, Problem
 
 __all__ = [
     "AllProblems",
     "Answer",
     "CheckReport",
+    "ClozeFormatter",
     "Example",
     "FewShotSplit",
+    "FieldFormatter",
     "FirstProblem",
     "MrcFormatter",
     "MrcInput",
@@ -31,6 +35,7 @@ __all__ = [
     "few_shot_split",
     "filled_template",
     "has_split",
+    "label_words",
     "list_cards",
     "load_card",
     "load_examples",

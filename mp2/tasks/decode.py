@@ -36,7 +36,8 @@ def decode(
     """Return the prediction for each example.
 
     ``inputs[i].example`` is an index into ``examples``; ``scores[i]`` are the log-scores [n_options] of
-    ``inputs[i]`` (up to a constant) or, for extraction, the log-probabilities [T, 2] of start and end.
+    ``inputs[i]`` (up to a constant) or, for extraction, the log-probabilities [T, 2] of start and end. Of an
+    example with several inputs the highest score of an option counts.
     """
     of_example: list[list[int]] = [[] for _ in examples]
     for number, item in enumerate(inputs):
@@ -49,7 +50,7 @@ def decode(
         if card.type == "extraction":
             found.append(_answer(card, examples[index], [(inputs[n], scores[n]) for n in numbers]))
             continue
-        options = np.asarray(scores[numbers[0]], dtype=np.float64)
+        options = np.max([np.asarray(scores[n], dtype=np.float64) for n in numbers], axis=0)
         best = int(np.argmax(options))
         probability = float(1.0 / np.exp(options - options[best]).sum())
         found.append(Decoded(labels[best] if card.type == "classification" else best, probability))

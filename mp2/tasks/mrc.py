@@ -35,9 +35,9 @@ class MrcInput:
     ``example`` is the index given to the formatter. ``start``, ``end`` is the gold span, (0, 0) = [CLS] where
     there is none (unanswerable, unlabelled, or not in this window). ``option_spans`` [n_options, 2]: the
     options of classification and multiple choice. ``context_span`` (first, last) and ``context_offsets``
-    (characters [start, end) of each token between them, in the whole context) are for extraction. ``label`` is
-    the number of the right option, -1 where it is not known. ``segments`` [S, 2] are the runs of tokens that a
-    head other than the span head reads: text fields, or the [MASK] tokens.
+    (characters [start, end) of each token between them, in the whole context) are for extraction.
+    ``label`` is the number of the right option, -1 where it is not known. ``segments`` [S, 2] are the runs of
+    tokens that a head other than the span head reads: text fields, or the [MASK] tokens.
     """
 
     example: int

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from mp2.prompts.scratch import hidden_scales
+from mp2.runs.scratch import untrained_prompts
 from tuning_world import World, make_world
 
 from benchmarks.paper import transfer
@@ -18,7 +20,6 @@ from benchmarks.paper.transfer_table import answers, means, read_score, summaris
 from mp2.backbone import Backbone
 from mp2.errors import MismatchError, UnknownNameError, UsageError
 from mp2.prompts import load_prompts, save_prompts
-from mp2.training.scratch import hidden_scales, scratch_prompts
 
 METHODS = ("majority", "deep", "bbtv2", "bbt", "gradient-soft", "deep-sum")
 
@@ -294,10 +295,10 @@ def test_scratch_prompts_for_gradients_start_random_at_a_tenth_of_the_hidden_sta
     world: World, tiny_backbone: Backbone
 ) -> None:
     like = load_prompts(world.deep)
-    made = random_start(scratch_prompts(tiny_backbone, like, seed=3, alpha=0.1), 3)
+    made = random_start(untrained_prompts(tiny_backbone, like, seed=3, alpha=0.1), 3)
     rows = (made.z[:, 0, None] @ made.projection).view(made.meta.n_layers, made.meta.prompt_tokens, -1)
     assert (rows.std(1) > 0).all()  # rows that start alike would stay alike
-    many = [random_start(scratch_prompts(tiny_backbone, like, seed=s, alpha=0.1), s) for s in range(40)]
+    many = [random_start(untrained_prompts(tiny_backbone, like, seed=s, alpha=0.1), s) for s in range(40)]
     flat = [(p.z[:, 0, None] @ p.projection).flatten(1) for p in many]
     for layer, scale in enumerate(hidden_scales(tiny_backbone)):
         measured = (sum(float((f[layer] ** 2).mean()) for f in flat) / len(flat)) ** 0.5

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from mp2.runs.scratch import untrained_prompts
 from tuning_world import World, make_world
 
 from mp2.backbone import Backbone
@@ -15,7 +16,6 @@ from mp2.cli import main
 from mp2.errors import MismatchError
 from mp2.prompts import PromptSet, random_prompts
 from mp2.runs import LayerConfig
-from mp2.training.scratch import scratch_prompts
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def like(request: pytest.FixtureRequest, tiny_backbone: Backbone) -> PromptSet:
 def test_first_population_has_the_scale_of_what_stands_beside_it(
     tiny_backbone: Backbone, like: PromptSet
 ) -> None:
-    prompts = scratch_prompts(tiny_backbone, like, seed=5)
+    prompts = untrained_prompts(tiny_backbone, like, seed=5)
     encoder = tiny_backbone.encoder
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, tiny_backbone.tokenizer.vocab_size, (32, 40), generator=generator)
@@ -47,7 +47,7 @@ def test_first_population_has_the_scale_of_what_stands_beside_it(
 
 
 def test_one_module_that_is_zero_and_the_head_of_the_model(tiny_backbone: Backbone, like: PromptSet) -> None:
-    prompts = scratch_prompts(tiny_backbone, like, seed=5)
+    prompts = untrained_prompts(tiny_backbone, like, seed=5)
     assert prompts.kind == like.kind
     assert prompts.meta.n_modules == 1
     assert not prompts.z.any()
@@ -56,14 +56,14 @@ def test_one_module_that_is_zero_and_the_head_of_the_model(tiny_backbone: Backbo
 
 
 def test_the_seed_draws_the_projection(tiny_backbone: Backbone, like: PromptSet) -> None:
-    first, again, other = (scratch_prompts(tiny_backbone, like, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (untrained_prompts(tiny_backbone, like, seed=seed) for seed in (1, 1, 2))
     assert first.sha256 == again.sha256 != other.sha256
 
 
 def test_prompts_of_another_backbone_are_refused(tiny_backbone: Backbone, like: PromptSet) -> None:
     other = Backbone(tiny_backbone.config, tiny_backbone.encoder, tiny_backbone.tokenizer, "0" * 64)
     with pytest.raises(MismatchError, match="another training"):
-        scratch_prompts(other, like)
+        untrained_prompts(other, like)
 
 
 @pytest.mark.parametrize("kind", ["deep", "shallow"])

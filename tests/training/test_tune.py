@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import mp2, mp2_json, predicted_accuracy
+from mp2.runs.scratch import untrained_prompts
 from tuning_world import World, make_world
 
 from mp2.backbone import Backbone
@@ -23,7 +24,6 @@ from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.runs.frozen_model import load_model
 from mp2.tasks import load_card
 from mp2.training.config import TuneConfig
-from mp2.training.scratch import scratch_prompts
 from mp2.training.tune import Batch, GradientTuner, as_soft_prompts, never_empty, started
 from mp2.training.tune_run import start_tune
 
@@ -78,7 +78,7 @@ def test_prompts_from_scratch_are_trained_to_rows_that_differ(
     world: World, tiny_backbone: Backbone, kind: str
 ) -> None:
     """From z = 0 all rows of a layer would get one gradient."""
-    scratch = scratch_prompts(
+    scratch = untrained_prompts(
         tiny_backbone, load_prompts(str(world.deep if kind == "deep" else world.shallow))
     )
     tuner = tuner_of(world, kind)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,15 +43,6 @@ class Pack(Batch):
         """Text tokens of the longest example."""
         return int(self.lengths.max())
 
-    @cached_property
-    def shares(self) -> torch.Tensor:
-        """Each slot's share in the mean of each example's text, [n, S] float32."""
-        counts = torch.from_numpy(self.lengths).to(self.cells.device)
-        rows = self.cells // self.longest
-        shares = torch.zeros(self.n_examples, self.n_slots, device=self.cells.device)
-        shares[rows, self.text_slots] = (1.0 / counts.float())[rows]
-        return shares
-
 
 class PackedStates:
     """`States` of a pack."""
@@ -74,10 +64,6 @@ class PackedStates:
         """See `States.at`."""
         behind = torch.where(positions > 0, positions + self._pack.n_inline, 0)  # the prompt, after [CLS]
         return self._hidden[:, self._pack.first_slots + behind]
-
-    def mean(self) -> torch.Tensor:
-        """See `States.mean`."""
-        return self._pack.shares @ self._hidden.float()
 
 
 def make_packs(

@@ -6,30 +6,39 @@ layer; a random projection leads from it to the prompt, and nothing is pre-train
 a layer (K = 1), z = 0, and a random A. ``mp2 bbt --router-search none`` on such a file *is* BBT (shallow) or
 BBTv2 (deep): same engine, same divide and conquer, same budget.
 
-The span head is the one thing that is kept from pre-trained prompts. BBT reads answers from a masked
-language model's own head, which was trained with the backbone; an encoder that answers by spans has no such
-head, and a random one could not be made up for by any prompt. Whoever compares with these baselines gives
-them a head that has seen the upstream tasks: that is in their favour.
+A span head can only come from pre-trained prompts. With those of ``like`` the baselines are given a head that
+has seen the upstream tasks, which is in their favour; without, answers are read by another head
+(`mp2.heads`): the checkpoint's own masked-language-model head is BBT's and BBTv2's as published.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import Literal
 
 import torch
 
-from mp2.backbone.load import Backbone, load_backbone
-from mp2.errors import UsageError
-from mp2.limits import check_new_folder, check_seed
-from mp2.optimizers.config import LayerConfig
-from mp2.prompts import PromptSet, load_prompts, save_prompts
+from mp2.backbone.load import Backbone
+from mp2.prompts.modular import new_meta
+from mp2.prompts.prompt_set import PromptMeta, PromptSet
 
 _ROWS, _LENGTH = 64, 64  # of the probe that measures hidden states: 4,096 tokens of the vocabulary
+PROMPT_TOKENS, INTRINSIC_DIM = 50, 300  # paper, section 4.2 and Table 3
 
 
-def scratch_prompts(backbone: Backbone, like: PromptSet, *, seed: int = 0, alpha: float = 1.0) -> PromptSet:
-    """Untrained prompts for BBT (shallow) or BBTv2 (deep) with the kind, m, d and span head of ``like``.
+def scratch_prompts(
+    backbone: Backbone,
+    like: PromptSet | PromptMeta,
+    sigmas: Sequence[float],
+    *,
+    seed: int = 0,
+    alpha: float = 1.0,
+) -> PromptSet:
+    """Untrained prompts for BBT (shallow) or BBTv2 (deep) with the kind, m and d of ``like``, and its head.
+
+    ``like`` is a set of prompts, whose span head is kept, or only a shape (`scratch_shape`): no span head.
+    ``sigmas`` are the first step sizes that the search has for each layer with prompts.
 
     A is N(0, s) with s = alpha * std_hat / (sqrt(d) * sigma) (BBTv2), so that the first population's prompts
     have the standard deviation alpha * std_hat: std_hat is that of the word embeddings for inline prompts,
@@ -40,29 +49,51 @@ def scratch_prompts(backbone: Backbone, like: PromptSet, *, seed: int = 0, alpha
     Raises:
         MismatchError: ``like`` was made for another backbone.
     """
-    like.check_fits(backbone)
-    deep = like.kind == "deep"
+    head_of = like if isinstance(like, PromptSet) else None
+    if head_of is not None:
+        head_of.check_fits(backbone)
+    shape = like.meta if isinstance(like, PromptSet) else like
+    deep = shape.kind == "deep"
+    provenance = {"made_by": "mp2 scratch", "seed": seed, "alpha": alpha}
     meta = replace(
-        like.meta,
+        shape,
         n_modules=1,
         router_inference="hard",
         router_normalisation="count",
         tasks=(),
-        provenance={"made_by": "mp2 scratch", "seed": seed, "alpha": alpha, "span_head_of": like.sha256},
+        provenance=provenance | ({} if head_of is None else {"span_head_of": head_of.sha256}),
     )
     scales = hidden_scales(backbone) if deep else [float(backbone.encoder.word_embeddings.weight.std())]
     generator = torch.Generator().manual_seed(seed)
     projection = torch.randn(meta.shapes()["projection"], generator=generator)
-    for layer, scale in enumerate(scales):
-        sigma = LayerConfig().sigma(layer, "deep" if deep else "shallow")
+    for layer, (scale, sigma) in enumerate(zip(scales, sigmas, strict=True)):
         projection[layer] *= alpha * scale / (meta.intrinsic_dim**0.5 * sigma)
     return PromptSet(
         meta=meta,
         z=torch.zeros(meta.shapes()["z"]),
         projection=projection,
         routers=torch.zeros(meta.shapes()["routers"]),
-        span_weight=like.span_weight.clone(),
-        span_bias=like.span_bias.clone(),
+        span_weight=torch.zeros(2, meta.hidden) if head_of is None else head_of.span_weight.clone(),
+        span_bias=torch.zeros(2) if head_of is None else head_of.span_bias.clone(),
+    )
+
+
+def scratch_shape(
+    backbone: Backbone,
+    kind: Literal["deep", "shallow"],
+    *,
+    prompt_tokens: int = PROMPT_TOKENS,
+    intrinsic_dim: int = INTRINSIC_DIM,
+) -> PromptMeta:
+    """The shape of untrained prompts for any backbone."""
+    return new_meta(
+        backbone.name,
+        backbone.sha256,
+        backbone.encoder,
+        kind,
+        n_modules=1,
+        prompt_tokens=prompt_tokens,
+        intrinsic_dim=intrinsic_dim,
     )
 
 
@@ -82,15 +113,3 @@ def hidden_scales(backbone: Backbone) -> list[float]:
         scales.append(float(hidden.std()))
         hidden = encoder.layer(layer, hidden)
     return scales
-
-
-def scratch_command(backbone_name: str, like: str, seed: int, out: Path) -> PromptSet:
-    """What ``mp2 scratch`` does: write a prompt file to start BBT or BBTv2 from."""
-    check_seed(seed)
-    if not out.name:
-        raise UsageError("--out is empty, expected a file to write")
-    check_new_folder(out.parent)
-    backbone = load_backbone(backbone_name)
-    prompts = scratch_prompts(backbone, load_prompts(like, backbone), seed=seed)
-    save_prompts(prompts, out)
-    return prompts

@@ -1,0 +1,57 @@
+"""Untrained prompts for the search of ``mp2 bbt``: a file of them, or made on the fly for any backbone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mp2.errors import UsageError
+from mp2.limits import check_new_folder, check_seed
+from mp2.optimizers.config import Kind, LayerConfig
+
+if TYPE_CHECKING:
+    from mp2.backbone import Backbone
+    from mp2.prompts import PromptSet
+
+ON_THE_FLY = {"scratch-deep": "deep", "scratch-shallow": "shallow"}
+"""Names of prompts that are made when a run begins, for a backbone that has no trained ones."""
+
+
+def untrained_prompts(
+    backbone: Backbone, like: PromptSet | Kind, *, seed: int = 0, alpha: float = 1.0
+) -> PromptSet:
+    """Prompts from scratch (`mp2.prompts.scratch`) for the first step sizes that ``mp2 bbt`` has.
+
+    ``like``: trained prompts whose shape and span head are taken, or only the kind: the paper's m and d (as
+    far as the backbone's positions allow), and no span head.
+    """
+    from mp2.prompts.scratch import PROMPT_TOKENS, scratch_prompts, scratch_shape
+
+    if isinstance(like, str):
+        room = backbone.config.max_positions // 2  # shallow prompts take positions of the text
+        shape = scratch_shape(backbone, like, prompt_tokens=min(PROMPT_TOKENS, room))
+    else:
+        shape = like.meta
+    kind: Kind = "shallow" if shape.kind == "shallow" else "deep"
+    sigmas = [LayerConfig().sigma(layer, kind) for layer in range(shape.prompt_layers)]
+    source = shape if isinstance(like, str) else like
+    return scratch_prompts(backbone, source, sigmas, seed=seed, alpha=alpha)
+
+
+def scratch_command(backbone_name: str, like: str | None, kind: Kind, seed: int, out: Path) -> PromptSet:
+    """What ``mp2 scratch`` does: write a prompt file to start BBT or BBTv2 from.
+
+    Without ``like`` for any backbone, of the ``kind`` asked for.
+    """
+    from mp2.backbone import load_backbone
+    from mp2.prompts import load_prompts, save_prompts
+
+    check_seed(seed)
+    if not out.name:
+        raise UsageError("--out is empty, expected a file to write")
+    check_new_folder(out.parent)
+    backbone = load_backbone(backbone_name)
+    source = kind if like is None else load_prompts(like, backbone)
+    prompts = untrained_prompts(backbone, source, seed=seed)
+    save_prompts(prompts, out)
+    return prompts

@@ -40,9 +40,9 @@ from mp2.optimizers.config import LayerConfig
 from mp2.prompts import PromptSet, load_prompts, save_prompts
 from mp2.runs import BbtConfig, RouterConfig, resume_run, start_run
 from mp2.runs.frozen_model import FrozenModel
+from mp2.runs.scratch import untrained_prompts
 from mp2.tasks import MrcFormatter, TaskCard, load_card, load_examples, score
 from mp2.training.config import TuneConfig
-from mp2.runs.scratch import untrained_prompts
 from mp2.training.tune_run import start_tune
 
 DEFAULT_METHODS = ("majority", "deep", "bbtv2", "shallow", "bbt", "gradient")
@@ -191,7 +191,9 @@ class Lab:
         if method.startswith("bbt"):
             made = untrained_prompts(self.backbone, prompts, seed=seed)
         elif "scratch" in method:
-            made = random_start(untrained_prompts(self.backbone, prompts, seed=seed, alpha=SCRATCH_ALPHA), seed)
+            made = random_start(
+                untrained_prompts(self.backbone, prompts, seed=seed, alpha=SCRATCH_ALPHA), seed
+            )
         elif method.endswith("-sum") and key != "sum":
             made = replace(prompts, meta=replace(prompts.meta, router_normalisation="sum"))
         elif method.endswith("-soft"):

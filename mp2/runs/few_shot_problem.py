@@ -91,11 +91,8 @@ class FewShotProblem:
         reader = self.objective.reader(z)
 
         def scored(outputs: list[np.ndarray]) -> Scores:
-            losses = [
-                reader.loss(item, output)
-                for item, output, counts in zip(inputs, outputs, has_gold(self.card, inputs), strict=True)
-                if counts
-            ]
+            counted = [i for i, counts in enumerate(has_gold(self.card, inputs)) if counts]
+            losses = reader.gold_losses([inputs[i] for i in counted], [outputs[i] for i in counted])
             scores = [reader.scores(item, output) for item, output in zip(inputs, outputs, strict=True)]
             predictions = [found.prediction for found in decode(self.card, examples, inputs, scores)]
             return Scores(float(score(self.card, predictions, examples)), float(np.mean(losses)))

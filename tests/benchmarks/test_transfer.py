@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from mp2.prompts.scratch import hidden_scales
-from mp2.runs.scratch import untrained_prompts
 from tuning_world import World, make_world
 
 from benchmarks.paper import transfer
@@ -20,6 +18,8 @@ from benchmarks.paper.transfer_table import answers, means, read_score, summaris
 from mp2.backbone import Backbone
 from mp2.errors import MismatchError, UnknownNameError, UsageError
 from mp2.prompts import load_prompts, save_prompts
+from mp2.prompts.scratch import hidden_scales
+from mp2.runs.scratch import untrained_prompts
 
 METHODS = ("majority", "deep", "bbtv2", "bbt", "gradient-soft", "deep-sum")
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from mp2.runs.scratch import untrained_prompts
 from tuning_world import World, make_world
 
 from mp2.backbone import Backbone
@@ -16,6 +15,7 @@ from mp2.cli import main
 from mp2.errors import MismatchError
 from mp2.prompts import PromptSet, random_prompts
 from mp2.runs import LayerConfig
+from mp2.runs.scratch import untrained_prompts
 
 
 @pytest.fixture(scope="module")

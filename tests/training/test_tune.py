@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from command_line import mp2, mp2_json, predicted_accuracy
-from mp2.runs.scratch import untrained_prompts
 from tuning_world import World, make_world
 
 from mp2.backbone import Backbone
@@ -22,6 +21,7 @@ from mp2.prompts import fuse, load_prompts, random_prompts
 from mp2.runs import BbtConfig
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.runs.frozen_model import load_model
+from mp2.runs.scratch import untrained_prompts
 from mp2.tasks import load_card
 from mp2.training.config import TuneConfig
 from mp2.training.tune import Batch, GradientTuner, as_soft_prompts, never_empty, started

@@ -3,6 +3,15 @@
 from mp2.heads.head import Head, States
 from mp2.heads.mlm import LabelWordHead
 from mp2.heads.ridge import FittedRidge, RidgeHead, RidgeSettings
-from mp2.heads.span import SpanHead
+from mp2.heads.span import SpanHead, span_scores
 
-__all__ = ["FittedRidge", "Head", "LabelWordHead", "RidgeHead", "RidgeSettings", "SpanHead", "States"]
+__all__ = [
+    "FittedRidge",
+    "Head",
+    "LabelWordHead",
+    "RidgeHead",
+    "RidgeSettings",
+    "SpanHead",
+    "States",
+    "span_scores",
+]

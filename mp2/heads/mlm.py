@@ -38,7 +38,7 @@ class LabelWordHead:
         self._lengths = torch.tensor([len(word) for word in self._words])
         longest = int(self._lengths.max())
         tokens = torch.tensor([[*word, *[word[0]] * (longest - len(word))] for word in self._words])
-        self._known, places = tokens.unique(return_inverse=True)  # ids that any label needs
+        self._known, places = torch.unique(tokens, return_inverse=True)  # ids that any label needs
         self._places = places.view_as(tokens)  # [C, longest], into them
 
     def to(self, device: torch.device) -> LabelWordHead:

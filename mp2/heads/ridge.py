@@ -146,7 +146,7 @@ class FittedRidge:
     def scores(self, item: MrcInput, output: NDArray[np.floating]) -> Floats:
         """Return log-scores of the labels [C], up to a constant."""
         found = np.asarray(output, dtype=np.float64) @ self.state_weight + self.bias
-        if self.ngrams is not None:
+        if self.ngrams is not None and self.ngram_weight is not None:
             found = found + self.ngrams(fields_of(item)) @ self.ngram_weight
         return np.asarray(self.settings.temperature * found)
 

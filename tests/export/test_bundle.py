@@ -444,3 +444,56 @@ def test_wrong_commands_exit_2(
     assert result.exit_code == 2
     assert message in result.output
     assert not (tmp_path / "b").exists()
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float64)
+    found: np.ndarray = x - np.logaddexp.reduce(x)
+    return found
+
+
+def test_the_readmes_recipe_for_extraction_gives_what_predict_answers(
+    runs: dict[str, Path], bundle: Path
+) -> None:
+    from safetensors.numpy import load_file
+    from tokenizers import Tokenizer
+
+    card = Bundle.open(bundle).card("finding")
+    tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+    session = ort.InferenceSession(bundle / card["graph"])
+    tensors = load_file(bundle / "tasks" / "finding.safetensors")
+    lines = [
+        {"context": "球队在最后一分钟进球，全场欢呼。" * 5, "question": "什么时候进球"},
+        {"context": "这家店的菜很好吃", "question": "什么好吃"},
+    ]
+    for line, expected in zip(lines, predicted(runs["finding"], lines), strict=True):
+        question = tokenizer.encode(line["question"], add_special_tokens=False).ids
+        context = tokenizer.encode(line["context"], add_special_tokens=False)
+        size = card["room"] - len(question)
+        step = size - min(card["max_answer_tokens"], size // 2)
+        n = len(context.ids)
+        starts = [0] if n <= size else [*range(0, n - size, step), n - size]
+        best = (-np.inf, "")
+        for first in starts:
+            ids, at = list(card["before"]), 0
+            for part in card["parts"]:
+                ids += part["ids"]
+                if part["field"] == "context":
+                    at, window = len(ids), context.ids[first : first + size]
+                    ids += window
+                elif part["field"]:
+                    ids += question
+            row = np.array([ids + card["after"]])
+            feeds = {name: x[None] for name, x in tensors.items()} | {
+                "prompt_length": [card["prompt_length"]]
+            }
+            feeds |= {"input_ids": row, "attention_mask": np.ones_like(row)}
+            start, end = session.run(["start_logits", "end_logits"], feeds)
+            start, end = log_softmax(start[0]), log_softmax(end[0])
+            for i in range(len(window)):
+                for j in range(i, min(i + card["max_answer_tokens"], len(window))):
+                    text = line["context"][context.offsets[first + i][0] : context.offsets[first + j][1]]
+                    best = max(best, (float(start[at + i] + end[at + j]), text))
+        assert len(starts) == (3 if line is lines[0] else 1)
+        assert best[1] == expected["answer"]
+        assert np.exp(best[0]) == pytest.approx(expected["probability"], abs=1e-5)

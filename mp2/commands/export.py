@@ -15,6 +15,7 @@ from mp2.errors import UsageError
 @click.option("--run", "first", type=click.Path(), help="Runs to write a bundle of: --run RUN [RUN ...].")
 @click.argument("more", nargs=-1, type=click.Path(), metavar="[RUN]...")
 @click.option("--backbone", type=BACKBONE, help="A name (cpt-large ...), a folder or a hub id.")
+@click.option("--revision", help="Of a hub backbone: a branch, tag or commit.")
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder to write.")
 @click.option("--prompts", help="tensorrt: prompts that plans are tuned for. --run: where they are now.")
 @click.option(

@@ -24,6 +24,7 @@ _HERE = "[default: the run's, if it is here]"
     BbtConfig,
     only={
         "backbone": "Where the run's backbone is now.  [default: where it was]",
+        "revision": "Of a hub backbone.  [default: the run's]",
         "prompts": "Where the run's modular prompts are now.  [default: where they were]",
         "engine": "Engine folder.  [default: the run's]",
         "runtime": f"As of 'mp2 bbt'.  {_HERE}",

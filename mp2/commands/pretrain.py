@@ -29,6 +29,7 @@ from mp2.training.config import PretrainConfig
     type=BACKBONE,
     help="mini, cpt-large, a folder, or a hub id.",
 )
+@click.option("--revision", help="Of a hub backbone: a branch, tag or commit.")
 @click.option("--out", type=click.Path(file_okay=False), help="Folder to write; a run in it goes on.")
 @click.option(
     "--resume", type=click.Path(), metavar="DIR", help="Go on with the run in DIR as it was asked for."
@@ -43,7 +44,7 @@ def pretrain(ctx: click.Context, /, device: str, threads: int | None, quiet: boo
     """Pre-train modular prompts and routers on many tasks by gradient; restartable, alone or by torchrun."""
     from mp2.training.pretrain_run import asked_run, pretrain_command
 
-    names = ("names", "more", "data", "backbone", "out", "resume", "init")
+    names = ("names", "more", "data", "backbone", "revision", "out", "resume", "init")
     asked = {name: options[name] for name in names} | field_values(PretrainConfig, options)
     inputs, config, out = asked_run(asked, given(ctx) - {"quiet"}, typed())
     pretrain_command(inputs, config, out, device, threads, log=notes(quiet), show=click.echo)

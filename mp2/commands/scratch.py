@@ -19,13 +19,19 @@ from mp2.errors import UsageError
     type=BACKBONE,
     help="mini, cpt-large, a folder, or a hub id.",
 )
+@click.option("--revision", help="Of a hub backbone: a branch, tag or commit.")
 @click.option("--like", help="Prompts whose shape and span head to take.  [default: mini-deep for mini]")
 @click.option("--deep", "kind", flag_value="deep", help="Without --like: prompts at every layer (BBTv2).")
 @click.option("--shallow", "kind", flag_value="shallow", help="Without --like: at the input only (BBT).")
 @click.option("--seed", default=8, show_default=True, help="Draws the random projections.")
 @click.option("--out", required=True, type=click.Path(dir_okay=False), help="Prompt file to write.")
 def scratch(
-    backbone: str, like: str | None, kind: Literal["deep", "shallow"] | None, seed: int, out: str
+    backbone: str,
+    revision: str | None,
+    like: str | None,
+    kind: Literal["deep", "shallow"] | None,
+    seed: int,
+    out: str,
 ) -> None:
     """Write untrained prompts for any backbone; 'mp2 bbt' on them is BBTv2 (deep) or BBT (shallow)."""
     from mp2.runs.scratch import scratch_command
@@ -34,5 +40,5 @@ def scratch(
         raise UsageError(f"--like {like} says the kind of prompts: drop --{kind}")
     if like is None and kind is None and backbone == "mini":
         like = "mini-deep"
-    meta = scratch_command(backbone, like, kind or "deep", seed, Path(out)).meta
+    meta = scratch_command(backbone, like, kind or "deep", seed, Path(out), revision=revision).meta
     click.echo(f"{out}: {meta.kind}, m = {meta.prompt_tokens}, d = {meta.intrinsic_dim}, random projections")

@@ -78,6 +78,7 @@ def write_bundle(
     out: str | Path,
     *,
     backbone: str | None = None,
+    revision: str | None = None,
     prompts: str | None = None,
     precision: str = "fp32",
     report: Callable[[Comparison], None] = lambda comparison: None,
@@ -94,7 +95,7 @@ def write_bundle(
     if precision not in BUNDLE_PRECISIONS:
         raise UnknownNameError("precision", precision, BUNDLE_PRECISIONS)
     check_target(out)
-    loaded = load_backbone(backbone or read_config(runs[0]).backbone)
+    loaded = _load(runs[0], backbone, revision)
     tasks = _named([_read_run(run, loaded, prompts) for run in runs])
     with replaced(out) as (out, folder):
         graphs = sorted({task.graph for task in tasks.values()})
@@ -157,6 +158,7 @@ def bundle_command(
     runtime: str | None = None,
     precision: str | None = None,
     *,
+    revision: str | None = None,
     triton: bool = False,
     show: Callable[[str], None] = lambda line: None,
 ) -> dict[str, object]:
@@ -181,13 +183,14 @@ def bundle_command(
         [Path(run) for run in runs],
         out,
         backbone=backbone,
+        revision=revision,
         prompts=prompts,
         precision=precision or "fp32",
         report=report,
     )
     plans: dict[str, bytes] = {}
     if runtime == "tensorrt":
-        loaded = load_backbone(backbone or read_config(Path(runs[0])).backbone)
+        loaded = _load(Path(runs[0]), backbone, revision)
         plans = build_bundle_plans(Bundle.open(out), loaded, report=report)
     if triton:
         models = ", ".join(folder.name for folder in write_triton(Bundle.open(out), plans))
@@ -201,6 +204,13 @@ def bundle_command(
     )
     parity = [{**asdict(c), "ok": c.ok} for c in comparisons]
     return {"out": str(Path(out).resolve()), "bytes": n_bytes, "manifest": manifest, "parity": parity}
+
+
+def _load(run: Path, backbone: str | None, revision: str | None) -> Backbone:
+    """The run's backbone, or the one that is named in its place."""
+    config = read_config(run)
+    revision = revision if backbone or revision else config.revision
+    return load_backbone(backbone or config.backbone, revision=revision)
 
 
 def _read_run(run_dir: Path, backbone: Backbone, prompts: str | None) -> TunedTask:

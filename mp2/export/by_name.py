@@ -32,6 +32,7 @@ def export_command(
     runtime: str = "onnxruntime",
     precision: str | None = None,
     *,
+    revision: str | None = None,
     task: str | None = None,
     data: str | None = None,
     popsize: int | None = None,
@@ -62,7 +63,7 @@ def export_command(
         load_tensorrt()
         resolve_device("cuda")
     check_target(out)
-    loaded = load_backbone(backbone)
+    loaded = load_backbone(backbone, revision=revision)
     prompt_set = None
     if prompts is not None:
         from mp2.prompts import load_prompts

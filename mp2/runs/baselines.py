@@ -39,7 +39,7 @@ def task_baselines(config: BbtConfig, *, probe: bool = True) -> dict[str, Any]:
     test = load_examples(card, "test", data, config.test_limit, names) if "test" in there else []
     states = None
     if probe:
-        backbone = load_backbone(config.backbone)
+        backbone = load_backbone(config.backbone, revision=config.revision)
         states = pooled_states(backbone, config.max_tokens or backbone.config.max_positions)
     lines = baselines(card, split.train, {"dev": split.dev, "test": test}, states)
     return {

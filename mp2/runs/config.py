@@ -28,6 +28,9 @@ class BbtConfig(SearchConfig):
         None, "Folder with TASK/train.*, a training file, or hub:NAME; or MP2_DATA.", kind="path"
     )
     backbone: str = option("mini", "mini, cpt-large, a folder, or a hub id.", kind="backbone")
+    revision: str | None = option(
+        None, "Of a hub backbone: a branch, tag or commit.", default_text="the hub's newest"
+    )
     prompts: str | None = option(
         None,
         "Modular prompts: a file, mini-deep or mini-shallow.",
@@ -97,7 +100,10 @@ class BbtConfig(SearchConfig):
 
     def sha256(self) -> str:
         """Hash of all fields: two runs with the same hash, data and files give the same result."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        values = self.to_json()
+        if self.revision is None:  # as it was before there was this field: older runs go on
+            del values["revision"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _build(cls: type[Any], values: dict[str, Any], path: Path | None, prefix: str) -> Any:

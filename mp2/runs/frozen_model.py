@@ -126,7 +126,7 @@ def load_model(config: BbtConfig) -> FrozenModel:
         raise UsageError(
             f"--engine {config.engine}: no {MANIFEST} there; give a folder that mp2 export wrote"
         )
-    backbone = load_backbone(config.backbone)
+    backbone = load_backbone(config.backbone, revision=config.revision)
     prompts = load_prompts(default_prompts(config), backbone)
     if config.kind not in ("auto", prompts.kind):
         raise MismatchError(

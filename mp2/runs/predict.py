@@ -36,6 +36,7 @@ class Predictor:
         run_dir: str | Path,
         *,
         backbone: str | None = None,
+        revision: str | None = None,
         prompts: str | None = None,
         engine: str | None = None,
         runtime: str | None = None,
@@ -45,7 +46,8 @@ class Predictor:
     ) -> None:
         """Load what a finished run of ``mp2 bbt`` or ``mp2 tune`` left in ``run_dir``.
 
-        ``backbone``, ``prompts`` and ``engine`` say where these are now (None: where the run found them);
+        ``backbone`` (with ``revision``), ``prompts`` and ``engine`` say where these are now (None: where the
+        run found them);
         ``runtime``, ``precision`` and ``device`` what to compute with (None: as in the run; if one of them is
         given, the others are chosen as ``mp2 bbt`` does). What the run computed with and this machine lacks
         is replaced by what it has, and ``note`` hears of it.
@@ -68,6 +70,7 @@ class Predictor:
         config = replace(
             config,
             backbone=backbone or config.backbone,
+            revision=revision if backbone or revision else config.revision,
             prompts=prompts or config.prompts,
             engine=engine or config.engine,
         )

@@ -61,6 +61,7 @@ def config_file(config: BbtConfig, model: FrozenModel) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "config": config.to_json(),
         "config_sha256": config.sha256(),
+        "backbone_revision": model.backbone.revision,  # the commit that a hub's revision was
         "runtime_reason": model.runtime.reason,
         "versions": versions(),
     }

@@ -107,6 +107,7 @@ def run_result(
         "method": config.method(model.kind),
         "seed": config.seed,
         "backbone": model.backbone.config.name,
+        "backbone_revision": model.backbone.revision,
         "iterations": recorder.iteration,
         "train_loss": final.train_loss,
         "dev_score": final.dev_score,

@@ -38,7 +38,15 @@ def untrained_prompts(
     return scratch_prompts(backbone, source, sigmas, seed=seed, alpha=alpha)
 
 
-def scratch_command(backbone_name: str, like: str | None, kind: Kind, seed: int, out: Path) -> PromptSet:
+def scratch_command(
+    backbone_name: str,
+    like: str | None,
+    kind: Kind,
+    seed: int,
+    out: Path,
+    *,
+    revision: str | None = None,
+) -> PromptSet:
     """What ``mp2 scratch`` does: write a prompt file to start BBT or BBTv2 from.
 
     Without ``like`` for any backbone, of the ``kind`` asked for.
@@ -50,7 +58,7 @@ def scratch_command(backbone_name: str, like: str | None, kind: Kind, seed: int,
     if not out.name:
         raise UsageError("--out is empty, expected a file to write")
     check_new_folder(out.parent)
-    backbone = load_backbone(backbone_name)
+    backbone = load_backbone(backbone_name, revision=revision)
     source = kind if like is None else load_prompts(like, backbone)
     prompts = untrained_prompts(backbone, source, seed=seed)
     save_prompts(prompts, out)

@@ -33,6 +33,7 @@ class PretrainInputs:
 
     tasks: tuple[str, ...]
     backbone: str
+    revision: str | None = None
     data: str | None = None
     init: str | None = None
     command: str | None = None
@@ -50,6 +51,7 @@ class PretrainInputs:
         return PretrainInputs(
             tasks=tuple(full(t) if t.endswith(".toml") else t for t in self.tasks),
             backbone=full(self.backbone, BACKBONES),
+            revision=self.revision,
             data=full(data) if data else None,
             init=full(self.init, PROMPTS) if self.init else None,
             command=self.command,
@@ -155,7 +157,7 @@ def pretrain_command(
     check_threads(threads)
     if threads:
         torch.set_num_threads(threads)
-    backbone = load_backbone(inputs.backbone)
+    backbone = load_backbone(inputs.backbone, revision=inputs.revision)
     root = Path(inputs.data) if inputs.data else None
     cards = [load_card(name) for name in inputs.tasks]
     if not cards:
@@ -193,9 +195,8 @@ def asked_run(
     """
     options = dict(options)
     tasks = (*options.pop("names"), *options.pop("more"))
-    inputs = PretrainInputs(
-        tasks=tasks, command=typed, **{name: options.pop(name) for name in ("backbone", "data", "init")}
-    )
+    names = ("backbone", "revision", "data", "init")
+    inputs = PretrainInputs(tasks=tasks, command=typed, **{name: options.pop(name) for name in names})
     out, resume = options.pop("out"), options.pop("resume")
     if resume:
         others = sorted(given - {"resume", "device", "threads"})

@@ -121,6 +121,7 @@ def _result(run_dir: Path, config: TuneConfig, tuner: GradientTuner, outcome: Tu
         "method": config.method(model.kind),
         "seed": config.run.seed,
         "backbone": model.backbone.config.name,
+        "backbone_revision": model.backbone.revision,
         "injection": model.prompts.meta.injection,
         "iterations": found.loss_curve[-1][0],
         "train_loss": finite_or_none(found.final.train_loss),

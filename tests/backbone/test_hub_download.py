@@ -28,7 +28,7 @@ from mp2.errors import Mp2Error
 for arguments in json.loads(sys.argv[1]):
     try:
         backbone = load_backbone(arguments[0], revision=arguments[1])
-        print(json.dumps([backbone.name, backbone.sha256]))
+        print(json.dumps([backbone.name, backbone.sha256, backbone.revision]))
     except Mp2Error as error:
         print(json.dumps([type(error).__name__, str(error)]))
 """
@@ -153,8 +153,8 @@ def test_hub_checkpoints_are_fetched_once_and_only_the_files_that_are_read(
         ("somebody/tiny-bert", "v9"),
     ]
     modern_got, old_got, unknown, revision = load_elsewhere(hub.url, home, *wanted)
-    assert modern_got == ["tiny-bert", tiny_backbone.sha256]
-    assert old_got == ["macbert-base", tiny_backbone.sha256]
+    assert modern_got == ["tiny-bert", tiny_backbone.sha256, COMMIT]  # what a revision, or none, stands for
+    assert old_got == ["macbert-base", tiny_backbone.sha256, COMMIT]
     assert unknown[0] == "UnknownNameError"
     assert "unknown backbone 'nobody/nothing'" in unknown[1]
     assert "The hub has no nobody/nothing" in unknown[1]

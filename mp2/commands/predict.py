@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -19,7 +20,15 @@ _HERE = "[default: the run's, if it is here]"
 @click.option(
     "--run", "run_dir", type=click.Path(), required=True, help="Folder of a finished 'mp2 bbt' run."
 )
-@click.option("--input", "source", required=True, metavar="FILE|-", help="JSON lines, or plain text lines.")
+@click.option(
+    "--input", "source", required=True, metavar="FILE|-", help="JSON lines, plain text lines, CSV or TSV."
+)
+@click.option(
+    "--keep",
+    multiple=True,
+    metavar="COLUMN",
+    help="Copy this of each line beside its label, as an id; again for more.",
+)
 @config_options(
     BbtConfig,
     only={
@@ -32,9 +41,20 @@ _HERE = "[default: the run's, if it is here]"
         "device": f"As of 'mp2 bbt'.  {_HERE}",
     },
 )
-def predict(run_dir: str, source: str, **typed: str | None) -> None:
-    """Label new text with a tuned prompt; a JSON line each, with its probability."""
-    from mp2.runs.predict import predict_file
+def predict(run_dir: str, source: str, keep: tuple[str, ...], **typed: str | None) -> None:
+    """Label new text with a tuned prompt: a JSON line for each line, with its probability; CSV for CSV."""
+    from mp2.runs.predict import TABLES, predict_file
 
-    for found in predict_file(Path(run_dir), source, sys.stdin.buffer, **typed, note=note):
-        click.echo(json.dumps(found, ensure_ascii=False))
+    rows = predict_file(Path(run_dir), source, sys.stdin.buffer, keep, **typed, note=note)
+    if not source.endswith(TABLES):
+        for found in rows:
+            click.echo(json.dumps(found, ensure_ascii=False))
+        return
+    writer = None
+    for found in rows:
+        row = {"reason": None, **found}
+        if writer is None:
+            last = [name for name in row if name != "reason"]
+            writer = csv.DictWriter(sys.stdout, [*last, "reason"], lineterminator="\n")
+            writer.writeheader()
+        writer.writerow(row)

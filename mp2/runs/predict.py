@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mp2.errors import FormatError, MissingDependencyError, UsageError
+from mp2.errors import FormatError, LossError, MissingDependencyError, UsageError
 from mp2.runs.config import BbtConfig
 from mp2.runs.frozen_model import FrozenModel, load_model
+from mp2.runs.prediction_lines import input_lines, text_records
 from mp2.runs.run_folder import how_to_end, read_config
 from mp2.runs.tuned import check_fits, load_tuned
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from mp2.tasks import Example, TaskCard
 
 CHUNK = 256  # lines that are read, labelled and written at once
+TABLES = (".csv", ".tsv")
 
 
 class Predictor:
@@ -59,6 +61,7 @@ class Predictor:
         """
         from mp2.engine import Scorer
         from mp2.tasks import MrcFormatter, load_card
+        from mp2.tasks.columns import parse_fields
 
         run_dir = Path(run_dir)
         config = read_config(run_dir)
@@ -80,25 +83,44 @@ class Predictor:
         else:
             model = _load_here(config, note)
         check_fits(meta, backbone_sha256=model.backbone.sha256, prompts_sha256=model.prompts.sha256)
+        self._fields = parse_fields(config.field, self.card)
         self._formatter = MrcFormatter(self.card, model.backbone.tokenizer, meta.max_tokens)
         self._scorer = Scorer(model.runtime.forward(model.prompts))
 
-    def predict_lines(self, lines: Iterable[bytes], name: str) -> Iterator[dict[str, Any]]:
+    def predict_lines(
+        self, lines: Iterable[bytes], name: str, keep: Sequence[str] = ()
+    ) -> Iterator[dict[str, Any]]:
         """Predictions for JSON lines with the task's fields, or for lines of plain text (one-text tasks).
 
-        Yields ``{"label" or "answer" or "option": ..., "probability": ...}`` for each line that is not blank.
-        Classification and multiple choice: the probability is the softmax over the options' span scores;
-        extraction: that of the span among all spans.
+        Yields ``{"label" or "answer" or "option": ..., "probability": ...}`` for each line, in order, the
+        columns ``keep`` before it. A blank line and an empty text have the label and probability None and a
+        ``reason``. Classification and multiple choice: the probability is the softmax over the options' span
+        scores; extraction: that of the span among all spans.
 
         Raises:
             FormatError: a bad line, with its number; or no line at all.
+            LossError: scores that are no numbers.
         """
-        from mp2.tasks.data import parse_lines
-        from mp2.tasks.problems import FirstProblem
+        yield from self._predict_records(text_records(self.card, lines, name), name, keep)
 
-        records = parse_lines(self.card, self._as_json(lines, name), name, FirstProblem(), labelled=False)
-        while chunk := list(islice(records, CHUNK)):
-            yield from self.predict(chunk)
+    def predict_table(self, path: Path) -> Iterator[dict[str, Any]]:
+        """Predictions for the rows of a CSV or TSV file, with all of its columns before them."""
+        from mp2.tasks.problems import FirstProblem
+        from mp2.tasks.record_files import read_records
+
+        yield from self._predict_records(read_records(path, FirstProblem()), str(path), None)
+
+    def _predict_records(
+        self, records: Iterator[tuple[int, Any]], name: str, keep: Sequence[str] | None
+    ) -> Iterator[dict[str, Any]]:
+        key = "answer" if self.card.type == "extraction" else "label"
+        entries = input_lines(self.card, records, name, self._fields, keep)
+        while chunk := list(islice(entries, CHUNK)):
+            labelled = [entry.example for entry in chunk if entry.example is not None]
+            found = iter(self.predict(labelled) if labelled else [])
+            for entry in chunk:
+                none = {key: None, "probability": None, "reason": entry.reason}
+                yield entry.kept | (none if entry.example is None else next(found))
 
     def predict(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
         """Predictions for examples, in their order: dictionaries as of `predict_lines`.
@@ -123,28 +145,12 @@ class Predictor:
             line: dict[str, Any] = {key: decoded.prediction}
             if self.card.type == "multiple_choice":
                 line["option"] = example.options[int(decoded.prediction)]
+            if not math.isfinite(decoded.probability):
+                raise LossError(
+                    f"line {example.source_line}: its scores are no numbers; label with --precision fp32"
+                )
             found.append({**line, "probability": decoded.probability})
         return found
-
-    def _as_json(self, lines: Iterable[bytes], name: str) -> Iterator[bytes]:
-        """JSON lines as they are; plain text wrapped in the task's only field."""
-        iterator = iter(lines)
-        skipped = 0  # blank lines before the first; the numbers in messages count them
-        for first in iterator:
-            if first.strip():
-                break
-            skipped += 1
-        else:
-            raise FormatError("nothing to label; expected a text, or a JSON object, on each line", path=name)
-        plain = not first.lstrip(b"\xef\xbb\xbf \t").startswith(b"{")
-        fields = self.card.fields
-        if plain and (len(fields) != 1 or self.card.type == "multiple_choice"):
-            raise UsageError(
-                f"plain text cannot be given to task '{self.card.task}', which has the fields "
-                f"{', '.join(fields)}: write each line as a JSON object with them"
-            )
-        for line in chain([b"\n"] * skipped, [first], iterator):
-            yield _wrap(line, fields[0]) if plain else line
 
 
 def _computed_with(config: BbtConfig, runtime: str, precision: str, device: str) -> BbtConfig:
@@ -164,24 +170,22 @@ def _load_here(config: BbtConfig, note: Callable[[str], None]) -> FrozenModel:
         return model
 
 
-def _wrap(line: bytes, field: str) -> bytes:
-    try:
-        text = line.decode("utf-8-sig").strip()
-    except UnicodeDecodeError:
-        return line  # the reader of lines says so
-    return json.dumps({field: text}).encode() if text else b"\n"
-
-
 def predict_file(
-    run_dir: Path, source: str, stdin: Iterable[bytes], **options: Any
+    run_dir: Path, source: str, stdin: Iterable[bytes], keep: Sequence[str] = (), **options: Any
 ) -> Iterator[dict[str, Any]]:
-    """Predictions for a file, or for ``stdin`` if the source is ``-``; ``options`` as of `Predictor`."""
+    """Predictions for a file, or for ``stdin`` if the source is ``-``; ``options`` as of `Predictor`.
+
+    A CSV or TSV file gives all of its columns beside them; of other lines ``keep`` names what is kept.
+    """
     if source == "-":
-        yield from Predictor(run_dir, **options).predict_lines(stdin, "<stdin>")
+        yield from Predictor(run_dir, **options).predict_lines(stdin, "<stdin>", keep)
         return
     path = Path(source)
     if not path.is_file():
         raise UsageError(f"there is no file {source}; --input takes a file of lines, or - for standard input")
     predictor = Predictor(run_dir, **options)
+    if path.suffix in TABLES:
+        yield from predictor.predict_table(path)
+        return
     with path.open("rb") as file:
-        yield from predictor.predict_lines(file, source)
+        yield from predictor.predict_lines(file, source, keep)

@@ -37,9 +37,9 @@ def read_records(path: Path, problems: Problems) -> Records:
     return _lines(path, problems)
 
 
-def json_lines(lines: Iterable[bytes | str], path: str, problems: Problems) -> Records:
-    """Yield the objects of JSON lines, skipping blank ones."""
-    for number, line in enumerate(lines, 1):
+def json_lines(lines: Iterable[bytes | str], path: str, problems: Problems, first: int = 1) -> Records:
+    """Yield the objects of JSON lines, skipping blank ones; ``first`` is the number of the first line."""
+    for number, line in enumerate(lines, first):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8") if isinstance(line, bytes) else line
             if text.strip():

@@ -115,7 +115,6 @@ TUNING: list[tuple[list[object], str]] = [
     (["--seeds", "8;9"], "--seeds is '8;9'"),
     (["--seed", 8, "--seeds", "8,9"], "--seed and --seeds were both given"),
     (["--shots", 0], "shots is 0"),
-    (["--shots", 100_000], "no dev set: train takes 80 of 80 examples"),
     (["--max-tokens", 5], "does not fit 5 tokens"),
     (["--max-tokens", 97], "max_tokens is 97, expected at most 96"),
     (["--device", "cdua"], "unknown device 'cdua'. Did you mean 'cuda'"),

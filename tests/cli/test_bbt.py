@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shlex
@@ -381,7 +382,6 @@ def test_resume_refuses_changed_data(world: World, tmp_path: Path, monkeypatch: 
         (["--shallow"], "prompts of"),
         (["--iters", "0"], "iters is 0, expected at least 1"),
         (["--seeds", "8,x"], "expected whole numbers with commas"),
-        (["--shots", "500"], "no dev set: train takes"),
         (["--max-tokens", "500"], "max_tokens is 500, expected at most 96"),
         (["--max-tokens", "12"], "does not fit 12 tokens"),
         (
@@ -521,10 +521,10 @@ def test_predictions_on_the_test_set_reproduce_the_test_score(unbroken: dict[str
 
 def test_predict_reads_plain_text_from_standard_input(unbroken: dict[str, Any]) -> None:
     text = "真的很好\n\n太差了\n"
-    found = predictions(unbroken["run_dir"], "-", input=text)
+    first, blank, last = predictions(unbroken["run_dir"], "-", input=text)
+    assert blank == {"label": None, "probability": None, "reason": "empty line"}
     as_json = "\n".join(json.dumps({"text": t}) for t in text.split())
-    assert found == predictions(unbroken["run_dir"], "-", input=as_json)
-    assert len(found) == 2
+    assert [first, last] == predictions(unbroken["run_dir"], "-", input=as_json)
 
 
 @pytest.mark.parametrize("task", ["find", "pick"])
@@ -654,3 +654,42 @@ def test_32_examples_tune_without_a_dev_set_and_without_baselines(world: World, 
     assert result["train_loss"] == result["best_train_loss"]
     done = mp2("bbt", *options, *SHORT)
     assert done.exit_code == 0, done.output
+
+
+def test_predict_gives_a_line_for_each_line_in_order_with_what_is_kept(unbroken: dict[str, Any]) -> None:
+    lines = ['{"text": "好", "id": 7}', "", '{"text": " ", "id": 8}', '{"text": "好", "id": 9}']
+    run = unbroken["run_dir"]
+    done = mp2("predict", "--run", run, "--input", "-", "--keep", "id", input="\n".join(lines) + "\n")
+    assert done.exit_code == 0, done.output
+    first, blank, empty, last = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (first["id"], last["id"]) == (7, 9)
+    assert first["label"] == last["label"]
+    assert blank == {"label": None, "probability": None, "reason": "empty line"}
+    assert empty == {"id": 8, "label": None, "probability": None, "reason": "text is empty"}
+
+
+def test_predict_writes_csv_for_csv(unbroken: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "new.csv"
+    path.write_text('number,text\n1,"好, 好"\n2,\n3,不\n', "utf-8")
+    done = mp2("predict", "--run", unbroken["run_dir"], "--input", path)
+    assert done.exit_code == 0, done.output
+    rows = list(csv.DictReader(done.stdout.splitlines()))
+    assert [(row["number"], row["text"]) for row in rows] == [("1", "好, 好"), ("2", ""), ("3", "不")]
+    assert [bool(row["label"]) for row in rows] == [True, False, True]
+    assert rows[1]["reason"] == "text is empty"
+
+
+def test_scores_that_are_no_numbers_never_leave(
+    unbroken: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mp2.engine import Pending, Scorer
+
+    outputs = Scorer.outputs
+
+    def broken(self: Scorer, z: Any, inputs: Any) -> Any:
+        return Pending.of([np.full_like(output, np.nan) for output in outputs(self, z, inputs).fetch()])
+
+    monkeypatch.setattr(Scorer, "outputs", broken)
+    done = mp2("predict", "--run", unbroken["run_dir"], "--input", "-", input="好")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "line 1: its scores are no numbers" in done.stderr

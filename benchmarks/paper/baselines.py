@@ -11,6 +11,7 @@ Minutes on one core with ``mini``; the result is benchmarks/results/baselines_BA
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -18,23 +19,25 @@ from typing import Any
 from benchmarks.command import one_line_errors
 from benchmarks.paper.transfer import SEEDS, TASKS
 from benchmarks.provenance import RESULTS, provenance
+from mp2.backbone import load_backbone
 from mp2.files import write_json
-from mp2.runs.baselines import task_baselines
+from mp2.runs.pooled_states import pooled_states
+from mp2.tasks import TaskCard, few_shot_split, load_card, load_examples
+from mp2.tasks.baselines import Baseline, baselines
 
 DEMOS = ("demo_sentiment", "demo_topic")
 TOO_FEW = "iflytek"  # 29 of its labels have fewer examples than train and dev need
 
 
-def rows_of(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def rows_of(card: TaskCard, seeds: Sequence[Sequence[Baseline]]) -> list[dict[str, Any]]:
     """A row for each baseline of one task: mean and deviation (n - 1) of its test score in per cent."""
     rows = []
-    for key, line in found[0]["baselines"].items():
-        scores = [one["baselines"][key]["test_score"] for one in found]
-        row = {"task": found[0]["task"], "metric": found[0]["metric"], "baseline": key, "name": line["name"]}
-        if None in scores:
-            rows.append(row | {"note": line["note"]})
+    for lines in zip(*seeds, strict=True):  # one baseline, seed by seed
+        row = {"task": card.task, "metric": card.metric, "baseline": lines[0].key, "name": lines[0].name}
+        if lines[0].note is not None:
+            rows.append(row | {"note": lines[0].note})
             continue
-        percent = [100 * score for score in scores]
+        percent = [100 * line.scores["test"] for line in lines]
         spread = stdev(percent) if len(percent) > 1 else 0.0
         rows.append(row | {"mean": round(mean(percent), 2), "sd": round(spread, 2), "n": len(percent)})
     return rows
@@ -68,20 +71,14 @@ def main() -> None:
     options = parser.parse_args()
     tasks = options.tasks or [*(task for task in TASKS if task != TOO_FEW), *DEMOS]
     where_from = provenance()
+    states = pooled_states(load_backbone(options.backbone), options.max_tokens)
     rows: list[dict[str, Any]] = []
     for task in tasks:
-        found = [
-            task_baselines(
-                task,
-                data=None if task in DEMOS else options.data,
-                backbone=options.backbone,
-                seed=seed,
-                max_tokens=options.max_tokens,
-                test_limit=options.test_limit,
-            )
-            for seed in options.seeds
-        ]
-        rows += rows_of(found)
+        card, data = load_card(task), None if task in DEMOS else options.data
+        pool = load_examples(card, "train", data)
+        tests = load_examples(card, "test", data, options.test_limit)
+        splits = (few_shot_split(card, pool, seed) for seed in options.seeds)
+        rows += rows_of(card, [baselines(card, split.train, {"test": tests}, states) for split in splits])
         print(f"{task} done", flush=True)
     settings = {name: getattr(options, name) for name in ("seeds", "test_limit", "max_tokens")}
     settings["backbone"] = Path(options.backbone).name

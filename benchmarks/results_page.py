@@ -1,6 +1,6 @@
-"""The page of results: docs/results.md, written from the files in benchmarks/results and nothing else.
+"""The page of results, docs/results.md, and README's two tables: from the files in benchmarks/results alone.
 
-    python -m benchmarks.results_page            # writes docs/results.md; no measurement is run
+    python -m benchmarks.results_page            # writes both; no measurement is run
 
 Each section is a table of one result file (or of files of one command), with the command that makes the file
 anew, and date, commit and processor of the run that made the present one. Files that are not in ``SECTIONS``
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.paper.baselines import table as baselines_table
 from benchmarks.paper.router_tables import cost_table, quality_table
 from benchmarks.paper.transfer_render import markdown as transfer_table
 from benchmarks.speed.rounds import ranged
@@ -26,8 +27,15 @@ from benchmarks.speed.table4_render import table as table4
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
+README = ROOT / "README.md"
 
 Result = dict[str, Any]
+
+
+def read(name: str) -> Result:
+    """A result file."""
+    found: Result = json.loads((RESULTS / name).read_text("utf-8"))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,10 +151,17 @@ SECTIONS = [
         command="python -m benchmarks.paper.transfer --data DIR --backbone DIR --prompts FILE "
         "--methods majority deep bbtv2",
         text="m3e-small: BERT of 4 layers x 512, made by others, licence for research only, not in this "
-        "repository; `recipes/m3e_small.sh` gets it and trains the prompts (20 upstream tasks). Not "
-        "in this table: a linear probe over the same encoder and TF-IDF from the same examples "
-        "(`dev/log.md`); they are better than MP2 on several of these tasks.",
+        "repository; `recipes/m3e_small.sh` gets it and trains the prompts (20 upstream tasks). The "
+        "table after this one has what the same examples give without prompts.",
         table=transfer,
+    ),
+    Section(
+        title="Simple baselines, same examples (m3e-small)",
+        files=["baselines_m3e-small.json"],
+        command="python -m benchmarks.paper.baselines --data DIR --backbone DIR",
+        text="Test score, mean ± standard deviation over the same five seeds and the same test examples "
+        "as above. The probe is a logistic regression on mean-pooled states of the frozen encoder.",
+        table=lambda results: baselines_table(results[0]["rows"]),
     ),
     Section(
         title="Scores over the embedded backbone (mini)",
@@ -155,6 +170,13 @@ SECTIONS = [
         text="mini was itself trained on labelled tasks: with its span head, a prompt of zeros already "
         "answers upstream kinds of tasks. Deep MP2 is not better than BBTv2 with the same head here.",
         table=transfer,
+    ),
+    Section(
+        title="Simple baselines, same examples (mini)",
+        files=["baselines_mini.json"],
+        command="python -m benchmarks.paper.baselines --data DIR",
+        text="As above, with a probe of mini; the two embedded tasks as well.",
+        table=lambda results: baselines_table(results[0]["rows"]),
     ),
     Section(
         title="Speed: deep stage II on two CPU cores",
@@ -225,6 +247,73 @@ measured on a GPU. What the numbers mean, what was missed and what was tried: `d
 """
 
 
+SHORT = {"cmrc2018": "cmrc", "cote_mfw": "cote", "thucnews": "thuc"}  # column heads of README's table
+SIMPLE = ("tfidf", "nearest")  # of classification and choice, of extraction
+
+
+def readme_scores() -> str:
+    """README's table of scores over m3e-small: a line a method, the best of each task in bold."""
+    transfers, simple = read("transfer_m3e_small.json"), read("baselines_m3e-small.json")
+    tasks = transfers["means"]["all"]["tasks"]
+    found: dict[str, dict[str, float]] = {}
+    for row in transfers["rows"]:
+        if row["task"] in tasks:
+            found.setdefault(row["column"], {})[row["task"]] = row["mean"]
+    for row in simple["rows"]:
+        if row["task"] in tasks and "mean" in row:
+            name = "TF-IDF" if row["baseline"] in SIMPLE else row["baseline"]
+            found.setdefault(name, {})[row["task"]] = row["mean"]
+    lines = {
+        "majority": "majority",
+        "TF-IDF": "TF-IDF",
+        "probe": "linear probe",
+        "untuned": "untuned",
+        "BBTv2": "BBTv2, MP2's head",
+        "deep router-only": "MP2, stage I",
+        "deep": "MP2, two stages",
+    }
+    best = {task: max(found[name].get(task, 0.0) for name in lines) for task in tasks}
+    rows = ["| | " + " | ".join(SHORT.get(task, task) for task in tasks) + " |"]
+    rows.append("| --- |" + " ---: |" * len(tasks))
+    for name, shown in lines.items():
+        cells = [(found[name].get(task), task) for task in tasks]
+        texts = ["" if x is None else f"**{x:.1f}**" if x == best[task] else f"{x:.1f}" for x, task in cells]
+        rows.append(f"| {shown} | {' | '.join(texts)} |")
+    return "\n".join(rows)
+
+
+def readme_speed() -> str:
+    """README's table of speed: a line a backbone and task; ms an evaluation and times the plain loop."""
+    rows = [
+        "| backbone | task | plain, ms | float32, ms | times | int8, times | ONNX Runtime, times |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name in ("throughput_1024.json", "throughput_mini.json", "throughput_mini-m50.json"):
+        by_task: dict[str, dict[str, Result]] = {}
+        for row in read(name)["rows"]:
+            by_task.setdefault(row["task"], {})[f"{row['runtime']} {row['precision']}"] = row
+        for task, engines in by_task.items():
+            one = engines["torch fp32"]
+            times = [
+                ranged(engines[engine]["stage2_ratio"], 1)
+                for engine in ("torch fp32", "torch int8", "onnxruntime fp32")
+            ]
+            rows.append(
+                f"| {one['layers']} x {one['hidden']}, m = {one['prompt_tokens']} | {task} | "
+                f"{one['plain_ms']['median']:.0f} | {one['stage2_ms']['median']:.1f} | {' | '.join(times)} |"
+            )
+    return "\n".join(rows)
+
+
+def readme(text: str) -> str:
+    """README with its two tables written anew between their marks."""
+    for name, table in (("scores", readme_scores()), ("speed", readme_speed())):
+        marks = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text, n = marks.subn(lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text)
+        assert n == 1, f"README has {n} tables '{name}', expected one"
+    return text
+
+
 def made(result: Result) -> str:
     """Date, commit and processor of the run that made a result."""
     about = result.get("provenance")
@@ -241,7 +330,7 @@ def page() -> str:
     """The whole page."""
     parts = [HEAD]
     for section in SECTIONS:
-        results = [json.loads((RESULTS / name).read_text("utf-8")) for name in section.files]
+        results = [read(name) for name in section.files]
         whence = "; ".join(dict.fromkeys(made(result) for result in results))
         files = ", ".join(f"`{name}`" for name in section.files)
         parts.append(
@@ -252,9 +341,10 @@ def page() -> str:
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the page and README's tables."""
     PAGE.write_text(page(), "utf-8")
-    print(PAGE.relative_to(ROOT))
+    README.write_text(readme(README.read_text("utf-8")), "utf-8")
+    print(PAGE.relative_to(ROOT), README.relative_to(ROOT))
 
 
 if __name__ == "__main__":

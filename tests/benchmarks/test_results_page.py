@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 
-from benchmarks.results_page import PAGE, RESULTS, ROOT, SECTIONS, page
+from benchmarks.results_page import PAGE, README, RESULTS, ROOT, SECTIONS, page, readme
 
 
 def test_the_page_is_fresh() -> None:
     assert PAGE.read_text("utf-8") == page(), "run: python -m benchmarks.results_page"
+
+
+def test_the_tables_of_the_readme_are_fresh() -> None:
+    text = README.read_text("utf-8")
+    assert text == readme(text), "run: python -m benchmarks.results_page"
 
 
 def test_every_section_names_a_module_that_exists() -> None:

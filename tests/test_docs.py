@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -46,11 +49,12 @@ def test_shown_command_exists_with_its_options(file: str, line: str) -> None:
     assert shown <= options, f"{file}: {line!r} shows {sorted(shown - options)}"
 
 
-def test_the_card_of_the_tasks_page_is_good_and_its_example_fits_it(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "tasks.md").read_text("utf-8")
-    (card,) = re.findall(r"```toml\n(.*?)```", page, re.S)
+@pytest.mark.parametrize("document", ["README.md", "docs/tasks.md"])
+def test_the_card_that_is_shown_is_good_and_its_example_fits_it(tmp_path: Path, document: str) -> None:
+    page = (ROOT / document).read_text("utf-8")
+    card = re.findall(r"```toml\n(.*?)```", page, re.S)[0]
     (tmp_path / "reviews.toml").write_text(card, "utf-8")
-    (line,) = re.findall(r"my_data/reviews/train\.jsonl\s+(\{.*\})", page)
+    line = re.findall(r"my_data/reviews/train\.jsonl:?\s+(\{.*?\})", page)[0]
     (tmp_path / "my_data" / "reviews").mkdir(parents=True)
     labels = ["good", "bad", "good", "bad"]
     lines = [line.replace("房间", f"房间{i}").replace("good", label) for i, label in enumerate(labels)]
@@ -58,6 +62,48 @@ def test_the_card_of_the_tasks_page_is_good_and_its_example_fits_it(tmp_path: Pa
     report = check_task(str(tmp_path / "reviews.toml"), tmp_path / "my_data")
     assert report.ok, str(report)
     assert report.n_by_label == {"train": {"bad": 2, "good": 2}}
+
+
+def test_the_program_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MP2_DATA", raising=False)
+    exec(compile(program.replace("iters=600", "iters=121"), "README.md", "exec"), {})
+    assert "'label': 'positive'" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_script_of_the_quickstart_runs_in_an_empty_folder(tmp_path: Path) -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "quickstart.md").read_text("utf-8"), re.S)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", "set -euo pipefail\n" + "\n".join(blocks)],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count('"label"') == 2
+    assert (tmp_path / "stopped").exists()
+    assert len(list(tmp_path.glob("stopped/*/result.json"))) == 1
+    assert len(list(tmp_path.glob("runs/*/result.json"))) == 3
+
+
+def test_the_documents_are_linked_to_what_exists() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text("utf-8")):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_the_readme_keeps_to_its_size() -> None:
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    assert len(lines) <= 150
+    assert max(map(len, lines)) <= 120
 
 
 def test_the_reference_of_the_commands_is_fresh() -> None:

@@ -63,10 +63,11 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Scores:
-    """One evaluation on a split: the task's metric in [0,1] and the mean loss."""
+    """One evaluation on a split: the task's metric in [0,1], the mean loss, exact match of extraction."""
 
     score: float
     loss: float
+    exact_match: float | None = None
 
 
 class Evaluations(Protocol):

@@ -73,7 +73,11 @@ class FewShotProblem:
         fitting = self.data.fitting_tests
         share = len(fitting) / self.n_test
         return self._scores(z, fitting, self.data.test_inputs).then(
-            lambda scores: replace(scores, score=scores.score * share)
+            lambda scores: Scores(
+                scores.score * share,
+                scores.loss,
+                None if scores.exact_match is None else scores.exact_match * share,
+            )
         )
 
     def test_inputs(self) -> list[MrcInput]:
@@ -86,7 +90,7 @@ class FewShotProblem:
         return len(self.data.tests)
 
     def _scores(self, z: Prompt, examples: Sequence[Example], inputs: Sequence[MrcInput]) -> Pending[Scores]:
-        from mp2.tasks import decode, score
+        from mp2.tasks import decode, exact_match, score
 
         reader = self.objective.reader(z)
 
@@ -95,7 +99,8 @@ class FewShotProblem:
             losses = reader.gold_losses([inputs[i] for i in counted], [outputs[i] for i in counted])
             scores = [reader.scores(item, output) for item, output in zip(inputs, outputs, strict=True)]
             predictions = [found.prediction for found in decode(self.card, examples, inputs, scores)]
-            return Scores(float(score(self.card, predictions, examples)), float(np.mean(losses)))
+            exact = exact_match(predictions, examples) if self.card.type == "extraction" else None
+            return Scores(float(score(self.card, predictions, examples)), float(np.mean(losses)), exact)
 
         return self.scorer.outputs(z, inputs).then(scored)
 

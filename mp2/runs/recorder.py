@@ -159,13 +159,15 @@ class Recorder:
             scores: Scores = found
             line: dict[str, Any] = {"event": "scores", "split": split, "at": at, "iteration": self.iteration}
             line |= {"prompt": digest, "score": scores.score, "loss": finite_or_none(scores.loss)}
+            line |= {} if scores.exact_match is None else {"exact_match": scores.exact_match}
             self._append([line | _rounded({"seconds": seconds, **spent})])
         else:
             line = record.lines[0]
             if line.get("prompt") != digest or line.get("iteration") != self.iteration:
                 self._refuse(self.iteration)
             loss = line["loss"]
-            scores = Scores(float(line["score"]), float("nan") if loss is None else float(loss))
+            loss = float("nan") if loss is None else float(loss)
+            scores = Scores(float(line["score"]), loss, line.get("exact_match"))
             spent = _recorded(record, "journal_s", "other_s")
             seconds = float(line.get("seconds", 0.0))
         self.counts[split] += 1

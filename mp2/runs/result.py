@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mp2.errors import FormatError
 from mp2.files import whole_file
 from mp2.optimizers.router_search import Routers
-from mp2.optimizers.two_stage import Checkpoint, Outcome
+from mp2.optimizers.two_stage import Checkpoint, Outcome, Scores
 from mp2.runs.baselines import baseline_facts
 from mp2.runs.config import BbtConfig
 from mp2.runs.journal import finite_or_none
@@ -75,17 +75,17 @@ def _check(value: Any, expected: Any, path: Path, field: str) -> None:
         _check(value[name], expected.get("*", expected.get(name)), path, where)
 
 
-def score_tests(problem: FewShotProblem, outcome: Outcome, recorder: Recorder) -> dict[str, float]:
-    """Test score of each stage's prompt, each prompt once; empty with ``--no-test``."""
+def score_tests(problem: FewShotProblem, outcome: Outcome, recorder: Recorder) -> dict[str, Scores]:
+    """Test scores of each stage's prompt, each prompt once; empty with ``--no-test``."""
     if not problem.config.test:
         return {}
-    scores: dict[str, float] = {}
-    known: dict[bytes, float] = {}
+    scores: dict[str, Scores] = {}
+    known: dict[bytes, Scores] = {}
     for name, checkpoint in _stages(problem.config, outcome).items():
         key = checkpoint.z.tobytes()
         if key not in known:
             z = checkpoint.z
-            known[key] = recorder.scores("test", name, z, lambda z=z: problem.test_scores(z)).score  # type: ignore[misc]
+            known[key] = recorder.scores("test", name, z, lambda z=z: problem.test_scores(z))  # type: ignore[misc]
         scores[name] = known[key]
     return scores
 
@@ -96,7 +96,7 @@ def _stages(config: BbtConfig, outcome: Outcome) -> dict[str, Checkpoint]:
 
 
 def run_result(
-    run_dir: Path, problem: FewShotProblem, outcome: Outcome, recorder: Recorder, tests: dict[str, float]
+    run_dir: Path, problem: FewShotProblem, outcome: Outcome, recorder: Recorder, tests: dict[str, Scores]
 ) -> dict[str, Any]:
     """What ``result.json`` holds."""
     config, model, final = problem.config, problem.model, outcome.final
@@ -111,7 +111,8 @@ def run_result(
         "iterations": recorder.iteration,
         "train_loss": final.train_loss,
         "dev_score": final.dev_score,
-        "test_score": final_test,
+        "test_score": final_test and final_test.score,
+        "test_exact_match": final_test and final_test.exact_match,
         "metric": problem.card.metric,
         "seconds": run_seconds(recorder.seconds),
         "engine": engine_facts(model),
@@ -147,15 +148,19 @@ def engine_facts(model: FrozenModel) -> dict[str, str]:
     return {"runtime": runtime.name, "precision": runtime.precision, "device": str(runtime.device)}
 
 
-def stage_scores(stages: Mapping[str, Checkpoint], tests: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-    """Losses, scores and router of each stage's prompt; ``tests`` has the test scores that are known."""
+def stage_scores(stages: Mapping[str, Checkpoint], tests: Mapping[str, Scores]) -> dict[str, dict[str, Any]]:
+    """Losses, scores and router of each stage's prompt; ``tests`` has the test scores that are known.
+
+    ``test_exact_match`` is null but for extraction.
+    """
     return {
         name: {
             "iteration": c.iteration,
             "train_loss": finite_or_none(c.train_loss),
             "dev_score": c.dev_score,
             "dev_loss": None if c.dev is None else finite_or_none(c.dev.loss),
-            "test_score": tests.get(name),
+            "test_score": tests[name].score if name in tests else None,
+            "test_exact_match": tests[name].exact_match if name in tests else None,
             "router": router_text(c.router),
         }
         for name, c in stages.items()

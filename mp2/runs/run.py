@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mp2.errors import UsageError
 from mp2.files import write_json, write_text
 from mp2.optimizers.config import LayerConfig
-from mp2.optimizers.two_stage import Outcome, Progress, TwoStage
+from mp2.optimizers.two_stage import Outcome, Progress, Scores, TwoStage
 from mp2.runs.config import BbtConfig
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.runs.frozen_model import FrozenModel, load_model, resolve_paths
@@ -101,7 +101,7 @@ class Run:
         values = {**config_file(problem.config, problem.model), _AGREEMENT: found}
         write_json(self.run_dir / "config.json", values)
 
-    def drive(self, evaluate: Evaluate) -> tuple[Outcome, dict[str, float]]:
+    def drive(self, evaluate: Evaluate) -> tuple[Outcome, dict[str, Scores]]:
         """Begin, or go on where the journal ends; the outcome and the stages' test scores.
 
         May run in any thread: all forwards go through ``evaluate``, though what is only launched there is
@@ -132,7 +132,7 @@ class Run:
             self.iteration = recorder.iteration
             journal.close()
 
-    def finish(self, found: tuple[Outcome, dict[str, float]]) -> dict[str, Any]:
+    def finish(self, found: tuple[Outcome, dict[str, Scores]]) -> dict[str, Any]:
         """Write the tuned prompt, the curve and, last, the result, which is returned."""
         problem, recorder, (outcome, tests) = self._problem, self._recorder, found
         assert recorder is not None

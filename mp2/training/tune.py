@@ -159,20 +159,20 @@ class GradientTuner:
 
     def test_scores(
         self, stages: Mapping[str, Checkpoint], selected: PromptSet
-    ) -> tuple[dict[str, float], int, float]:
-        """Test score of each stage's prompt; how many prompts were scored (each once), and the seconds.
+    ) -> tuple[dict[str, Scores], int, float]:
+        """Test scores of each stage's prompt; how many prompts were scored (each once), and the seconds.
 
         ``selected`` are the soft prompts of a checkpoint of stage II; those of all others are the first ones.
         """
         begun = time.perf_counter()
-        known: dict[tuple[bytes, bool], float] = {}
+        known: dict[tuple[bytes, bool], Scores] = {}
         scores = {}
         for name, checkpoint in stages.items():
             trained = checkpoint.at == "stage2"
             key = (checkpoint.z.tobytes(), trained)
             if key not in known:
                 scorer = self.scorer(selected if trained else self._start)
-                known[key] = scorer.test_scores(checkpoint.z).fetch().score
+                known[key] = scorer.test_scores(checkpoint.z).fetch()
             scores[name] = known[key]
         return scores, len(known), time.perf_counter() - begun
 

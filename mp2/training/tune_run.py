@@ -115,7 +115,7 @@ def _result(run_dir: Path, config: TuneConfig, tuner: GradientTuner, outcome: Tu
     if not config.run.router_only:
         stages["stage2"] = found.final
     tests, n_tests, tested_s = tuner.test_scores(stages, outcome.prompts) if config.run.test else ({}, 0, 0.0)
-    seconds = outcome.seconds
+    seconds, last = outcome.seconds, tests.get(list(stages)[-1])
     return {
         "task": problem.card.task,
         "method": config.method(model.kind),
@@ -126,7 +126,8 @@ def _result(run_dir: Path, config: TuneConfig, tuner: GradientTuner, outcome: Tu
         "iterations": found.loss_curve[-1][0],
         "train_loss": finite_or_none(found.final.train_loss),
         "dev_score": found.final.dev_score,
-        "test_score": tests.get(list(stages)[-1]),
+        "test_score": last and last.score,
+        "test_exact_match": last and last.exact_match,
         "metric": problem.card.metric,
         "seconds": {
             "stage1": seconds["stage1"],

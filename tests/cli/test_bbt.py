@@ -536,6 +536,13 @@ def test_extraction_and_multiple_choice_tune_and_predict(world: World, task: str
     found = predictions(result["run_dir"], path)
     examples = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     assert len(found) == len(examples)
+    equal = [
+        any(p["answer"].lower().strip() == a["text"].lower().strip() for a in e["answers"])
+        for p, e in zip(found, examples, strict=True)
+        if task == "find"
+    ]  # no punctuation in these texts
+    assert result["test_exact_match"] == (sum(equal) / len(equal) if task == "find" else None)
+    assert result["stages"]["stage2"]["test_exact_match"] == result["test_exact_match"]
     for prediction, example in zip(found, examples, strict=True):
         assert 0 <= prediction["probability"] <= 1
         if task == "find":

@@ -125,7 +125,7 @@ def run_result(
         "evaluations": dict(recorder.counts),
         "examples": {"train": problem.n_train, "dev": problem.n_dev, "test": problem.n_test if tests else 0},
         "non_finite_losses": recorder.n_non_finite,
-        **baseline_facts(problem, final.dev_score, final_test and final_test.score),
+        **baseline_facts(problem, final.dev_score, None if final_test is None else final_test.score),
         "provenance": {**identity(problem), "versions": versions()},
     }
 

@@ -11,7 +11,7 @@ _MODULES = {
     "PretrainConfig": "config",
     "PretrainInputs": "pretrain_run",
     "PretrainResult": "outputs",
-    "Pretrainer": "pretrain",
+    "Pretrainer": "pretrainer",
     "PromptedEncoder": "prompted",
     "TuneConfig": "config",
     "asked_run": "pretrain_run",

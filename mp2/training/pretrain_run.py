@@ -22,7 +22,7 @@ from mp2.tasks.place import tasks_in
 from mp2.training.config import PretrainConfig
 from mp2.training.mixture import load_mixture
 from mp2.training.outputs import PretrainResult
-from mp2.training.pretrain import Pretrainer, differences
+from mp2.training.pretrainer import Pretrainer, differences
 from mp2.training.prompted import table
 from mp2.training.ranks import is_main, joined
 

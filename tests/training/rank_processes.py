@@ -105,7 +105,7 @@ def _arm(moment: Moment) -> None:
     """Make this process signal itself at ``moment``."""
     from mp2 import files
     from mp2.training.mlm_trainer import MlmTrainer
-    from mp2.training.pretrain import Pretrainer
+    from mp2.training.pretrainer import Pretrainer
 
     at = -1  # the step of the last loss
 

@@ -50,6 +50,7 @@ def show_result(result: dict[str, Any]) -> None:
     if result["verdict"]:
         show(result["verdict"])
     show(result["run_dir"])
+    show(f"label new text with it: mp2 predict --run {result['run_dir']} --input FILE")
 
 
 def show_series(results: Sequence[dict[str, Any]]) -> None:

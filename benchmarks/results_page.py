@@ -139,6 +139,16 @@ def emulated(results: list[Result]) -> str:
     return "\n".join(rows)
 
 
+def cpu_settings(results: list[Result]) -> str:
+    """A visit of a layer with and without C kernels, and with threads that spin."""
+    rows = ["| level | precision | without | threads | spin | beside | ms a visit |"]
+    rows.append("| --- | --- | --- | ---: | --- | --- | ---: |")
+    for row in (row for result in results for row in result["rows"]):
+        about = [row[key] for key in ("level", "precision", "without", "threads", "spin", "beside")]
+        rows.append(f"| {' | '.join(map(str, about))} | {ranged(row['visit_ms'], 0)} |")
+    return "\n".join(rows)
+
+
 def full_shape(results: list[Result]) -> str:
     """Time and memory of whole commands at the shape of CPT-large."""
     rows = ["| command | seconds | peak GiB |", "| --- | ---: | ---: |"]
@@ -232,6 +242,14 @@ SECTIONS = [
         command="python -m benchmarks.speed.tensorrt_engine --emulate --work DIR",
         text="The typed graphs of mini on the CPU, rounded after every node; not a run of TensorRT.",
         table=emulated,
+    ),
+    Section(
+        title="C kernels, instruction sets, spinning threads",
+        files=["cpu_settings_kernels.json", "cpu_settings_spin.json"],
+        command="python -m benchmarks.speed.cpu_settings kernels",
+        text="A visit of mini's middle layer, 20 candidates on 32 examples of demo_topic. The "
+        "module's second command is `spin`. Spin was measured beside other work on the same two cores.",
+        table=cpu_settings,
     ),
     Section(
         title="The full shape of CPT-large",

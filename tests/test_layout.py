@@ -25,7 +25,17 @@ ROOT = Path(mp2.__file__).parent
 MOST_MODULES = 10
 # a package may import its own level's and lower ones, but two of one level never each other
 LEVELS = (
-    ("errors", "files", "limits", "text_files", "tensor_files", "environment", "__version__"),
+    (
+        "errors",
+        "files",
+        "lazy",
+        "limits",
+        "options",
+        "text_files",
+        "tensor_files",
+        "environment",
+        "__version__",
+    ),
     ("backbone",),
     ("heads", "tasks", "prompts"),
     ("engine", "optimizers"),

@@ -13,6 +13,7 @@ from mp2.engine.backend import Backend, is_out_of_memory
 from mp2.engine.objective import Objective
 from mp2.engine.select import exact_backend
 from mp2.errors import OutOfMemoryError
+from mp2.heads import Head
 from mp2.prompts import PromptSet
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def agreement(
     inputs: Sequence[MrcInput],
     layer: int,
     *,
+    head: Head | None = None,
     sigma: float = 0.05,
     n_candidates: int = POPULATION,
 ) -> Agreement:
@@ -60,14 +62,14 @@ def agreement(
 
     The candidates, steps of ``sigma`` from the prompt with every module on, are the same in every call. torch
     runs on the backend's device, or on the CPU where the weights in float32 do not fit beside it; shallow
-    prompts have layer 0 only.
+    prompts have layer 0 only. ``head`` reads the losses (None: the prompts' own).
     """
     z = prompts.fuse(torch.ones(prompts.z.shape[:2])).detach().numpy()
     steps = np.random.default_rng(_SEED).standard_normal((n_candidates, z.shape[1]))
     candidates = z[layer] + sigma * steps
 
     def losses(on: Backend) -> np.ndarray:
-        objective = Objective(on.forward(prompts), inputs)
+        objective = Objective(on.forward(prompts, head), inputs)
         objective.set_incumbent(z)
         return objective.layer_losses(layer, candidates).fetch()
 

@@ -217,6 +217,11 @@ def _read_run(run_dir: Path, backbone: Backbone, prompts: str | None) -> TunedTa
     config = read_config(run_dir)
     try:
         z, meta = load_tuned(run_dir / "prompt.safetensors")
+        if (kind := meta.head.get("kind")) != "span":
+            raise UsageError(
+                f"{run_dir} reads its answers by the {kind} head, and bundles have the span head only: "
+                "deploy it with 'mp2 predict', or tune with --head span"
+            )
     except FormatError as error:
         raise FormatError(f"{error}; {how_to_end(run_dir)}") from error
     if meta.backbone_sha256 != backbone.sha256:

@@ -10,9 +10,9 @@ encoder averages away.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mp2.heads.head import States
 from mp2.heads.leave_one_out import best_settings, centred, cross_entropy, dual
-from mp2.heads.ngrams import NgramFeatures
+from mp2.heads.ngrams import LONGEST, NgramFeatures
 
 if TYPE_CHECKING:
     from mp2.tasks import MrcInput
@@ -109,6 +109,14 @@ class RidgeHead:
             fitted, bias=fitted.bias - ngram_bias.numpy(), ngrams=self._ngrams, ngram_weight=ngram_weight
         )
 
+    def scores(self, item: MrcInput, output: NDArray[np.floating]) -> Floats:
+        """Only the head that `fit` gives has scores."""
+        raise NotImplementedError("a ridge head scores after fit()")
+
+    def gold_losses(self, inputs: Sequence[MrcInput], outputs: Sequence[NDArray[np.floating]]) -> list[float]:
+        """Only the head that `fit` gives has scores."""
+        raise NotImplementedError("a ridge head scores after fit()")
+
     def _kernel(self, features: NDArray[np.floating]) -> Tensor:
         """Centred kernels [P, N, N] of features [P, N, F], with the n-grams' half if there are any."""
         rows = torch.from_numpy(np.asarray(features, dtype=np.float64))
@@ -126,10 +134,61 @@ class FittedRidge:
     ngrams: NgramFeatures | None = None
     ngram_weight: Floats | None = None  # [G, C], of pairs [2 G, C]
 
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Its tensors, for a file; n-grams [G, 3] int64, -1 behind the shorter ones."""
+        found: dict[str, NDArray[Any]] = {
+            "ridge_state_weight": np.ascontiguousarray(self.state_weight),
+            "ridge_bias": np.ascontiguousarray(self.bias),
+        }
+        if self.ngrams is not None and self.ngram_weight is not None:
+            rows = np.full((len(self.ngrams.vocabulary), LONGEST), -1, np.int64)
+            for row, ngram in zip(rows, self.ngrams.vocabulary, strict=True):
+                row[: len(ngram)] = ngram
+            found |= {
+                "ridge_ngrams": rows,
+                "ridge_idf": self.ngrams.idf,
+                "ridge_ngram_weight": np.ascontiguousarray(self.ngram_weight),
+            }
+        return found
+
+    @classmethod
+    def from_state(cls, settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> FittedRidge:
+        """Read back what `state` wrote; KeyError, TypeError or ValueError for what is not that."""
+        chosen = RidgeSettings(**{f.name: settings[f.name] for f in fields(RidgeSettings)})
+        weight, bias = tensors["ridge_state_weight"], tensors["ridge_bias"]
+        if weight.ndim != 2 or bias.shape != weight.shape[1:]:
+            raise ValueError(f"weights of shape {weight.shape} and a bias of shape {bias.shape}")
+        if not all(np.isfinite(x).all() for x in (weight, bias)):
+            raise ValueError("weights that are not finite")
+        ngrams = None
+        if chosen.ngrams:
+            rows = tensors["ridge_ngrams"]
+            vocabulary = [tuple(int(i) for i in row if i >= 0) for row in rows]
+            ngrams = NgramFeatures(vocabulary, tensors["ridge_idf"])
+        return cls(
+            settings=chosen,
+            state_weight=weight,
+            bias=bias,
+            ngrams=ngrams,
+            ngram_weight=tensors["ridge_ngram_weight"] if ngrams is not None else None,
+        )
+
     @property
     def layer(self) -> int:
         """See `Head.layer`."""
         return self.settings.layer
+
+    def fit(self, outputs: Callable[[], NDArray[np.floating]]) -> FittedRidge:
+        """Return itself."""
+        return self
+
+    def training_outputs(self, states: States) -> Tensor:
+        """Return what `scoring_outputs` does."""
+        return pooled(states)
+
+    def losses(self, outputs: NDArray[np.floating]) -> Floats:
+        """A head that was fitted has no training set to leave examples out of."""
+        raise NotImplementedError("a fitted ridge head only scores")
 
     def to(self, device: torch.device) -> FittedRidge:
         """See `Head.to`: the few weights stay on the host."""

@@ -112,6 +112,7 @@ class Space:
     n_dims: int
     fuse: Callable[[Routers], Prompt]  # router [L', K] -> z [L', d], eq. 1
     warm: Routers  # [n_tasks, L', K]
+    n_moved: int | None = None  # the first layers, which the loss depends on; None: all
 
     def modules(self) -> Prompt:
         """Intrinsic prompts [L', K, d], up to a factor: what a router with one module on fuses."""
@@ -258,9 +259,10 @@ class TwoStage:
     def _search_layers(self, stage1: Checkpoint, seed: np.random.SeedSequence) -> None:
         """Stage II from stage I's fused prompt [L', d]."""
         config, evaluations, space, fused = self._config, self._evaluations, self._space, stage1.z
-        sigmas = [config.layers.sigma(layer, space.kind) for layer in range(space.n_layers)]
+        n_layers = space.n_moved or space.n_layers
+        sigmas = [config.layers.sigma(layer, space.kind) for layer in range(n_layers)]
         searches = layer_searches(sigmas, space.n_dims, config.layers, seed)
-        round_iters = space.n_layers * config.layers.popsize
+        round_iters = n_layers * config.layers.popsize
         dev_every = config.dev_every or (round_iters if space.kind == "deep" else 100)
         incumbent = _Incumbent(fused, self._objective)
         last_dev = evaluations.iteration
@@ -294,7 +296,7 @@ class TwoStage:
                 self._checkpoint("stage2", incumbent.z.copy(), stage1.router)
                 last_dev = evaluations.iteration
             self._report(2)
-            layer = (layer + 1) % space.n_layers
+            layer = (layer + 1) % n_layers
 
     def _checkpoint(self, at: str, z: Prompt, router: Routers) -> Checkpoint:
         """Score z on dev if there is one, unless the last checkpoint was the same prompt."""

@@ -15,6 +15,8 @@ from mp2.options import option
 
 SCHEMA_VERSION = 1
 KINDS = ("auto", "deep", "shallow")
+HEADS = ("auto", "span", "mlm", "ridge")
+RIDGE_FEATURES = ("states+ngrams", "states")
 RUNTIMES = ("auto", "torch", "onnxruntime", "onnxruntime-tensorrt", "tensorrt")  # those of mp2.engine
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "fp8", "int8")  # of any device
 
@@ -53,6 +55,14 @@ class BbtConfig(SearchConfig):
     baselines: bool = option(True, "No baselines beside the result.", flag="no-baselines")
     max_tokens: int | None = option(
         None, "Longest sequence.", default_text="what the backbone allows", at_least=1
+    )
+    head: Literal["auto", "span", "mlm", "ridge"] = option(
+        "auto",
+        "What reads the answers: span (pre-trained prompts'), mlm (the checkpoint's), ridge (closed form).",
+        choices=HEADS,
+    )
+    ridge_features: Literal["states+ngrams", "states"] = option(
+        "states+ngrams", "What the ridge head looks at.", choices=RIDGE_FEATURES
     )
     engine: str | None = option(None, "Engine folder of 'mp2 export'.", kind="path")
     runtime: str = option("auto", "What computes.", choices=RUNTIMES)
@@ -99,11 +109,25 @@ class BbtConfig(SearchConfig):
         return config
 
     def sha256(self) -> str:
-        """Hash of all fields: two runs with the same hash, data and files give the same result."""
+        """Hash of all fields: two runs with the same hash, data and files give the same result.
+
+        Fields that came later count only where they are not at their defaults: older runs can be resumed.
+        """
         values = self.to_json()
-        if self.revision is None:  # as it was before there was this field: older runs go on
-            del values["revision"]
+        for name, default in _LATER.items():
+            if values[name] == default:
+                del values[name]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+_LATER: dict[str, Any] = {
+    "revision": None,
+    "dev": "auto",
+    "field": [],
+    "baselines": True,
+    "head": "auto",
+    "ridge_features": "states+ngrams",
+}
 
 
 def _build(cls: type[Any], values: dict[str, Any], path: Path | None, prefix: str) -> Any:

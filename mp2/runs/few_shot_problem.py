@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mp2.optimizers.router_search import stage_one_iterations
-from mp2.optimizers.two_stage import Prompt, Scores
+from mp2.optimizers.two_stage import Prompt, Scores, Space
 from mp2.runs.config import BbtConfig
 from mp2.runs.frozen_model import FrozenModel
+from mp2.runs.head_choice import HeadChooser
 from mp2.runs.task_data import TaskData
 
 if TYPE_CHECKING:
@@ -48,15 +49,27 @@ class FewShotProblem:
         )
         split = self.split
         self._dev = split.dev
-        self.train_inputs = [self.data.formatter.training_input(e, i) for i, e in enumerate(split.train)]
-        self.dev_inputs = self.data.inputs(split.dev)
-        self.n_train, self.n_dev = len(self.train_inputs), len(split.dev)
+        chooser = HeadChooser(
+            card, model.runtime, model.prompts, self.data.formatter, split.train, config.ridge_features
+        )
+        self.head = chooser.choose(config.head)
+        self.train_inputs = self.head.train_inputs
+        self.dev_inputs = self.data.inputs(split.dev, self.head.kind)
+        self.n_train, self.n_dev = len(split.train), len(split.dev)
         if config.test:
             _ = self.data.fitting_tests  # what is wrong with them is said now, not when all is tuned
         self.data_sha256 = _inputs_sha256([*self.train_inputs, *self.dev_inputs])
-        forward = model.runtime.forward(model.prompts)
+        forward = model.runtime.forward(model.prompts, self.head.head)
         self.objective = Objective(forward, self.train_inputs)
         self.scorer = Scorer(forward)
+
+    @property
+    def space(self) -> Space:
+        """What is searched: of deep prompts, those at layers that the head reads."""
+        space, read = self.model.space(), self.head.head.layer
+        if space.kind == "shallow" or read is None:
+            return space
+        return replace(space, n_moved=min(read, space.n_layers))
 
     @property
     def on_dev(self) -> Callable[[Prompt], Pending[Scores]] | None:
@@ -71,7 +84,7 @@ class FewShotProblem:
         """Score and loss of z [L', d] on the test set; examples that do not fit count as wrong."""
         fitting = self.data.fitting_tests
         share = len(fitting) / self.n_test
-        return self._scores(z, fitting, self.data.test_inputs).then(
+        return self._scores(z, fitting, self.test_inputs()).then(
             lambda scores: Scores(
                 scores.score * share,
                 scores.loss,
@@ -81,7 +94,7 @@ class FewShotProblem:
 
     def test_inputs(self) -> list[MrcInput]:
         """The sequences that a test evaluation runs."""
-        return self.data.test_inputs
+        return self.data.test_inputs(self.head.kind)
 
     @property
     def n_test(self) -> int:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mp2.errors import MismatchError, UsageError
-from mp2.optimizers.config import Kind
+from mp2.optimizers.config import Kind, RouterConfig
 from mp2.optimizers.router_search import Routers, check_method
 from mp2.optimizers.two_stage import Prompt, Space
 from mp2.runs.config import BbtConfig
+from mp2.runs.scratch import ON_THE_FLY, untrained_prompts
 
 if TYPE_CHECKING:
     from mp2.backbone import Backbone
@@ -63,23 +64,20 @@ class FrozenModel:
 
 
 def default_prompts(config: BbtConfig) -> str:
-    """The prompt file's name: what was asked for, or the embedded one of the backbone.
+    """The prompts' name: what was asked for, the embedded ones of the backbone, or made from scratch.
 
     Raises:
         UnknownNameError: no such backbone.
-        UsageError: a backbone without embedded prompts.
     """
     from mp2.backbone.load import check_backbone_name
 
     if config.prompts is not None:
         return config.prompts
+    kind = "shallow" if config.kind == "shallow" else "deep"
     if config.backbone != "mini":
         check_backbone_name(config.backbone)
-        raise UsageError(
-            f"no prompts were named for backbone '{config.backbone}': give --prompts FILE "
-            "(mp2 pretrain makes one); only 'mini' has embedded ones"
-        )
-    return "mini-shallow" if config.kind == "shallow" else "mini-deep"
+        return f"scratch-{kind}"
+    return f"mini-{kind}"
 
 
 def resolve_paths(config: BbtConfig) -> BbtConfig:
@@ -99,11 +97,18 @@ def resolve_paths(config: BbtConfig) -> BbtConfig:
         task=_absolute(config.task) if config.task.endswith(".toml") else config.task,
         data=_absolute(data) if data else None,
         backbone=_absolute(config.backbone, BACKBONES),
-        prompts=_absolute(prompts, PROMPTS),
+        prompts=_absolute(prompts, [*PROMPTS, *ON_THE_FLY]),
         engine=_absolute(config.engine) if config.engine else None,
-        router=replace(config.router, method=check_method(config.router.method)),
+        router=_router(config.router, prompts),
         threads=config.threads or torch.get_num_threads(),  # sums depend on it in their last bits
     )
+
+
+def _router(router: RouterConfig, prompts: str) -> RouterConfig:
+    """Stage I with the method's full name; none where no module was trained, and no method asked for."""
+    if prompts in ON_THE_FLY and router == RouterConfig():
+        return replace(router, method="none")
+    return replace(router, method=check_method(router.method))
 
 
 def _absolute(name: str, embedded: Collection[str] = ()) -> str:
@@ -127,7 +132,9 @@ def load_model(config: BbtConfig) -> FrozenModel:
             f"--engine {config.engine}: no {MANIFEST} there; give a folder that mp2 export wrote"
         )
     backbone = load_backbone(config.backbone, revision=config.revision)
-    prompts = load_prompts(default_prompts(config), backbone)
+    name = default_prompts(config)
+    made = ON_THE_FLY.get(name)
+    prompts = load_prompts(name, backbone) if made is None else untrained_prompts(backbone, made)
     if config.kind not in ("auto", prompts.kind):
         raise MismatchError(
             f"the prompts of {default_prompts(config)} are {prompts.kind}, expected {config.kind}: "

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def iterations_of(problem: FewShotProblem) -> tuple[int, int]:
     """Iterations of the stages; stage I may have fewer, where there are not as many routers."""
-    config, space = problem.config, problem.model.space()
+    config, space = problem.config, problem.space
     stage1 = stage_one_iterations(
         config.router.method,
         config.router.iterations,
@@ -40,6 +40,7 @@ def run_plan(problem: FewShotProblem) -> dict[str, Any]:
         "kind": model.kind,
         "backbone": model.backbone.name,
         "prompts": str(config.prompts),
+        "head": problem.head.as_dict(),
         "engine": {
             "runtime": model.runtime.name,
             "precision": model.runtime.precision,
@@ -71,6 +72,7 @@ def plan_rows(plan: dict[str, Any], n_runs: int, agreement: Agreement | None) ->
     rows = [
         ("task", f"{plan['task']}, seed {plan['seed']}" + (f" and {n_runs - 1} more runs" * (n_runs > 1))),
         ("backbone", f"{plan['backbone']}, {plan['kind']} prompts {plan['prompts']}"),
+        ("head", head_line(plan)),
         ("engine", engine_line(plan)),
     ]
     if agreement is not None:
@@ -97,6 +99,14 @@ def plan_rows(plan: dict[str, Any], n_runs: int, agreement: Agreement | None) ->
     return rows
 
 
+def head_line(plan: dict[str, Any]) -> str:
+    """What reads the answers, and why."""
+    head = plan["head"]
+    layer = f" on the states of layer {head['layer']}" if "layer" in head else ""
+    ngrams = " and token n-grams" if head.get("ngrams") else ""
+    return f"{head['kind']}{layer}{ngrams} ({head['reason']})"
+
+
 def engine_line(plan: dict[str, Any]) -> str:
     """What computes, and why."""
     engine = plan["engine"]
@@ -118,6 +128,8 @@ def opening_lines(problems: Sequence[FewShotProblem], agreements: Sequence[Agree
         f"{examples['min_tokens']} to {examples['max_tokens']} tokens, {n_batches} batches for "
         f"{plan['popsize']} candidates; {stage1} + {stage2} iterations"
     ]
+    if plan["head"]["kind"] != "span":
+        lines.append(f"head {head_line(plan)}")
     n_tasks = len({problem.card.task for problem in problems})
     said: set[str] = set()
     for problem, found in zip(problems, agreements, strict=True):

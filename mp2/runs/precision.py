@@ -22,13 +22,17 @@ def precision_agreement(problem: FewShotProblem) -> Agreement | None:
     model, config = problem.model, problem.config
     if model.runtime.precision == "fp32":
         return None
-    space = model.space()
-    layer = space.n_layers // 2
+    space = problem.space
+    layer = (space.n_moved or space.n_layers) // 2
+    # the losses of other heads are not means over examples that a part of them could stand for
+    whole = problem.head.kind != "span"
+    chosen = range(len(problem.train_inputs)) if whole else _chosen(problem, layer)
     return agreement(
         model.runtime,
         model.prompts,
-        [problem.train_inputs[i] for i in _chosen(problem, layer)],
+        [problem.train_inputs[i] for i in chosen],
         layer,
+        head=problem.head.head,
         sigma=config.layers.sigma(layer, space.kind),
         n_candidates=config.layers.popsize,
     )

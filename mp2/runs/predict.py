@@ -14,7 +14,7 @@ from mp2.runs.config import BbtConfig
 from mp2.runs.frozen_model import FrozenModel, load_model
 from mp2.runs.prediction_lines import input_lines, text_records
 from mp2.runs.run_folder import how_to_end, read_config
-from mp2.runs.tuned import check_fits, load_tuned
+from mp2.runs.tuned import check_fits, load_tuned, tuned_head
 
 if TYPE_CHECKING:
     from mp2.tasks import Example, TaskCard
@@ -60,7 +60,7 @@ class Predictor:
             MismatchError: backbone or prompts are not those of the run.
         """
         from mp2.engine import Scorer
-        from mp2.tasks import MrcFormatter, load_card
+        from mp2.tasks import ClozeFormatter, FieldFormatter, MrcFormatter, load_card
         from mp2.tasks.columns import parse_fields
 
         run_dir = Path(run_dir)
@@ -84,8 +84,12 @@ class Predictor:
             model = _load_here(config, note)
         check_fits(meta, backbone_sha256=model.backbone.sha256, prompts_sha256=model.prompts.sha256)
         self._fields = parse_fields(config.field, self.card)
-        self._formatter = MrcFormatter(self.card, model.backbone.tokenizer, meta.max_tokens)
-        self._scorer = Scorer(model.runtime.forward(model.prompts))
+        kinds: dict[str, type[Any]] = {"mlm": ClozeFormatter, "ridge": FieldFormatter}
+        formatter = kinds.get(meta.head.get("kind", "span"), MrcFormatter)
+        self._formatter = formatter(self.card, model.backbone.tokenizer, meta.max_tokens)
+        words = getattr(self._formatter, "words", ())
+        head = tuned_head(run_dir / "prompt.safetensors", meta, model, words)
+        self._scorer = Scorer(model.runtime.forward(model.prompts, head))
 
     def predict_lines(
         self, lines: Iterable[bytes], name: str, keep: Sequence[str] = ()

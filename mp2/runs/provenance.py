@@ -26,6 +26,7 @@ def identity(problem: FewShotProblem) -> dict[str, Any]:
         "prompts_sha256": problem.model.prompts.sha256,
         "data_sha256": problem.data_sha256,
         "card_version": problem.card.version,
+        **({} if problem.head.kind == "span" else {"head": problem.head.as_dict()}),
     }
 
 

@@ -126,6 +126,7 @@ def run_result(
         "examples": {"train": problem.n_train, "dev": problem.n_dev, "test": problem.n_test if tests else 0},
         "non_finite_losses": recorder.n_non_finite,
         **baseline_facts(problem, final.dev_score, None if final_test is None else final_test.score),
+        "head": problem.head.as_dict(),
         "provenance": {**identity(problem), "versions": versions()},
     }
 
@@ -208,4 +209,5 @@ def tuned_meta(problem: FewShotProblem, outcome: Outcome) -> TunedMeta:
         at=outcome.final.at,
         iteration=outcome.final.iteration,
         seed=problem.config.seed,
+        head=problem.head.as_dict(),
     )

@@ -27,7 +27,7 @@ from mp2.runs.recorder import Evaluate, Recorder
 from mp2.runs.result import draw_curve, run_result, score_tests, tuned_meta
 from mp2.runs.run_folder import says_how_to_go_on
 from mp2.runs.task_data import TaskData
-from mp2.runs.tuned import save_tuned
+from mp2.runs.tuned import head_tensors, save_tuned
 
 if TYPE_CHECKING:
     from mp2.engine import Objective
@@ -99,6 +99,7 @@ class Run:
         write_text(self.run_dir / "card.toml", Path(problem.card.path).read_text(encoding="utf-8"))
         found = None if agreement is None else agreement.as_dict()
         values = {**config_file(problem.config, problem.model), _AGREEMENT: found}
+        values["head"] = problem.head.as_dict()
         write_json(self.run_dir / "config.json", values)
 
     def drive(self, evaluate: Evaluate) -> tuple[Outcome, dict[str, Scores]]:
@@ -122,7 +123,7 @@ class Run:
             outcome = TwoStage(
                 problem.config,
                 problem.objective,
-                problem.model.space(),
+                problem.space,
                 problem.on_dev,
                 recorder,
                 observe,
@@ -142,7 +143,9 @@ class Run:
         result[_AGREEMENT] = begun.get(_AGREEMENT)
         title = f"{result['task']}  {result['method']}  seed {result['seed']}"
         with says_how_to_go_on(self.run_dir):
-            save_tuned(self.run_dir / "prompt.safetensors", outcome.final.z, tuned_meta(problem, outcome))
+            head = problem.objective.reader(outcome.final.z)
+            meta = tuned_meta(problem, outcome)
+            save_tuned(self.run_dir / "prompt.safetensors", outcome.final.z, meta, head_tensors(head))
             draw_curve(self.run_dir / "curve.png", outcome, title, problem.card.metric)
             write_json(self.run_dir / "result.json", result)  # last: it says that the run has ended
         self.ended = True

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mp2.backbone import Backbone
     from mp2.prompts import PromptSet
 
-ON_THE_FLY = {"scratch-deep": "deep", "scratch-shallow": "shallow"}
+ON_THE_FLY: dict[str, Kind] = {"scratch-deep": "deep", "scratch-shallow": "shallow"}
 """Names of prompts that are made when a run begins, for a backbone that has no trained ones."""
 
 

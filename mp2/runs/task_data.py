@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mp2.errors import UsageError
 
 if TYPE_CHECKING:
     from mp2.runs.config import BbtConfig
     from mp2.runs.frozen_model import FrozenModel
+    from mp2.runs.head_choice import Formatter
     from mp2.tasks import Example, MrcInput, TaskCard
     from mp2.tasks.baselines import States
 
@@ -22,20 +23,37 @@ class TaskData:
     """Train pool and test set of a task, for sequences of at most ``max_tokens``."""
 
     def __init__(self, config: BbtConfig, card: TaskCard, model: FrozenModel) -> None:
-        from mp2.tasks import MrcFormatter
         from mp2.tasks.columns import parse_fields
 
         self.card, self._backbone = card, model.backbone
         self.max_tokens = model.max_tokens(config.max_tokens)
-        self.formatter = MrcFormatter(card, model.backbone.tokenizer, self.max_tokens)
+        self._formatters: dict[str, Formatter] = {}
+        self._test_inputs: dict[str, list[MrcInput]] = {}
         self._data = config.data
         self._fields = parse_fields(config.field, card)
         self._test_limit = config.test_limit
 
+    def formatter(self, head: str) -> Formatter:
+        """What writes examples for a kind of head; raises ``UsageError`` where the task does not suit it."""
+        from mp2.tasks import ClozeFormatter, FieldFormatter, MrcFormatter
+
+        if head not in self._formatters:
+            kinds: dict[str, type[Any]] = {
+                "span": MrcFormatter,
+                "mlm": ClozeFormatter,
+                "ridge": FieldFormatter,
+            }
+            self._formatters[head] = kinds[head](self.card, self._backbone.tokenizer, self.max_tokens)
+        return self._formatters[head]
+
+    def _fits(self, example: Example) -> bool:
+        """Whether there is room for the options of an example that brings its own."""
+        return self.card.type != "multiple_choice" or self.formatter("span").fits(example)
+
     @cached_property
     def pool(self) -> list[Example]:
         """The training examples that fit; few-shot splits are drawn from them."""
-        return [e for e in self._load("train") if self.formatter.fits(e)]
+        return [e for e in self._load("train") if self._fits(e)]
 
     @cached_property
     def dev_pool(self) -> list[Example]:
@@ -44,7 +62,7 @@ class TaskData:
 
         if not has_split(self.card, "dev", self._data):
             return []
-        return [e for e in self._load("dev") if self.formatter.fits(e)]
+        return [e for e in self._load("dev") if self._fits(e)]
 
     @cached_property
     def tests(self) -> list[Example]:
@@ -59,21 +77,24 @@ class TaskData:
     @cached_property
     def fitting_tests(self) -> list[Example]:
         """Those of :attr:`tests` that fit; raises ``UsageError`` if none does."""
-        fitting = [e for e in self.tests if self.formatter.fits(e)]
+        fitting = [e for e in self.tests if self._fits(e)]
         if not fitting:
             raise UsageError(f"no test example of '{self.card.task}' fits {self.max_tokens} tokens")
         return fitting
 
-    @cached_property
-    def test_inputs(self) -> list[MrcInput]:
-        """The sequences of :attr:`fitting_tests`."""
-        return self.inputs(self.fitting_tests)
+    def test_inputs(self, head: str) -> list[MrcInput]:
+        """The sequences of :attr:`fitting_tests` for a kind of head."""
+        if head not in self._test_inputs:
+            self._test_inputs[head] = self.inputs(self.fitting_tests, head)
+        return self._test_inputs[head]
 
     def lines(self) -> list[str]:
         """What of the training texts is cut to the longest sequence, in words."""
         from mp2.tasks.lengths import lengths
 
-        measured = lengths(self.card, self.formatter.tokenizer, self.max_tokens, self.pool[:N_MEASURED])
+        if "span" not in self._formatters:  # other heads show the text without template and options
+            return []
+        measured = lengths(self.card, self._backbone.tokenizer, self.max_tokens, self.pool[:N_MEASURED])
         line = None if measured is None else measured.line("training texts")
         return [] if line is None else [line]
 
@@ -84,6 +105,7 @@ class TaskData:
 
         return pooled_states(self._backbone, self.max_tokens)
 
-    def inputs(self, examples: Sequence[Example]) -> list[MrcInput]:
-        """The sequences of examples, in their order."""
-        return [made for i, e in enumerate(examples) for made in self.formatter.inputs(e, i)]
+    def inputs(self, examples: Sequence[Example], head: str) -> list[MrcInput]:
+        """The sequences of examples for a kind of head, in their order."""
+        formatter = self.formatter(head)
+        return [made for i, e in enumerate(examples) for made in formatter.inputs(e, i)]

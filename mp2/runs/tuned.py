@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mp2.errors import FormatError, MismatchError
+from mp2.errors import FormatError, MismatchError, UsageError
 from mp2.files import write_bytes
 from mp2.tensor_files import open_safetensors
+
+if TYPE_CHECKING:
+    from mp2.heads import Head
+    from mp2.runs.frozen_model import FrozenModel
 
 SCHEMA_VERSION = 1
 
@@ -32,16 +38,56 @@ class TunedMeta:
     at: str  # untuned | stage1 | stage2
     iteration: int
     seed: int
+    head: dict[str, Any] = field(default_factory=lambda: {"kind": "span"})  # its tensors stand beside z
     schema_version: int = SCHEMA_VERSION
 
 
-def save_tuned(path: Path, z: NDArray[np.float32], meta: TunedMeta) -> None:
-    """Write z [L', d] and its metadata; the same values always give the same bytes."""
+def head_tensors(head: Head) -> dict[str, NDArray[Any]]:
+    """What a head that was fitted has to keep; others are made again from prompts and backbone."""
+    from mp2.heads import FittedRidge
+
+    return head.state() if isinstance(head, FittedRidge) else {}
+
+
+def tuned_head(path: Path, meta: TunedMeta, model: FrozenModel, words: Sequence[Sequence[int]]) -> Head:
+    """The head that a tuned prompt is read with; ``words``: token ids of the label words.
+
+    Raises:
+        FormatError: no such head, or its tensors are not those of one.
+        UsageError: the checkpoint has no masked-language-model head.
+    """
+    from safetensors.numpy import load_file
+
+    from mp2.heads import FittedRidge, LabelWordHead, SpanHead
+
+    kind = meta.head.get("kind")
+    if kind == "span":
+        return SpanHead(model.prompts.span_weight, model.prompts.span_bias)
+    if kind == "mlm":
+        if model.backbone.mlm_head is None:
+            raise UsageError(
+                f"the run reads answers by the masked-language-model head of backbone '{meta.backbone}', and "
+                "this checkpoint has none"
+            )
+        return LabelWordHead(model.backbone.mlm_head, words)
+    if kind == "ridge":
+        try:
+            return FittedRidge.from_state(meta.head, load_file(path))
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"not a ridge head's: {error}", path=path, field="head") from error
+    raise FormatError(f"is {kind!r}, expected span, mlm or ridge", path=path, field="head.kind")
+
+
+def save_tuned(
+    path: Path, z: NDArray[np.float32], meta: TunedMeta, head: Mapping[str, NDArray[Any]] | None = None
+) -> None:
+    """Write z [L', d], its metadata and its head's tensors; the same values always give the same bytes."""
     from safetensors.numpy import save
 
     # One key: safetensors keeps metadata in a hash map, whose order would vary from run to run.
     data = save(
-        {"z": np.ascontiguousarray(z)}, {"mp2": json.dumps(asdict(meta), ensure_ascii=False, sort_keys=True)}
+        {"z": np.ascontiguousarray(z), **(head or {})},
+        {"mp2": json.dumps(asdict(meta), ensure_ascii=False, sort_keys=True)},
     )
     write_bytes(path, data)
 

@@ -45,7 +45,7 @@ def start_tune(
     """
     check_new_folder(out)
     card = load_card(config.run.task)
-    run = resolve_paths(replace(config.run, router=RouterConfig(method="none")))
+    run = resolve_paths(replace(config.run, router=RouterConfig(method="none"), head="span"))
     model = injected(model or load_model(run), config.injection)
     run = replace(run, runtime=model.runtime.name, precision=model.runtime.precision)
     config = replace(config, run=run)

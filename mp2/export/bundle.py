@@ -8,9 +8,8 @@ everything is called and means stands in docs/engines.md and in the README.md of
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -19,58 +18,33 @@ import onnx
 import torch
 from safetensors.torch import save
 
-from mp2.backbone import Backbone, load_backbone, resolve_device
+from mp2.backbone import Backbone
 from mp2.engine.bundle import BUNDLE_FORMAT, BUNDLE_SCHEMA_VERSION, Bundle
 from mp2.engine.folder import MANIFEST, file_sha256
-from mp2.engine.tensorrt.library import load_tensorrt
 from mp2.engine.tensorrt.plans import SHAPES
 from mp2.engine.tensorrt.profiles import TaskShapes
-from mp2.errors import FormatError, MismatchError, Mp2Error, UnknownNameError, UsageError
+from mp2.errors import Mp2Error, UnknownNameError
+from mp2.export.bundle_tasks import TunedTask, named_tasks, read_run, run_backbone, task_card
 from mp2.export.engine_folder import backbone_entry, check_target, replaced, save_graph, versions
+from mp2.export.graph_builder import OPSET, GraphBuilder
 from mp2.export.graphs import (
     INLINE_GRAPH,
-    OPSET,
     PREFIX_GRAPH,
-    GraphBuilder,
     backbone_inline_model,
     backbone_model,
 )
-from mp2.export.parity import REPORT_HEADER, Comparison, check, compare_whole, emulated_graph
-from mp2.export.triton import TRITON, write_triton
+from mp2.export.parity import Comparison, check, compare_whole, emulated_graph
 from mp2.export.weights import store_backbone
 from mp2.files import write_bytes, write_json
-from mp2.prompts import PrefixProjector, load_prompts
-from mp2.runs.frozen_model import default_prompts
-from mp2.runs.run_folder import how_to_end, read_config
-from mp2.runs.tuned import TunedMeta, check_fits, load_tuned
-from mp2.tasks import MrcFormatter, TaskCard, load_card
-from mp2.tasks.mrc import CLOSING, MIN_TEXT_TOKENS, SEPARATOR
 
 if TYPE_CHECKING:
-    from mp2.prompts import PromptSet
+    pass
 
 BUNDLE_PRECISIONS = ("fp32", "fp16", "bf16")
 _ROWS = 32  # of a batch, and tokens up to which it is padded: what TensorRT plans are made for
 _LENGTHS = (64, 128, 256)
 _FILES = Path(__file__).with_name("bundle_files")
 _WRITERS = {PREFIX_GRAPH: backbone_model, INLINE_GRAPH: backbone_inline_model}
-
-
-@dataclass(frozen=True)
-class TunedTask:
-    """A run that goes into a bundle: what it tuned, and everything that its answers need."""
-
-    run_dir: Path
-    meta: TunedMeta
-    card: TaskCard
-    tensors: dict[str, torch.Tensor]  # the graph's inputs of one row, float32
-    graph: str
-
-    @property
-    def prompt_length(self) -> int:
-        """Its prompt's rows."""
-        name = "prompt_keys" if self.graph == PREFIX_GRAPH else "prompt_rows"
-        return int(self.tensors[name].shape[-2])
 
 
 def write_bundle(
@@ -95,8 +69,8 @@ def write_bundle(
     if precision not in BUNDLE_PRECISIONS:
         raise UnknownNameError("precision", precision, BUNDLE_PRECISIONS)
     check_target(out)
-    loaded = _load(runs[0], backbone, revision)
-    tasks = _named([_read_run(run, loaded, prompts) for run in runs])
+    loaded = run_backbone(runs[0], backbone, revision)
+    tasks = named_tasks([read_run(run, loaded, prompts) for run in runs])
     with replaced(out) as (out, folder):
         graphs = sorted({task.graph for task in tasks.values()})
         store = store_backbone(loaded, folder, precision, None)
@@ -111,7 +85,7 @@ def write_bundle(
         (folder / "tasks").mkdir()
         for name, task in tasks.items():
             write_bytes(folder / _tensors_file(name), save(task.tensors))
-            write_json(folder / _card_file(name), _card(name, task, loaded))
+            write_json(folder / _card_file(name), task_card(name, task, loaded))
         (folder / "run.py").write_bytes((_FILES / "run.py").read_bytes())
         shapes = json.dumps(asdict(_shapes(loaded, tasks.values())), indent=2) + "\n"
         (folder / SHAPES).write_text(shapes, encoding="utf-8")
@@ -150,170 +124,12 @@ def build_bundle_plans(
     return plans
 
 
-def bundle_command(
-    runs: Sequence[str],
-    out: str,
-    backbone: str | None = None,
-    prompts: str | None = None,
-    runtime: str | None = None,
-    precision: str | None = None,
-    *,
-    revision: str | None = None,
-    triton: bool = False,
-    show: Callable[[str], None] = lambda line: None,
-) -> dict[str, object]:
-    """Do what ``mp2 export --run`` does, ``show`` the report line by line, and return it as JSON values.
-
-    ``runtime`` tensorrt also builds a plan of each graph, ``triton`` writes a model repository.
-    """
-    if runtime not in (None, "onnxruntime", "tensorrt"):
-        raise UnknownNameError("runtime", str(runtime), ("onnxruntime", "tensorrt"))
-    if runtime == "tensorrt":  # before any work
-        load_tensorrt()
-        resolve_device("cuda")
-    comparisons: list[Comparison] = []
-
-    def report(comparison: Comparison) -> None:
-        if not comparisons:
-            show(REPORT_HEADER)
-        comparisons.append(comparison)
-        show(comparison.line())
-
-    manifest = write_bundle(
-        [Path(run) for run in runs],
-        out,
-        backbone=backbone,
-        revision=revision,
-        prompts=prompts,
-        precision=precision or "fp32",
-        report=report,
-    )
-    plans: dict[str, bytes] = {}
-    if runtime == "tensorrt":
-        loaded = _load(Path(runs[0]), backbone, revision)
-        plans = build_bundle_plans(Bundle.open(out), loaded, report=report)
-    if triton:
-        models = ", ".join(folder.name for folder in write_triton(Bundle.open(out), plans))
-        show(
-            f"Triton model repository in {Path(out) / TRITON}: {models} (written, not run on a Triton server)"
-        )
-    n_bytes = sum((Path(out) / name).stat().st_size for name in manifest["files"])
-    show(
-        f"{len(comparisons)} outputs equal torch's within tolerance; {len(manifest['tasks'])} task(s) on "
-        f"'{manifest['backbone']['name']}' in {out} ({n_bytes / 1e6:.1f} MB): {', '.join(manifest['tasks'])}"
-    )
-    parity = [{**asdict(c), "ok": c.ok} for c in comparisons]
-    return {"out": str(Path(out).resolve()), "bytes": n_bytes, "manifest": manifest, "parity": parity}
-
-
-def _load(run: Path, backbone: str | None, revision: str | None) -> Backbone:
-    """The run's backbone, or the one that is named in its place."""
-    config = read_config(run)
-    revision = revision if backbone or revision else config.revision
-    return load_backbone(backbone or config.backbone, revision=revision)
-
-
-def _read_run(run_dir: Path, backbone: Backbone, prompts: str | None) -> TunedTask:
-    config = read_config(run_dir)
-    try:
-        z, meta = load_tuned(run_dir / "prompt.safetensors")
-        if (kind := meta.head.get("kind")) != "span":
-            raise UsageError(
-                f"{run_dir} reads its answers by the {kind} head, and bundles have the span head only: "
-                "deploy it with 'mp2 predict', or tune with --head span"
-            )
-    except FormatError as error:
-        raise FormatError(f"{error}; {how_to_end(run_dir)}") from error
-    if meta.backbone_sha256 != backbone.sha256:
-        raise MismatchError(
-            f"{run_dir} was tuned on backbone '{meta.backbone}' (weights {meta.backbone_sha256[:12]}), "
-            f"expected '{backbone.config.name}' (weights {backbone.sha256[:12]}): a bundle has one backbone; "
-            "make one bundle for each, or name with --backbone where the runs' backbone is now"
-        )
-    prompt_set = load_prompts(prompts or default_prompts(config), backbone)
-    check_fits(meta, backbone_sha256=backbone.sha256, prompts_sha256=prompt_set.sha256)
-    if prompt_set.kind == "deep" and prompt_set.meta.injection != "prefix":
-        raise UsageError(
-            f"the deep prompts of {run_dir} were trained with inline injection, and graphs of whole "
-            "backbones have keys and values only; tune with prompts trained with --injection prefix, or "
-            "answer with 'mp2 predict'"
-        )
-    card = load_card(run_dir / "card.toml")
-    MrcFormatter(card, backbone.tokenizer, meta.max_tokens)  # raises where labels cannot be spelled
-    tensors = _tensors(backbone, prompt_set, torch.from_numpy(z))
-    graph = PREFIX_GRAPH if "prompt_keys" in tensors else INLINE_GRAPH
-    return TunedTask(run_dir, meta, card, tensors, graph)
-
-
-def _tensors(backbone: Backbone, prompts: PromptSet, z: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the inputs of a row of the batch, without its first axis, for the tuned ``z`` [L', d]."""
-    projector = PrefixProjector(backbone.encoder, prompts)
-    head = {"span_weight": prompts.span_weight.float(), "span_bias": prompts.span_bias.float()}
-    if prompts.meta.n_inline:
-        return {"prompt_rows": projector.inline(z)[0].float(), **head}  # [m, H]
-    layers = [projector.keys_values(i, z[i : i + 1]) for i in range(len(z))]
-    keys, values = (torch.cat(part).float() for part in zip(*layers, strict=True))  # [L, h, m, d_h]
-    return {"prompt_keys": keys, "prompt_values": values, **head}
-
-
-def _named(tasks: Sequence[TunedTask]) -> dict[str, TunedTask]:
-    """Return the tasks by their cards' names, with the seed where runs share one; UsageError for twins."""
-    cards = Counter(task.card.task for task in tasks)
-    named: dict[str, TunedTask] = {}
-    for task in tasks:
-        name = task.card.task
-        name = name if cards[name] == 1 else f"{name}-seed{task.meta.seed}"
-        if name in named:
-            raise UsageError(
-                f"{named[name].run_dir} and {task.run_dir} are both runs of task '{task.card.task}' with "
-                f"seed {task.meta.seed}: give one of them"
-            )
-        named[name] = task
-    return named
-
-
 def _tensors_file(name: str) -> str:
     return f"tasks/{name}.safetensors"
 
 
 def _card_file(name: str) -> str:
     return f"tasks/{name}.json"
-
-
-def _card(name: str, task: TunedTask, backbone: Backbone) -> dict[str, Any]:
-    """Return what a task's JSON file holds: the card, and its text as token ids."""
-    card, tokenizer = task.card, backbone.tokenizer
-
-    def ids(text: str) -> list[int]:
-        return tokenizer.encode(text).ids if text else []
-
-    parts = [{"text": text, "ids": ids(text), "field": field} for text, field in card.parts]
-    n_template = 2 + sum(len(ids(text)) for text, _ in card.parts)
-    options = [{"label": label, "word": word, "ids": ids(word)} for label, word in card.labels.items()]
-    closing = ids(CLOSING) if card.type != "extraction" else []
-    return {
-        "name": name,
-        "task": card.task,
-        "type": card.type,
-        "template": card.template,
-        "fields": list(card.fields),
-        "parts": parts,
-        "options": options,
-        "before": [tokenizer.cls_id],
-        "after": [tokenizer.sep_id],
-        "separator": ids(SEPARATOR),
-        "closing": closing,
-        "max_tokens": task.meta.max_tokens,
-        "room": task.meta.max_tokens - n_template - len(closing),
-        "least_room": MIN_TEXT_TOKENS,
-        "unanswerable": card.unanswerable,
-        "max_answer_tokens": card.max_answer_tokens,
-        "graph": task.graph,
-        "head": "span",
-        "prompt_length": task.prompt_length,
-        "run": {"folder": task.run_dir.resolve().name, "seed": task.meta.seed, "selected": task.meta.at},
-        "prompts": {"name": Path(task.meta.prompts).name, "sha256": task.meta.prompts_sha256},
-    }
 
 
 def _manifest(

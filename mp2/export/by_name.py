@@ -1,21 +1,26 @@
-"""``mp2 export``: load by name, write the engine folder of a runtime, report how it compares with torch."""
+"""``mp2 export``: load by name, write an engine folder or a bundle, report how it compares with torch."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mp2.backbone import load_backbone, resolve_device
+from mp2.engine.bundle import Bundle
 from mp2.engine.folder import TENSORRT_PRECISIONS, EngineFolder
 from mp2.engine.tensorrt.library import NOT_RUN, load_tensorrt
 from mp2.engine.tensorrt.profiles import TaskShapes
 from mp2.errors import UnknownNameError, UsageError
+from mp2.export.bundle import build_bundle_plans, write_bundle
+from mp2.export.bundle_tasks import run_backbone
 from mp2.export.calibration import calibration_inputs, task_inputs
 from mp2.export.emulated import EmulatedRuntime
 from mp2.export.engine_folder import build_plans, check_target, export_engine, precision_cost
 from mp2.export.parity import REPORT_HEADER, Comparison
+from mp2.export.triton import TRITON, write_triton
 
 if TYPE_CHECKING:
     from mp2.backbone import Backbone
@@ -74,14 +79,7 @@ def export_command(
                 f"the deep prompts in {prompts} were trained with inline injection, the graphs have prefixes "
                 "only: export without --prompts, or give prompts trained with --injection prefix"
             )
-    comparisons: list[Comparison] = []
-
-    def report(comparison: Comparison) -> None:
-        if not comparisons:
-            show(REPORT_HEADER)
-        comparisons.append(comparison)
-        show(comparison.line())
-
+    comparisons, report = _reporter(show)
     summary: dict[str, object] = {}
     if typed:
         inputs = calibration_inputs(loaded) if task is None else task_inputs(loaded, task, data)
@@ -105,6 +103,19 @@ def export_command(
         "parity": [{**asdict(c), "ok": c.ok} for c in comparisons],
         **summary,
     }
+
+
+def _reporter(show: Callable[[str], None]) -> tuple[list[Comparison], Callable[[Comparison], None]]:
+    """Return a list, and what puts comparisons into it and shows them as a table."""
+    comparisons: list[Comparison] = []
+
+    def report(comparison: Comparison) -> None:
+        if not comparisons:
+            show(REPORT_HEADER)
+        comparisons.append(comparison)
+        show(comparison.line())
+
+    return comparisons, report
 
 
 def _shapes(
@@ -140,3 +151,52 @@ def _cost(
     cost = precision_cost(build_plans(backbone, folder, report=report), backbone, prompts, inputs)
     show(f"{precision}, on this GPU: {cost.line()}")
     return {"agreement": cost.as_dict()}
+
+
+def bundle_command(
+    runs: Sequence[str],
+    out: str,
+    backbone: str | None = None,
+    prompts: str | None = None,
+    runtime: str | None = None,
+    precision: str | None = None,
+    *,
+    revision: str | None = None,
+    triton: bool = False,
+    show: Callable[[str], None] = lambda line: None,
+) -> dict[str, object]:
+    """Do what ``mp2 export --run`` does, ``show`` the report line by line, and return it as JSON values.
+
+    ``runtime`` tensorrt also builds a plan of each graph, ``triton`` writes a model repository.
+    """
+    if runtime not in (None, "onnxruntime", "tensorrt"):
+        raise UnknownNameError("runtime", str(runtime), ("onnxruntime", "tensorrt"))
+    if runtime == "tensorrt":  # before any work
+        load_tensorrt()
+        resolve_device("cuda")
+    comparisons, report = _reporter(show)
+    manifest = write_bundle(
+        [Path(run) for run in runs],
+        out,
+        backbone=backbone,
+        revision=revision,
+        prompts=prompts,
+        precision=precision or "fp32",
+        report=report,
+    )
+    plans: dict[str, bytes] = {}
+    if runtime == "tensorrt":
+        loaded = run_backbone(Path(runs[0]), backbone, revision)
+        plans = build_bundle_plans(Bundle.open(out), loaded, report=report)
+    if triton:
+        models = ", ".join(folder.name for folder in write_triton(Bundle.open(out), plans))
+        show(
+            f"Triton model repository in {Path(out) / TRITON}: {models} (written, not run on a Triton server)"
+        )
+    n_bytes = sum((Path(out) / name).stat().st_size for name in manifest["files"])
+    show(
+        f"{len(comparisons)} outputs equal torch's within tolerance; {len(manifest['tasks'])} task(s) on "
+        f"'{manifest['backbone']['name']}' in {out} ({n_bytes / 1e6:.1f} MB): {', '.join(manifest['tasks'])}"
+    )
+    parity = [{**asdict(c), "ok": c.ok} for c in comparisons]
+    return {"out": str(Path(out).resolve()), "bytes": n_bytes, "manifest": manifest, "parity": parity}

@@ -35,6 +35,7 @@ from mp2.errors import Mp2Error, UnknownNameError, UsageError
 from mp2.export import graphs
 from mp2.export.calibration import calibration_inputs, input_maxima
 from mp2.export.emulated import EmulatedRuntime
+from mp2.export.graph_builder import OPSET, GraphBuilder
 from mp2.export.parity import Comparison, check, compare_stages
 from mp2.export.weights import WeightStore, store_backbone
 from mp2.limits import check_new_folder
@@ -170,8 +171,8 @@ def save_graph(model: onnx.ModelProto, path: Path) -> None:
 
 
 def _write_graphs(backbone: Backbone, store: WeightStore, folder: Path, precision: str) -> None:
-    def new() -> graphs.GraphBuilder:
-        return graphs.GraphBuilder(backbone.config, store, precision)
+    def new() -> GraphBuilder:
+        return GraphBuilder(backbone.config, store, precision)
 
     save_graph(graphs.embed_model(new()), folder / "embed.onnx")
     save_graph(graphs.embed_inline_model(new()), folder / "embed_inline.onnx")
@@ -214,7 +215,7 @@ def _manifest(backbone: Backbone, folder: Path, precision: str) -> Manifest:
         backbone=backbone_entry(backbone),
         max_tokens=backbone.config.max_positions,
         precision=precision,
-        opset=graphs.OPSET,
+        opset=OPSET,
         runtime="onnxruntime" if precision == "fp32" else "tensorrt",
         versions=versions(),
         files={path.name: file_sha256(path) for path in sorted(folder.iterdir())},

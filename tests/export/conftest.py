@@ -13,7 +13,8 @@ from mp2.engine.tensorrt.profiles import TaskShapes
 from mp2.export import export_engine
 from mp2.export.calibration import input_maxima, random_inputs
 from mp2.export.engine_folder import save_graph
-from mp2.export.graphs import INLINE_GRAPH, PREFIX_GRAPH, GraphBuilder, backbone_inline_model, backbone_model
+from mp2.export.graph_builder import GraphBuilder
+from mp2.export.graphs import INLINE_GRAPH, PREFIX_GRAPH, backbone_inline_model, backbone_model
 from mp2.export.weights import store_backbone
 from mp2.prompts import random_prompts
 

@@ -20,10 +20,10 @@ from mp2.engine.tensorrt.whole import PlannedGraph
 from mp2.errors import FormatError
 from mp2.export.bundle import build_bundle_plans, graph_interface
 from mp2.export.engine_folder import save_graph
+from mp2.export.graph_builder import GraphBuilder
 from mp2.export.graphs import (
     INLINE_GRAPH,
     PREFIX_GRAPH,
-    GraphBuilder,
     backbone_inline_model,
     backbone_model,
 )

@@ -1,0 +1,148 @@
+"""A finished run as a task of a bundle: its prompt and head as graph inputs, its card as programs read it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mp2.backbone import Backbone, load_backbone
+from mp2.errors import FormatError, MismatchError, UsageError
+from mp2.export.graphs import INLINE_GRAPH, PREFIX_GRAPH
+from mp2.prompts import PrefixProjector, load_prompts
+from mp2.runs.frozen_model import default_prompts
+from mp2.runs.run_folder import how_to_end, read_config
+from mp2.runs.tuned import TunedMeta, check_fits, load_tuned
+from mp2.tasks import MrcFormatter, TaskCard, load_card
+from mp2.tasks.mrc import CLOSING, MIN_TEXT_TOKENS, SEPARATOR
+
+if TYPE_CHECKING:
+    from mp2.prompts import PromptSet
+
+
+@dataclass(frozen=True)
+class TunedTask:
+    """A run that goes into a bundle: what it tuned, and everything that its answers need."""
+
+    run_dir: Path
+    meta: TunedMeta
+    card: TaskCard
+    tensors: dict[str, torch.Tensor]  # the graph's inputs of one row, float32
+    graph: str
+
+    @property
+    def prompt_length(self) -> int:
+        """Its prompt's rows."""
+        name = "prompt_keys" if self.graph == PREFIX_GRAPH else "prompt_rows"
+        return int(self.tensors[name].shape[-2])
+
+
+def run_backbone(run: Path, backbone: str | None, revision: str | None) -> Backbone:
+    """Return the run's backbone, or the one that is named in its place."""
+    config = read_config(run)
+    revision = revision if backbone or revision else config.revision
+    return load_backbone(backbone or config.backbone, revision=revision)
+
+
+def read_run(run_dir: Path, backbone: Backbone, prompts: str | None) -> TunedTask:
+    """Return what the finished run in ``run_dir`` tuned; ``prompts`` says where its prompts are now.
+
+    Raises UsageError (no run, deep inline prompts), FormatError (not ended, or damaged), MismatchError
+    (another backbone or other prompts).
+    """
+    config = read_config(run_dir)
+    try:
+        z, meta = load_tuned(run_dir / "prompt.safetensors")
+    except FormatError as error:
+        raise FormatError(f"{error}; {how_to_end(run_dir)}") from error
+    if (kind := meta.head.get("kind")) != "span":
+        raise UsageError(
+            f"{run_dir} reads its answers by the {kind} head, and bundles have the span head only: "
+            "deploy it with 'mp2 predict', or tune with --head span"
+        )
+    if meta.backbone_sha256 != backbone.sha256:
+        raise MismatchError(
+            f"{run_dir} was tuned on backbone '{meta.backbone}' (weights {meta.backbone_sha256[:12]}), "
+            f"expected '{backbone.config.name}' (weights {backbone.sha256[:12]}): a bundle has one backbone; "
+            "make one bundle for each, or name with --backbone where the runs' backbone is now"
+        )
+    prompt_set = load_prompts(prompts or default_prompts(config), backbone)
+    check_fits(meta, backbone_sha256=backbone.sha256, prompts_sha256=prompt_set.sha256)
+    if prompt_set.kind == "deep" and prompt_set.meta.injection != "prefix":
+        raise UsageError(
+            f"the deep prompts of {run_dir} were trained with inline injection, and graphs of whole "
+            "backbones have keys and values only; tune with prompts trained with --injection prefix, or "
+            "answer with 'mp2 predict'"
+        )
+    card = load_card(run_dir / "card.toml")
+    MrcFormatter(card, backbone.tokenizer, meta.max_tokens)  # raises where labels cannot be spelled
+    tensors = _tensors(backbone, prompt_set, torch.from_numpy(z))
+    graph = PREFIX_GRAPH if "prompt_keys" in tensors else INLINE_GRAPH
+    return TunedTask(run_dir, meta, card, tensors, graph)
+
+
+def _tensors(backbone: Backbone, prompts: PromptSet, z: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the inputs of a row of the batch, without its first axis, for the tuned ``z`` [L', d]."""
+    projector = PrefixProjector(backbone.encoder, prompts)
+    head = {"span_weight": prompts.span_weight.float(), "span_bias": prompts.span_bias.float()}
+    if prompts.meta.n_inline:
+        return {"prompt_rows": projector.inline(z)[0].float(), **head}  # [m, H]
+    layers = [projector.keys_values(i, z[i : i + 1]) for i in range(len(z))]
+    keys, values = (torch.cat(part).float() for part in zip(*layers, strict=True))  # [L, h, m, d_h]
+    return {"prompt_keys": keys, "prompt_values": values, **head}
+
+
+def named_tasks(tasks: Sequence[TunedTask]) -> dict[str, TunedTask]:
+    """Return the tasks by their cards' names, with the seed where runs share one; UsageError for twins."""
+    cards = Counter(task.card.task for task in tasks)
+    named: dict[str, TunedTask] = {}
+    for task in tasks:
+        name = task.card.task
+        name = name if cards[name] == 1 else f"{name}-seed{task.meta.seed}"
+        if name in named:
+            raise UsageError(
+                f"{named[name].run_dir} and {task.run_dir} are both runs of task '{task.card.task}' with "
+                f"seed {task.meta.seed}: give one of them"
+            )
+        named[name] = task
+    return named
+
+
+def task_card(name: str, task: TunedTask, backbone: Backbone) -> dict[str, Any]:
+    """Return what a task's JSON file holds: the card, and its text as token ids."""
+    card, tokenizer = task.card, backbone.tokenizer
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text).ids if text else []
+
+    parts = [{"text": text, "ids": ids(text), "field": field} for text, field in card.parts]
+    n_template = 2 + sum(len(ids(text)) for text, _ in card.parts)
+    options = [{"label": label, "word": word, "ids": ids(word)} for label, word in card.labels.items()]
+    closing = ids(CLOSING) if card.type != "extraction" else []
+    return {
+        "name": name,
+        "task": card.task,
+        "type": card.type,
+        "template": card.template,
+        "fields": list(card.fields),
+        "parts": parts,
+        "options": options,
+        "before": [tokenizer.cls_id],
+        "after": [tokenizer.sep_id],
+        "separator": ids(SEPARATOR),
+        "closing": closing,
+        "max_tokens": task.meta.max_tokens,
+        "room": task.meta.max_tokens - n_template - len(closing),
+        "least_room": MIN_TEXT_TOKENS,
+        "unanswerable": card.unanswerable,
+        "max_answer_tokens": card.max_answer_tokens,
+        "graph": task.graph,
+        "head": "span",
+        "prompt_length": task.prompt_length,
+        "run": {"folder": task.run_dir.resolve().name, "seed": task.meta.seed, "selected": task.meta.at},
+        "prompts": {"name": Path(task.meta.prompts).name, "sha256": task.meta.prompts_sha256},
+    }

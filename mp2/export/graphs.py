@@ -88,7 +88,7 @@ def backbone_model(b: GraphBuilder) -> onnx.ModelProto:
             for x in (keys, values)
         )
         states.append(b.layer(i, states[-1], bias, (next(own), next(own))))
-    return _finish(b, "backbone", states, mask)
+    return _finish(b, "backbone", states)
 
 
 def backbone_inline_model(b: GraphBuilder) -> onnx.ModelProto:
@@ -116,7 +116,7 @@ def backbone_inline_model(b: GraphBuilder) -> onnx.ModelProto:
     bias = b.bias(inserted(mask, _prompt_mask(b, ids, length, m), 1))
     for i in range(b.config.n_layers):
         states.append(b.layer(i, states[-1], bias, None))
-    return _finish(b, "backbone_inline", [taken_out(state) for state in states], mask)
+    return _finish(b, "backbone_inline", [taken_out(state) for state in states])
 
 
 def _text(b: GraphBuilder) -> tuple[str, str, str]:
@@ -134,12 +134,12 @@ def _prompt_mask(b: GraphBuilder, ids: str, length: str, m: str) -> str:
     return b.one("Expand", mask, b.join(b.sizes(ids, 0, 1), b.ints(1)))
 
 
-def _finish(b: GraphBuilder, name: str, states: Sequence[str], mask: str) -> onnx.ModelProto:
+def _finish(b: GraphBuilder, name: str, states: Sequence[str]) -> onnx.ModelProto:
     """Take the span head as inputs; give its logits, and what other heads start from; all float32.
 
     span_weight [P, 2, H] and span_bias [P, 2] give start_logits and end_logits [N, T]. ``hidden`` [N, T, H]
-    are the last hidden states, ``pooled`` [N, L + 1, H] the mean over a row's tokens of what enters layer 0
-    and of every layer's output (``states``).
+    are the last hidden states. ``pooled`` [N, S, L + 1, H] are means over segments [N, S, 2] (first and last
+    token) of what enters layer 0 and of every layer's output (``states``).
     """
     width = b.config.hidden
     weight = b.input("span_weight", TensorProto.FLOAT, ["P", 2, width])
@@ -149,13 +149,18 @@ def _finish(b: GraphBuilder, name: str, states: Sequence[str], mask: str) -> onn
     logits = b.one("Add", product, b.one("Unsqueeze", bias, b.ints(1)))
     parts = b.op("Split", logits, n_outputs=2, axis=-1, num_outputs=2)
     start, end = (b.one("Squeeze", part, b.ints(-1)) for part in parts)
-    real = b.one("Unsqueeze", b.one("Cast", mask, to=TensorProto.FLOAT), b.ints(1))  # [N, 1, T]
-    share = b.one("Div", real, b.one("ReduceSum", real, b.ints(2), keepdims=1))
-    pooled = b.one("Concat", *(b.one("MatMul", share, x) for x in full), axis=1)
+    segments = b.input("segments", TensorProto.INT64, ["N", "S", 2])
+    first, last = b.op("Split", segments, n_outputs=2, axis=-1, num_outputs=2)  # [N, S, 1]
+    index = b.counted(b.one("Squeeze", b.sizes(full[0], 1, 2), b.ints(0)))  # [T]
+    inside = b.one("And", b.one("LessOrEqual", first, index), b.one("LessOrEqual", index, last))  # [N, S, T]
+    inside = b.one("Cast", inside, to=TensorProto.FLOAT)
+    share = b.one("Div", inside, b.one("ReduceSum", inside, b.ints(2), keepdims=1))
+    means = (b.one("Unsqueeze", b.one("MatMul", share, x), b.ints(2)) for x in full)  # [N, S, 1, H]
+    pooled = b.one("Concat", *means, axis=2)
     outputs: list[tuple[str, str, int, Shape]] = [
         (start, "start_logits", TensorProto.FLOAT, ["N", "T"]),
         (end, "end_logits", TensorProto.FLOAT, ["N", "T"]),
         (full[-1], "hidden", TensorProto.FLOAT, ["N", "T", width]),
-        (pooled, "pooled", TensorProto.FLOAT, ["N", b.config.n_layers + 1, width]),
+        (pooled, "pooled", TensorProto.FLOAT, ["N", "S", b.config.n_layers + 1, width]),
     ]
     return b.model(name, outputs)

@@ -184,7 +184,9 @@ def compare_whole(run: RunGraph, backbone: Backbone, precision: str, graph: str)
             "span_bias": probe.bias[pick],
             **{name: x[pick] for name, x in zip(names, prompts, strict=True)},
         }
-        pooled = (_N, probe.config.n_layers + 1, width)
+        segments = torch.stack([torch.tensor([[1, 3], [2, n - 1]]) for n in mask.sum(1).tolist()])
+        feeds["segments"] = segments  # [N, 2, 2]
+        pooled = (_N, 2, probe.config.n_layers + 1, width)
         outputs = {"start_logits": shape, "end_logits": shape, "hidden": (*shape, width), "pooled": pooled}
         got = dict(zip(outputs, run(feeds, outputs), strict=True))
         rows = [
@@ -197,7 +199,12 @@ def compare_whole(run: RunGraph, backbone: Backbone, precision: str, graph: str)
             "start_logits": logits[..., 0],
             "end_logits": logits[..., 1],
             "hidden": states[:, -1],
-            "pooled": (states * mask[:, None, :, None]).sum(2) / mask.sum(1)[:, None, None],
+            "pooled": torch.stack(
+                [
+                    torch.stack([x[:, a : b + 1].mean(1) for a, b in spans])
+                    for x, spans in zip(states, segments.tolist(), strict=True)
+                ]
+            ),
         }
         for name, wanted in expected.items():
             seen = slice(None) if name == "pooled" else mask

@@ -220,6 +220,7 @@ def test_a_row_is_what_it_is_alone_whatever_prompts_the_batch_mixes(bundle: Path
     def feeds(which: Sequence[int]) -> dict[str, Any]:
         most = max(m[k] for k in which)
         fed: dict[str, Any] = {
+            "segments": np.array([[[1, 4]]] * len(which)),
             "input_ids": ids[which],
             "attention_mask": mask[which],
             "prompt_length": m[which],
@@ -343,7 +344,7 @@ def test_triton_reads_the_configuration(runs: dict[str, Path], tmp_path: Path) -
         assert config.backend == ("tensorrt" if folder.name.endswith("tensorrt") else "onnxruntime")
         assert config.HasField("dynamic_batching")
         shapes = {x.name: list(x.dims) for x in (*config.input, *config.output)}
-        assert shapes["pooled"] == [5, 128]
+        assert shapes["pooled"] == [-1, 5, 128]
     assert (tmp_path / "b" / "triton" / "backbone_tensorrt" / "1" / "model.plan").read_bytes() == b"a plan"
 
 
@@ -487,7 +488,7 @@ def test_the_readmes_recipe_for_extraction_gives_what_predict_answers(
             feeds = {name: x[None] for name, x in tensors.items()} | {
                 "prompt_length": [card["prompt_length"]]
             }
-            feeds |= {"input_ids": row, "attention_mask": np.ones_like(row)}
+            feeds |= {"input_ids": row, "attention_mask": np.ones_like(row), "segments": [[[0, 0]]]}
             start, end = session.run(["start_logits", "end_logits"], feeds)
             start, end = log_softmax(start[0]), log_softmax(end[0])
             for i in range(len(window)):

@@ -18,6 +18,7 @@ Range = tuple[int, int, int]
 Sizes = Mapping[str, int]
 Shape = Sequence[int | str]
 DEPLOYMENT_GRAPHS = ("backbone.onnx", "backbone_inline.onnx")
+_SEGMENTS = 4  # text fields of a row that heads pool over, at most
 _STEP = 32  # lengths are rounded up to this where a plan must grow
 _CLASS_STEP = 16  # and a task's classes end at multiples of this
 
@@ -107,7 +108,7 @@ class TaskShapes:
             graph in DEPLOYMENT_GRAPHS
         ):  # each row with a prompt of its own, of at least one row, if only filling
             edges = zip((0, *self.lengths), self.lengths, strict=False)
-            rows = {"P": n, "N": n, "m": (1, m, m)}
+            rows = {"P": n, "N": n, "m": (1, m, m), "S": (1, 1, _SEGMENTS)}
             return tuple(Profile({**rows, "T": (low + 1, high, high)}) for low, high in edges)
         if graph == "embed_inline.onnx":
             return (Profile({"P": p, "m": (1, m, m)}),)

@@ -16,7 +16,7 @@ from mp2.engine.tensorrt.library import load_tensorrt
 from mp2.engine.tensorrt.plans import Gpu, PlanStore
 from mp2.engine.tensorrt.profiles import sizes_of
 
-_INTEGERS = ("input_ids", "attention_mask", "prompt_length")
+_INTEGERS = ("input_ids", "attention_mask", "prompt_length", "segments")
 
 
 class PlannedGraph:

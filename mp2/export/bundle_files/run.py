@@ -1,5 +1,4 @@
 """Answer lines of JSON, {"task": NAME, ...its fields...}: python run.py < lines.jsonl
-
 Needs onnxruntime, tokenizers and numpy. Tasks with options; those of a batch may differ from line to line."""
 import json, os, sys
 from pathlib import Path
@@ -50,7 +49,8 @@ for graph, session in SESSIONS.items():
         ids, spans = zip(*(sequence(task, line) for _, line, task in part))
         feeds = {name: stack([task["tensors"][name] for *_, task in part]) for name in part[0][2]["tensors"]}
         feeds |= {"input_ids": stack(ids), "attention_mask": stack([np.ones_like(x) for x in ids])}
-        feeds["prompt_length"] = np.array([task["prompt_length"] for *_, task in part])
+        lengths = np.array([task["prompt_length"] for *_, task in part])
+        feeds |= {"prompt_length": lengths, "segments": np.zeros((len(part), 1, 2), np.int64)}  # these: no pooling
         logits = session.run(["start_logits", "end_logits"], feeds)  # [lines, tokens] each
         for row, (n, line, task) in enumerate(part):
             scores = sum(x[row, spans[row][:, k]].astype(float) for k, x in enumerate(logits))  # of the options

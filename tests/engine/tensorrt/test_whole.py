@@ -99,6 +99,7 @@ def test_a_plan_is_found_again_and_grows_for_larger_batches(
             "prompt_values": values,
             "span_weight": torch.randn(n, 2, config.hidden),
             "span_bias": torch.randn(n, 2),
+            "segments": torch.tensor([[[0, 2]]]).expand(n, 1, 2),
         }
 
     first = PlannedGraph(folder.path, PREFIX_GRAPH, device="cpu", note=notes.append)
@@ -110,7 +111,7 @@ def test_a_plan_is_found_again_and_grows_for_larger_batches(
         "start_logits": (3, 7),
         "end_logits": (3, 7),
         "hidden": (3, 7, config.hidden),
-        "pooled": (3, config.n_layers + 1, config.hidden),
+        "pooled": (3, 1, config.n_layers + 1, config.hidden),
     }
     without = feeds(2, 9, 0)
     nothing = first.run(without)
@@ -121,7 +122,7 @@ def test_a_plan_is_found_again_and_grows_for_larger_batches(
     again.run(feeds(4, 20, 5))
     assert notes == [f"building a TensorRT plan of {PREFIX_GRAPH}: there is none yet"]
     again.run(feeds(5, 20, 5))
-    assert "no profile of its plan covers {'N': 5, 'T': 20, 'P': 5, 'm': 5}" in notes[1]
+    assert "no profile of its plan covers {'N': 5, 'T': 20, 'P': 5, 'm': 5, 'S': 1}" in notes[1]
 
 
 def test_a_damaged_bundle_is_refused(library: FakeLibrary, bundle: Callable[[str], Bundle]) -> None:

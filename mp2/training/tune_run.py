@@ -26,6 +26,7 @@ from mp2.runs.journal import finite_or_none
 from mp2.runs.provenance import config_file, identity, versions
 from mp2.runs.result import draw_curve, engine_facts, router_text, stage_scores
 from mp2.runs.run_folder import OWN_PROMPTS, locked, new_folder
+from mp2.runs.scratch import ON_THE_FLY
 from mp2.runs.tuned import TunedMeta, save_tuned
 from mp2.tasks import load_card
 from mp2.training.config import TuneConfig
@@ -46,6 +47,11 @@ def start_tune(
     check_new_folder(out)
     card = load_card(config.run.task)
     run = resolve_paths(replace(config.run, router=RouterConfig(method="none"), head="span"))
+    if run.prompts in ON_THE_FLY and model is None:
+        raise UsageError(
+            f"no prompts were named for backbone '{run.backbone}': give --prompts FILE (mp2 pretrain makes "
+            "one, mp2 scratch an untrained one with another's span head); 'mp2 bbt' needs none"
+        )
     model = injected(model or load_model(run), config.injection)
     run = replace(run, runtime=model.runtime.name, precision=model.runtime.precision)
     config = replace(config, run=run)

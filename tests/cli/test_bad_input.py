@@ -299,13 +299,13 @@ def test_a_corpus_or_vocabulary_that_will_not_do_is_named_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("command", ["bbt", "tune"])
 @pytest.mark.parametrize(
-    ("backbone", "expected"),
+    ("command", "backbone", "expected"),
     [
-        ("cpt-larg", "unknown backbone 'cpt-larg'. Did you mean 'cpt-large'"),
-        ("cpt-large", "no prompts were named for backbone 'cpt-large': give --prompts FILE"),
-        ("ROOT/tiny", "tiny': give --prompts FILE"),
+        ("bbt", "cpt-larg", "unknown backbone 'cpt-larg'. Did you mean 'cpt-large'"),
+        ("tune", "cpt-larg", "unknown backbone 'cpt-larg'. Did you mean 'cpt-large'"),
+        ("tune", "cpt-large", "no prompts were named for backbone 'cpt-large': give --prompts FILE"),
+        ("tune", "ROOT/tiny", "tiny': give --prompts FILE"),
     ],
 )
 def test_a_backbone_without_prompts_is_first_looked_up(

@@ -125,9 +125,9 @@ def test_inline_rows_take_positions(
     ("changes", "message"),
     [
         ({"kind": "shallow", "injection": "prefix"}, "shallow prompts are always inline"),
-        ({"injection": "infix"}, "injection is 'infix', expected prefix or inline"),
-        ({"router_inference": "firm"}, "router_inference is 'firm', expected hard or soft"),
-        ({"router_normalisation": "max"}, "router_normalisation is 'max', expected count or sum"),
+        ({"injection": "infix"}, "unknown injection 'infix'. Did you mean 'prefix' or 'inline'"),
+        ({"router_inference": "firm"}, "unknown router inference 'firm'. Known: hard, soft"),
+        ({"router_normalisation": "max"}, "unknown router normalisation 'max'.* Known: count, sum"),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -215,7 +215,8 @@ def test_export_with_inline_prompts_is_refused(
 ) -> None:
     small, result, _ = tuned
     file = Path(result["run_dir"]) / "prompts.safetensors"
-    done = mp2("export", "--backbone", small.backbone, "--out", tmp_path / "e", "--prompts", file)
+    asked = ["--runtime", "tensorrt", "--graphs-only", "--backbone", small.backbone, "--prompts", file]
+    done = mp2("export", *asked, "--out", tmp_path / "e")
     assert done.exit_code == 2
     assert "the graphs have prefixes only" in done.stderr
     assert not (tmp_path / "e").exists()

@@ -47,12 +47,7 @@ def start_tune(
     check_new_folder(out)
     card = load_card(config.run.task)
     run = resolve_paths(replace(config.run, router=RouterConfig(method="none"), head="span"))
-    if run.prompts in ON_THE_FLY and model is None:
-        raise UsageError(
-            f"no prompts were named for backbone '{run.backbone}': give --prompts FILE (mp2 pretrain makes "
-            "one, mp2 scratch an untrained one with another's span head); 'mp2 bbt' needs none"
-        )
-    model = injected(model or load_model(run), config.injection)
+    model = injected(model or _load(run), config.injection)
     run = replace(run, runtime=model.runtime.name, precision=model.runtime.precision)
     config = replace(config, run=run)
     problem = FewShotProblem(run, card, model)
@@ -81,11 +76,21 @@ def injected(model: FrozenModel, injection: Literal["prefix", "inline"] | None) 
     return replace(model, prompts=replace(prompts, meta=replace(prompts.meta, injection=injection)))
 
 
+def _load(run: BbtConfig) -> FrozenModel:
+    """The model; raises ``UsageError`` where no prompts were named for a backbone that has none."""
+    if run.prompts in ON_THE_FLY:
+        raise UsageError(
+            f"no prompts were named for backbone '{run.backbone}': give --prompts FILE (mp2 pretrain makes "
+            "one, mp2 scratch an untrained one with another's span head); 'mp2 bbt' needs none"
+        )
+    return load_model(run)
+
+
 def start_tunes(
     config: TuneConfig, seeds: list[int], out: Path, observe: Callable[[], Observe]
 ) -> Iterator[dict[str, Any]]:
     """One run a seed, with one loaded model; yields each result as it comes."""
-    model = load_model(resolve_paths(config.run))
+    model = _load(resolve_paths(config.run))
     for seed in seeds:
         yield start_tune(replace(config, run=replace(config.run, seed=seed)), out, observe(), model)
 

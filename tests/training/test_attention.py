@@ -12,7 +12,8 @@ from mp2.training.mlm import MaskedLanguageModel
 SHAPE = BackboneConfig(name="x", n_layers=2, hidden=16, n_heads=2, ffn=24, vocab_size=50, max_positions=20)
 
 
-def gradients(precision: torch.dtype, plain: bool) -> list[torch.Tensor]:
+def gradient(precision: torch.dtype, plain: bool) -> torch.Tensor:
+    """Of all parameters of a small model, one after the other."""
     model = MaskedLanguageModel(SHAPE)
     model.initialise(torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
@@ -26,13 +27,18 @@ def gradients(precision: torch.dtype, plain: bool) -> list[torch.Tensor]:
         else:
             [loss] = model(*batch)
     loss.backward()
-    return [p.grad for p in model.parameters() if p.grad is not None]
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-def test_gradients_are_those_of_the_fused_kernel(precision: torch.dtype, tolerance: float) -> None:
-    for ours, theirs in zip(gradients(precision, True), gradients(precision, False), strict=True):
-        assert (ours - theirs).norm() <= tolerance * theirs.norm() + 1e-7
+def test_float32_gradients_are_those_of_the_fused_kernel() -> None:
+    expected = gradient(torch.float32, plain=False)
+    assert (gradient(torch.float32, plain=True) - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_bf16_gradients_are_as_near_to_float32_as_the_fused_kernels() -> None:
+    exact = gradient(torch.float32, plain=False)
+    ours, theirs = ((gradient(torch.bfloat16, plain) - exact).norm() for plain in (True, False))
+    assert 0 < ours <= 1.5 * theirs
 
 
 def test_the_switches_are_as_before_after_the_block_and_after_an_error() -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import one_line_errors
 from benchmarks.paper.baselines import table as baselines_table
 from benchmarks.paper.router_tables import cost_table, quality_table
 from benchmarks.paper.transfer_render import markdown as transfer_table
@@ -358,6 +359,7 @@ def page() -> str:
     return "\n".join(parts)
 
 
+@one_line_errors()
 def main() -> None:
     """Write the page and README's tables."""
     PAGE.write_text(page(), "utf-8")

@@ -14,9 +14,10 @@ import benchmarks
 from benchmarks.command import one_line_errors
 from mp2.errors import LossError, UnknownNameError
 
+FOLDER = Path(benchmarks.__path__[0])
 COMMANDS = sorted(
-    path.stem
-    for path in Path(benchmarks.__path__[0]).glob("*.py")
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts)
+    for path in FOLDER.rglob("*.py")
     if re.search(r"^def main\(", path.read_text("utf-8"), re.MULTILINE) and path.stem != "gpu"
 )
 
@@ -25,7 +26,11 @@ COMMANDS = sorted(
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
-        (UnknownNameError("task", "tnewz", ["tnews"]), 2, "unknown task 'tnewz'. Did you mean 'tnews'?"),
+        (
+            UnknownNameError("task", "tnewz", ["tnews"]),
+            2,
+            "unknown task 'tnewz'. Did you mean 'tnews'? Known: tnews.",
+        ),
         (LossError("all 20 losses are NaN"), 1, "all 20 losses are NaN"),
         (KeyboardInterrupt(), 130, "stopped"),
     ],
@@ -52,6 +57,10 @@ def test_errors_that_are_not_ours_keep_their_traceback() -> None:
 
     with pytest.raises(ZeroDivisionError):
         main()
+
+
+def test_the_benchmarks_are_found() -> None:
+    assert {"speed.throughput", "paper.transfer", "results_page"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

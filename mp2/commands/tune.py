@@ -13,7 +13,10 @@ from mp2.training.config import TuneConfig
 
 
 @click.command(short_help="Tune prompts for a task by gradient.")
-@config_options(TuneConfig, skip=("iters", "router", "layers", "engine", "runtime", "precision", "seed"))
+@config_options(
+    TuneConfig,
+    skip=("iters", "router", "layers", "engine", "runtime", "precision", "seed", "head", "ridge_features"),
+)
 @click.option("--seed", type=int, help="Draws the few-shot split and drives training.  [default: 8]")
 @click.option("--seeds", metavar="8,13,...", help="Several seeds, a run each.")
 @click.option(

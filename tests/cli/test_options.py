@@ -22,9 +22,7 @@ from mp2.training.config import MlmConfig, PretrainConfig, TuneConfig
 
 CONFIGS = {"bbt": BbtConfig, "pretrain": PretrainConfig, "pretrain-backbone": MlmConfig, "tune": TuneConfig}
 OF_TORCH = {"iters", "router_search", "router_iters", "popsize", "cma", "engine", "runtime", "precision"}
-LEFT_OUT = {
-    "tune": OF_TORCH | {"sigma_input", "sigma_deep", "sigma_shallow", "head", "ridge_features"}
-}
+LEFT_OUT = {"tune": OF_TORCH | {"sigma_input", "sigma_deep", "sigma_shallow", "head", "ridge_features"}}
 
 
 def options(config: type[Any]) -> dict[str, Any]:

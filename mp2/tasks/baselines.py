@@ -80,8 +80,11 @@ def baselines(
     return lines
 
 
-def verdict(metric: str, split: str, found: float, lines: Sequence[Baseline]) -> str | None:
-    """Return what to say of a score that is at or below a baseline of the same split; None if it is above."""
+def verdict(metric: str, split: str, found: float, lines: Sequence[Baseline], first: str = "") -> str | None:
+    """Return what to say of a score that is at or below a baseline of the same split; None if it is above.
+
+    ``first`` is what to try before anything else.
+    """
     beaten_by = [line for line in lines if line.scores.get(split, -1.0) >= found]
     if not beaten_by:
         return None
@@ -94,7 +97,7 @@ def verdict(metric: str, split: str, found: float, lines: Sequence[Baseline]) ->
         )
     else:
         advice = "more --iters, more examples (--shots), another --backbone, or use that baseline instead"
-    return f"{split} {metric} {100 * found:.1f} is not better than {named}; what to try: {advice}"
+    return f"{split} {metric} {100 * found:.1f} is not better than {named}; what to try: {first}{advice}"
 
 
 # --- what each type has: (key, name, predictions of examples or why there are none) ---------------

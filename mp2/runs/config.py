@@ -85,6 +85,10 @@ class BbtConfig(SearchConfig):
         """Refuse values that no run can have; open sets of names are checked where they are looked up."""
         super().__post_init__()
         object.__setattr__(self, "field", tuple(self.field))  # a list, where it was read back from JSON
+        if self.ridge_features != "states+ngrams" and self.head not in ("auto", "ridge"):
+            raise UsageError(
+                f"ridge_features is {self.ridge_features}, and head {self.head} has none: drop one of them"
+            )
         if self.test_limit is not None and not self.test:
             raise UsageError(
                 f"test_limit is {self.test_limit}, and no test set is scored: drop --test-limit or --no-test"

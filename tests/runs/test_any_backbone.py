@@ -102,3 +102,11 @@ def test_a_ridge_run_that_was_cut_off_ends_with_the_same_bytes(world: Path, tmp_
     assert again["train_loss"] == whole["train_loss"]
     assert (cut / "prompt.safetensors").read_bytes() == before
     assert json.loads((cut / "config.json").read_text("utf-8"))["head"] == whole["head"]
+
+
+@pytest.mark.parametrize("head", ["span", "mlm"])
+def test_features_of_ridge_beside_another_head_are_refused(world: Path, head: str, tmp_path: Path) -> None:
+    words = ("--head", head, "--ridge-features", "states")
+    refused = mp2(*options(world, "tickets", tmp_path), *words)
+    assert refused.exit_code == 2
+    assert f"head {head} has none" in refused.output

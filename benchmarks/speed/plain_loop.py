@@ -27,11 +27,17 @@ class PlainLoop:
     """Losses of one candidate at a time."""
 
     def __init__(
-        self, backbone: Backbone, prompts: PromptSet, inputs: Sequence[MrcInput], device: str = "cpu"
+        self,
+        backbone: Backbone,
+        prompts: PromptSet,
+        inputs: Sequence[MrcInput],
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Copy the backbone's weights into a ``BertModel`` and pad ``inputs`` into one batch.
 
-        Shallow prompts are added before the first layer only.
+        Shallow prompts are added before the first layer only. ``dtype`` is that of weights and hidden states;
+        prompts, logits and losses stay in float32.
         """
         from transformers import BertModel, logging
 
@@ -39,7 +45,7 @@ class PlainLoop:
         logging.disable_progress_bar()
         with tempfile.TemporaryDirectory() as folder:
             save_backbone(backbone, Path(folder))
-            self.model = BertModel.from_pretrained(folder, add_pooling_layer=False).eval().to(device)
+            self.model = BertModel.from_pretrained(folder, add_pooling_layer=False).eval().to(device, dtype)
         self.prompts = prompts
         m = prompts.meta.prompt_tokens
         length = max(x.n_tokens for x in inputs) + m
@@ -66,7 +72,7 @@ class PlainLoop:
         def add(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden = args[0].clone()
             prompt = self.added[layer]
-            hidden[:, 1 : len(prompt) + 1] += prompt
+            hidden[:, 1 : len(prompt) + 1] += prompt.to(hidden.dtype)
             return (hidden, *args[1:]), kwargs
 
         return add
@@ -78,7 +84,7 @@ class PlainLoop:
         flat = torch.einsum("ld,ldx->lx", torch.from_numpy(z).to(self.device), self.projection)
         self.added = list(flat.view(-1, meta.prompt_tokens, meta.hidden))
         hidden = self.model(input_ids=self.ids, attention_mask=self.mask).last_hidden_state
-        logits = hidden @ self.span[0].T + self.span[1]
+        logits = hidden.float() @ self.span[0].T + self.span[1]
         logits = logits.masked_fill(~self.real[..., None], -torch.inf)
         logp = logits.log_softmax(1)
         rows = torch.arange(len(logp), device=logp.device)

@@ -84,6 +84,18 @@ def test_the_plain_loop_takes_shallow_prompts(small: Backbone) -> None:
     assert losses[0] == losses[1] != losses[2]
 
 
+def test_the_plain_loop_runs_in_the_precision_that_it_is_held_against(small: Backbone) -> None:
+    prompts = random_prompts(small, "deep", prompt_tokens=4, intrinsic_dim=5, scale=5.0)
+    spans = np.empty((0, 2), np.int64)
+    inputs = [MrcInput(example=0, input_ids=np.arange(5, 20), start=1, end=2, option_spans=spans)]
+    z = np.ones((4, 5), np.float32)
+    exact = PlainLoop(small, prompts, inputs).loss(z)
+    for dtype, most in ((torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
+        loop = PlainLoop(small, prompts, inputs, dtype=dtype)
+        assert {x.dtype for x in loop.model.parameters()} == {dtype}
+        assert 0 < abs(loop.loss(z) - exact) < most
+
+
 def test_without_a_gpu_it_says_so_and_exits_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@ import pkgutil
 
 import pytest
 
-PACKAGES = ["mp2.optimizers", "mp2.runs", "mp2.training"]
+PACKAGES = ["mp2.engine", "mp2.export", "mp2.optimizers", "mp2.runs", "mp2.training"]
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -7,22 +7,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from mp2.backbone import Backbone
 from mp2.errors import FormatError, MismatchError
+
+if TYPE_CHECKING:
+    from mp2.backbone import Backbone
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2
-HIDDEN_TYPES = {  # by precision: of the weights and of the hidden states between the graphs
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp8": torch.float16,
-}
-FOLDER_PRECISIONS = tuple(HIDDEN_TYPES)
+FOLDER_PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
 TENSORRT_PRECISIONS = FOLDER_PRECISIONS[1:]
 
 

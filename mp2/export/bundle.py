@@ -44,6 +44,7 @@ BUNDLE_PRECISIONS = ("fp32", "fp16", "bf16")
 _ROWS = 32  # of a batch, and tokens up to which it is padded: what TensorRT plans are made for
 _LENGTHS = (64, 128, 256)
 _FILES = Path(__file__).with_name("bundle_files")
+_PROGRAMS = ("run.py", "reading.py")
 _WRITERS = {PREFIX_GRAPH: backbone_model, INLINE_GRAPH: backbone_inline_model}
 
 
@@ -86,7 +87,8 @@ def write_bundle(
         for name, task in tasks.items():
             write_bytes(folder / _tensors_file(name), save(task.tensors))
             write_json(folder / _card_file(name), task_card(name, task, loaded))
-        (folder / "run.py").write_bytes((_FILES / "run.py").read_bytes())
+        for name in _PROGRAMS:
+            (folder / name).write_bytes((_FILES / name).read_bytes())
         shapes = json.dumps(asdict(_shapes(loaded, tasks.values())), indent=2) + "\n"
         (folder / SHAPES).write_text(shapes, encoding="utf-8")
         manifest = _manifest(loaded, folder, tasks, graphs, precision)

@@ -15,7 +15,8 @@ import onnx
 import torch
 
 from mp2.backbone import Backbone
-from mp2.engine.folder import HIDDEN_TYPES, layer_file
+from mp2.engine.folder import layer_file
+from mp2.engine.onnx.stages import HIDDEN_TYPES
 
 FP8_MAX = 448.0  # largest finite float8 e4m3fn
 LINEARS = ("qkv", "attention_output", "intermediate", "output")

@@ -157,6 +157,7 @@ def mixed_lines() -> list[dict[str, Any]]:
             "options": ["天气", "旅游，美食", "体育"][: 2 + k % 2],
         }
         lines.append({"task": "choice", "context": text, **question})
+        lines.append({"task": "finding", "context": text, "question": "什么" * (1 + k)})
     return lines
 
 
@@ -171,8 +172,6 @@ def test_run_py_has_60_lines_and_answers_as_predict_does_tasks_mixed(
     assert len(got) == len(lines)
     n_compared = 0
     for task, run in runs.items():
-        if task == "finding":  # extraction, which run.py leaves to others
-            continue
         pairs = [(line, answer) for line, answer in zip(lines, got, strict=True) if line["task"] == task]
         for expected, (_, answer) in zip(predicted(run, [line for line, _ in pairs]), pairs, strict=True):
             assert {**answer, "probability": 0} == {**expected, "probability": 0}
@@ -186,10 +185,13 @@ def test_run_py_has_60_lines_and_answers_as_predict_does_tasks_mixed(
     [
         (
             {"task": "demo_topik", "text": "x"},
-            "task demo_topik: expected a task with options, one of demo_topic",
+            "task demo_topik: expected one of demo_topic",
         ),
-        ({"task": "finding", "context": "x", "question": "y"}, "task finding: expected a task with options"),
-        ({"task": "choice", "context": "x" * 50, "question": "y", "options": ["天" * 90, "地"]}, "leave -"),
+        ({"task": "finding", "context": "x"}, "line 1: 'question'"),
+        (
+            {"task": "choice", "context": "x" * 50, "question": "y", "options": ["天" * 90, "地"]},
+            "line 1: its options leave -",
+        ),
     ],
 )
 def test_run_py_says_what_it_cannot_answer(

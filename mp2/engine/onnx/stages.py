@@ -13,6 +13,13 @@ from mp2.engine.chain import ChainBackend
 from mp2.engine.folder import layer_file, plain_layer_file
 from mp2.engine.forward import check_positions
 
+HIDDEN_TYPES = {  # by precision: of the weights and of the hidden states between the graphs
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8": torch.float16,
+}
+
 
 class GraphStages(ChainBackend):
     """The stages over ``embed``, ``embed_inline``, ``layer_XX``, ``layer_XX_plain`` and ``head``."""

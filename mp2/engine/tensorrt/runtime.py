@@ -9,8 +9,8 @@ import torch
 
 from mp2.backbone import Backbone, resolve_device
 from mp2.engine.backend import say
-from mp2.engine.folder import HIDDEN_TYPES, EngineFolder, layer_file, plain_layer_file
-from mp2.engine.onnx.stages import GraphStages
+from mp2.engine.folder import EngineFolder, layer_file, plain_layer_file
+from mp2.engine.onnx.stages import HIDDEN_TYPES, GraphStages
 from mp2.engine.tensorrt.builder import BuildSettings, input_shapes
 from mp2.engine.tensorrt.calls import CudaDevice, Device, EngineCalls, Scratch
 from mp2.engine.tensorrt.library import load_tensorrt

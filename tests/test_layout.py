@@ -17,8 +17,10 @@ import mp2
 from mp2.cli import main
 from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.objective import Objective
+from mp2.optimizers.cma_layers import LayerCma
 from mp2.optimizers.config import RouterConfig
 from mp2.runs.config import BbtConfig
+from mp2.runs.predict import Predictor
 from mp2.runs.series import start_run
 
 ROOT = Path(mp2.__file__).parent
@@ -101,22 +103,29 @@ def stop(module: str) -> str:
     return ".".join(parts[:3]) if parts[:2] == ["mp2", "engine"] and len(parts) > 3 else module
 
 
-def test_from_ask_to_loss_is_a_short_walk(tmp_path: Path) -> None:
+def called(frame: FrameType, event: str) -> str | None:
+    """The stop that a call is a call of; what dataclasses write for themselves is none."""
+    module = frame.f_globals.get("__name__", "")
+    written = event == "call" and "<string>" not in frame.f_code.co_filename
+    return stop(module) if written and module.startswith("mp2.") else None
+
+
+def test_from_ask_to_loss_is_a_short_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     walks: list[list[str]] = []
-    begun = False
+    ask = LayerCma.ask
 
     def watch(frame: FrameType, event: str, argument: Any) -> None:
-        nonlocal begun
-        module = frame.f_globals.get("__name__", "")
-        if event == "call" and module.startswith("mp2."):
-            if (module, frame.f_code.co_name) == ("mp2.optimizers.cma_layers", "ask"):
-                begun = True
-                walks.append([])
-            if begun and "<string>" not in frame.f_code.co_filename and stop(module) not in walks[-1]:
-                walks[-1].append(stop(module))
-        elif event == "return" and frame.f_code is Objective.layer_losses.__code__:
-            begun = False
+        if (found := called(frame, event)) and found not in walks[-1]:
+            walks[-1].append(found)
+        if event == "return" and frame.f_code is Objective.layer_losses.__code__:
+            sys.setprofile(None)
 
+    def watched_ask(self: LayerCma) -> Any:
+        walks.append(["mp2.optimizers.cma_layers"])
+        sys.setprofile(watch)
+        return ask(self)
+
+    monkeypatch.setattr(LayerCma, "ask", watched_ask)
     config = BbtConfig(
         task="demo_topic",
         iters=48,
@@ -124,17 +133,43 @@ def test_from_ask_to_loss_is_a_short_walk(tmp_path: Path) -> None:
         runtime="torch",
         threads=1,
         test=False,
+        baselines=False,
         shots=2,
     )
-    sys.setprofile(watch)
-    try:
-        start_run(config, tmp_path)
-    finally:
-        sys.setprofile(None)
+    start_run(config, tmp_path)
     assert len(walks) == 2
     for walk in walks:
         assert {"mp2.optimizers.two_stage", "mp2.engine.objective", "mp2.engine.cpu"} <= set(walk)
         assert len(walk) <= MOST_MODULES, "\n".join(walk)
+
+
+def test_from_a_line_to_its_label_is_a_short_walk(tmp_path: Path) -> None:
+    config = BbtConfig(
+        task="demo_topic",
+        iters=24,
+        router=RouterConfig(method="none"),
+        runtime="torch",
+        threads=1,
+        test=False,
+        baselines=False,
+        shots=2,
+    )
+    start_run(config, tmp_path)
+    predictor = Predictor(next(tmp_path.iterdir()))
+    walk: list[str] = []
+
+    def watch(frame: FrameType, event: str, argument: Any) -> None:
+        if (found := called(frame, event)) and found not in walk:
+            walk.append(found)
+
+    sys.setprofile(watch)
+    try:
+        (line,) = predictor.predict_lines(["今天的比赛很好看".encode()], "-")
+    finally:
+        sys.setprofile(None)
+    assert line["label"] in predictor.card.labels
+    assert {"mp2.runs.predict", "mp2.tasks.mrc", "mp2.engine.cpu", "mp2.tasks.decode"} <= set(walk)
+    assert len(walk) <= MOST_MODULES, "\n".join(walk)
 
 
 def test_from_precision_to_the_backend_is_a_short_walk(

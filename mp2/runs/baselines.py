@@ -22,7 +22,7 @@ def task_baselines(config: BbtConfig, *, probe: bool = True) -> dict[str, Any]:
     from mp2.runs.pooled_states import pooled_states
     from mp2.tasks import few_shot_split, has_split, load_card, load_examples
     from mp2.tasks.baselines import baselines
-    from mp2.tasks.columns import parse_fields
+    from mp2.tasks.record import parse_fields
 
     card, data = load_card(config.task), config.data
     names = parse_fields(config.field, card)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from mp2.errors import FormatError, LossError, MissingDependencyError, UsageError
 from mp2.runs.config import BbtConfig
 from mp2.runs.frozen_model import FrozenModel, load_model
-from mp2.runs.prediction_lines import input_lines, text_records
 from mp2.runs.run_folder import how_to_end, read_config
 from mp2.runs.tuned import check_fits, load_tuned, tuned_head
+from mp2.tasks.problems import FirstProblem
+from mp2.tasks.record import Columns, RecordParser
+from mp2.tasks.record_files import Records, json_lines, read_records
 
 if TYPE_CHECKING:
     from mp2.tasks import Example, TaskCard
@@ -61,7 +63,7 @@ class Predictor:
         """
         from mp2.engine import Scorer
         from mp2.tasks import ClozeFormatter, FieldFormatter, MrcFormatter, load_card
-        from mp2.tasks.columns import parse_fields
+        from mp2.tasks.record import parse_fields
 
         run_dir = Path(run_dir)
         config = read_config(run_dir)
@@ -90,6 +92,7 @@ class Predictor:
         words = getattr(self._formatter, "words", ())
         head = tuned_head(run_dir / "prompt.safetensors", meta, model, words)
         self._scorer = Scorer(model.runtime.forward(model.prompts, head))
+        self._scorer.prepare(self._z)
 
     def predict_lines(
         self, lines: Iterable[bytes], name: str, keep: Sequence[str] = ()
@@ -105,20 +108,17 @@ class Predictor:
             FormatError: a bad line, with its number; or no line at all.
             LossError: scores that are no numbers.
         """
-        yield from self._predict_records(text_records(self.card, lines, name), name, keep)
+        yield from self._predict_records(_text_records(self.card, lines, name), name, keep)
 
     def predict_table(self, path: Path) -> Iterator[dict[str, Any]]:
         """Predictions for the rows of a CSV or TSV file, with all of its columns before them."""
-        from mp2.tasks.problems import FirstProblem
-        from mp2.tasks.record_files import read_records
-
         yield from self._predict_records(read_records(path, FirstProblem()), str(path), None)
 
     def _predict_records(
-        self, records: Iterator[tuple[int, Any]], name: str, keep: Sequence[str] | None
+        self, records: Records, name: str, keep: Sequence[str] | None
     ) -> Iterator[dict[str, Any]]:
         key = "answer" if self.card.type == "extraction" else "label"
-        entries = input_lines(self.card, records, name, self._fields, keep)
+        entries = _lines(self.card, records, name, self._fields, keep)
         while chunk := list(islice(entries, CHUNK)):
             labelled = [entry.example for entry in chunk if entry.example is not None]
             found = iter(self.predict(labelled) if labelled else [])
@@ -155,6 +155,76 @@ class Predictor:
                 )
             found.append({**line, "probability": decoded.probability})
         return found
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line: an example to label, or the ``reason`` why it gets no label; ``kept`` is copied beside it."""
+
+    example: Example | None
+    reason: str | None
+    kept: dict[str, Any]
+
+
+def _text_records(card: TaskCard, lines: Iterable[bytes], name: str) -> Records:
+    """Yield (line, object, or None for a blank line) of JSON lines, or of plain text for a task of one text.
+
+    Raises:
+        FormatError: a line that cannot be read; or no line with anything.
+        UsageError: plain text for a task of several fields.
+    """
+    plain: bool | None = None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            yield number, None
+            continue
+        if plain is None:
+            plain = not line.lstrip(b"\xef\xbb\xbf \t").startswith(b"{")
+            if plain and (len(card.fields) != 1 or card.type == "multiple_choice"):
+                raise UsageError(
+                    f"plain text cannot be given to task '{card.task}', which has the fields "
+                    f"{', '.join(card.fields)}: write each line as a JSON object with them"
+                )
+        if not plain:
+            yield from json_lines([line], name, FirstProblem(), first=number)
+            continue
+        try:
+            yield number, {card.fields[0]: line.decode("utf-8-sig").strip()}
+        except UnicodeDecodeError:
+            yield from json_lines([line], name, FirstProblem(), first=number)  # it says what is wrong
+    if plain is None:
+        raise FormatError("nothing to label; expected a text, or a JSON object, on each line", path=name)
+
+
+def _lines(
+    card: TaskCard, records: Records, name: str, names: Mapping[str, str], keep: Sequence[str] | None
+) -> Iterator[_Line]:
+    """Yield the lines of records; ``names`` are the data's for the card's keys, ``keep`` the columns to copy.
+
+    ``keep`` None: all of them. Raises ``FormatError`` for a bad line.
+    """
+    columns = Columns(card, names)
+    needed = (
+        card.fields if card.type == "classification" else ("context",) if card.type == "extraction" else ()
+    )
+    for number, row in records:
+        if row is None:
+            yield _Line(None, "empty line", {})
+            continue
+        kept: dict[str, Any] = {}
+        if isinstance(row, dict):
+            kept = dict(row) if keep is None else {column: row.get(column) for column in keep}
+        record = columns(row)
+        empty = [key for key in needed if isinstance(record, dict) and _is_blank(record.get(key))]
+        if empty:
+            yield _Line(None, f"{', '.join(empty)} is empty", kept)
+            continue
+        example = RecordParser(card, name, number, FirstProblem(), False).example(record)
+        yield _Line(example, None, kept)
+
+
+def _is_blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
 
 
 def _computed_with(config: BbtConfig, runtime: str, precision: str, device: str) -> BbtConfig:

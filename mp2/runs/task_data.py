@@ -23,7 +23,7 @@ class TaskData:
     """Train pool and test set of a task, for sequences of at most ``max_tokens``."""
 
     def __init__(self, config: BbtConfig, card: TaskCard, model: FrozenModel) -> None:
-        from mp2.tasks.columns import parse_fields
+        from mp2.tasks.record import parse_fields
 
         self.card, self._backbone = card, model.backbone
         self.max_tokens = model.max_tokens(config.max_tokens)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import tomllib
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 from mp2.errors import UnknownNameError, UsageError
@@ -84,17 +84,17 @@ class TaskCard:
     max_answer_tokens: int = DEFAULT_MAX_ANSWER_TOKENS
     cloze: str | None = None  # for the masked-language-model head: fields and {label}
 
-    @property
+    @cached_property
     def parts(self) -> tuple[tuple[str, str | None], ...]:
         """The template as (literal text, name of the field that follows it or None)."""
         return template_parts(self.template)
 
-    @property
+    @cached_property
     def fields(self) -> tuple[str, ...]:
         """The data fields that the template shows, in order, without ``options``."""
         return tuple(name for _, name in self.parts if name is not None and name != "options")
 
-    @property
+    @cached_property
     def gold_keys(self) -> tuple[str, ...]:
         """The data keys beside the fields: the label or the answers, and the options of multiple choice."""
         keys = {

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from mp2.errors import UsageError
 from mp2.tasks.card import TaskCard, find_card, read_card
-from mp2.tasks.columns import parse_fields
 from mp2.tasks.data import parse_records, read_examples
 from mp2.tasks.example import Example
 from mp2.tasks.fewshot import few_shot_split
@@ -22,6 +21,7 @@ from mp2.tasks.lengths import lengths
 from mp2.tasks.mrc import MrcFormatter
 from mp2.tasks.place import DataSet, Files, find_place
 from mp2.tasks.problems import AllProblems, Problem, grouped
+from mp2.tasks.record import parse_fields
 
 if TYPE_CHECKING:
     from mp2.backbone.tokenizer import Tokenizer

@@ -12,8 +12,7 @@ from mp2.errors import UsageError
 from mp2.tasks.card import TaskCard
 from mp2.tasks.card_rules import template_parts
 from mp2.tasks.example import Example
-from mp2.tasks.mrc import MIN_TEXT_TOKENS, MrcInput, label_words
-from mp2.tasks.windows import fair_lengths
+from mp2.tasks.mrc import MIN_TEXT_TOKENS, MrcInput, fair_lengths, label_words
 
 if TYPE_CHECKING:
     from mp2.backbone.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ extraction         the template's fields and ``answers``: a list of ``{"text": .
 multiple_choice    the template's fields, ``options`` (2 or more strings) and ``label``, the right one's index
 =================  ==========================================================================================
 
-under these names or others (:mod:`mp2.tasks.columns`). Other keys are ignored.
+under these names or others (:mod:`mp2.tasks.record`). Other keys are ignored.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from typing import Any
 from mp2.errors import UnknownNameError, UsageError
 from mp2.tasks.card import TaskCard
 from mp2.tasks.card_rules import SPLITS
-from mp2.tasks.columns import Columns, mapped
 from mp2.tasks.example import Example
 from mp2.tasks.place import Files, find_place
 from mp2.tasks.problems import FirstProblem, Problems
-from mp2.tasks.record import RecordParser
+from mp2.tasks.record import Columns, RecordParser, mapped
 from mp2.tasks.record_files import json_lines, read_records
 
 

@@ -18,11 +18,10 @@ from typing import Any
 from mp2.errors import Mp2Error, UsageError
 from mp2.files import write_json, write_text
 from mp2.tasks.card import Source, TaskCard, list_cards, load_card
-from mp2.tasks.columns import Columns, mapped
 from mp2.tasks.download import download, member
 from mp2.tasks.example import Example
 from mp2.tasks.problems import AllProblems
-from mp2.tasks.record import RecordParser
+from mp2.tasks.record import Columns, RecordParser, mapped
 from mp2.tasks.source_formats import source_records
 
 DOWNLOADS = ".downloads"

@@ -10,8 +10,7 @@ import numpy as np
 from mp2.errors import UsageError
 from mp2.tasks.card import TaskCard
 from mp2.tasks.example import Example
-from mp2.tasks.mrc import MIN_TEXT_TOKENS, MrcInput
-from mp2.tasks.windows import fair_lengths
+from mp2.tasks.mrc import MIN_TEXT_TOKENS, MrcInput, fair_lengths
 
 if TYPE_CHECKING:
     from mp2.backbone.tokenizer import Tokenizer

@@ -1,6 +1,6 @@
 """Task data through the library ``datasets`` (extra ``mp2[hub]``): the card's source, or a named set.
 
-Rows are mapped as those of files are (:mod:`mp2.tasks.columns`) and validated like them.
+Rows are mapped as those of files are (:mod:`mp2.tasks.record`) and validated like them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 from mp2.errors import MissingDependencyError, UsageError
 from mp2.tasks.card import TaskCard
-from mp2.tasks.columns import Columns, mapped
 from mp2.tasks.place import DataSet
+from mp2.tasks.record import Columns, mapped
 
 Records = Iterator[tuple[int, Any]]
 _SPLITS = {"train": ("train",), "dev": ("dev", "validation"), "test": ("test",)}

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mp2.errors import UsageError
-from mp2.tasks.columns import written
 from mp2.tasks.problems import FirstProblem
+from mp2.tasks.record import written
 from mp2.tasks.record_files import read_records
 
 MAX_LABELS = 200  # more values than that are no set of labels

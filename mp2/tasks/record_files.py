@@ -1,6 +1,6 @@
 """The records of a data file, whatever its format: JSON lines, a JSON array, CSV, TSV, parquet.
 
-A record is an object with the file's own names; :mod:`mp2.tasks.columns` maps these to the card's fields.
+A record is an object with the file's own names; :mod:`mp2.tasks.record` maps these to the card's fields.
 Text is UTF-8 with or without a byte order mark. CSV and TSV need a line of column names; TSV has no quotes.
 """
 

@@ -9,9 +9,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from mp2.backbone import Backbone
-from mp2.engine import Objective
+from mp2.engine import Objective, Scorer
 from mp2.engine.backend import Prefixes, is_out_of_memory
 from mp2.engine.cpu.backend import CpuBackend
+from mp2.engine.forward import Run
 from mp2.errors import MismatchError, OutOfMemoryError, UsageError
 from mp2.prompts import PrefixProjector, PromptSet, random_prompts
 from mp2.tasks import MrcInput
@@ -143,6 +144,33 @@ def test_log_probs_keep_order_and_equal_slow_float64(
     for item, logp in zip(inputs, log_probs(objective.forward, z, inputs), strict=True):
         np.testing.assert_allclose(logp, slow.log_probs(z, item.input_ids), rtol=1e-5, atol=1e-5)
     assert objective.n_evaluations == 0
+
+
+def test_a_prompt_is_prepared_once_and_another_one_replaces_it(
+    make_objective: Make, deep: PromptSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = make_objective(deep).forward
+    made = []
+    every_layer = forward.every_layer
+
+    def counted(z: torch.Tensor, *, scoring: bool = False) -> Run:
+        made.append(z)
+        return every_layer(z, scoring=scoring)
+
+    monkeypatch.setattr(forward, "every_layer", counted)
+    first, second = candidates(2, deep)
+    inputs = make_inputs((9, 5), 50)
+    scorer = Scorer(forward)
+    scorer.prepare(first)
+    for z in (first, first.copy(), second, first):
+        for got, expected in zip(
+            scorer.outputs(z, inputs).fetch(), log_probs(forward, z, inputs), strict=True
+        ):
+            np.testing.assert_array_equal(got[: len(expected)], expected)
+    assert len(made) == 3 + 4  # each change of prompt, and each of the four fresh scorers
+    forward.forget()  # as where memory has run out
+    scorer.outputs(first, inputs).fetch()
+    assert len(made) == 8
 
 
 def test_populations_whose_prefixes_do_not_fit_at_once_take_turns(

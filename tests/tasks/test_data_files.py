@@ -13,9 +13,9 @@ import pytest
 
 from mp2.errors import FormatError, MissingDependencyError, UsageError
 from mp2.tasks import AllProblems, Answer, TaskCard, load_card, load_examples
-from mp2.tasks.columns import parse_fields
 from mp2.tasks.encodings import looks_like
 from mp2.tasks.place import DataSet, Files, find_place, tasks_in
+from mp2.tasks.record import parse_fields
 from mp2.tasks.record_files import read_records
 from tests.command_line import mp2
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from mp2.backbone.tokenizer import Tokenizer
 from mp2.errors import UsageError
 from mp2.tasks import Answer, Example, MrcFormatter, MrcInput, TaskCard, filled_template, load_card
-from mp2.tasks.mrc import MIN_TEXT_TOKENS
-from mp2.tasks.windows import fair_lengths, windows
+from mp2.tasks.mrc import MIN_TEXT_TOKENS, fair_lengths, windows
 
 MakeCard = Callable[..., TaskCard]
 TEXTS = st.text(alphabet="今天气很好我们去看电影吃饭，。 ab1X　é\u200b", max_size=60)

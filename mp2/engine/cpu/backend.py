@@ -56,18 +56,26 @@ class CpuBackend(ChainBackend):
         self._config = backbone.config
         self._heads = (backbone.config.n_heads, backbone.config.head_size)
         self._encoder = backbone.encoder
+        with torch.inference_mode():
+            # what stands at each position beside the word: every token has the same type
+            self._positions = self._encoder.position_embeddings.weight + self._encoder.token_type_row
         self._layers: dict[int, _Layer] = {}
 
     @torch.inference_mode()
     def embed(self, input_ids: torch.Tensor, n_inline: int = 0) -> torch.Tensor:
         """See `ChainBackend.embed`."""
         check_positions(input_ids.shape[1], n_inline, self._config.max_positions)
-        return self._encoder.embed(input_ids, n_inline).to(self._dtype).unsqueeze(0)
+        rows = torch.arange(input_ids.shape[1])
+        rows[1:] += n_inline
+        words = F.embedding(input_ids, self._encoder.word_embeddings.weight)
+        return self._normed_embeddings(words, F.embedding(rows, self._positions)).unsqueeze(0)
 
     @torch.inference_mode()
     def embed_inline(self, prompts: torch.Tensor) -> torch.Tensor:
         """See `ChainBackend.embed_inline`."""
-        return self._encoder.embed_inline(prompts).to(self._dtype).unsqueeze(1)
+        m = prompts.shape[1]
+        check_positions(1, m, self._config.max_positions)
+        return self._normed_embeddings(prompts, self._positions[1 : m + 1]).unsqueeze(1)
 
     @torch.inference_mode()
     def layer(
@@ -100,6 +108,11 @@ class CpuBackend(ChainBackend):
             layer.output_norm,
         )
         return y.view(-1, n, t, width)
+
+    def _normed_embeddings(self, words: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        norm = self._encoder.embedding_norm
+        x = F.layer_norm(words + positions, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        return x.to(self._dtype)
 
     def _norm(self, x: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return F.layer_norm(x, (self._config.hidden,), norm[0], norm[1], self._config.layer_norm_eps)

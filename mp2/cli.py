@@ -20,6 +20,7 @@ from mp2.commands.predict import predict
 from mp2.commands.pretrain import pretrain
 from mp2.commands.pretrain_backbone import pretrain_backbone
 from mp2.commands.scratch import scratch
+from mp2.commands.serve import serve
 from mp2.commands.tasks import tasks
 from mp2.commands.tune import tune
 from mp2.errors import Mp2Error
@@ -76,6 +77,7 @@ for command in (
     pretrain_backbone,
     scratch,
     export,
+    serve,
     doctor,
 ):
     main.add_command(command)

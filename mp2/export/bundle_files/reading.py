@@ -91,7 +91,8 @@ def cut(texts: dict[str, list[int]], room: int) -> dict[str, list[int]]:
 
 
 def feeds(tasks: list[Task], rows: list[Row]) -> dict[str, np.ndarray]:
-    """Return the graph's inputs for ``rows``, of the task at the same place each."""
+    """Return the inputs for ``rows``, of the task at the same place each; one prompt where all share it."""
+    tasks = tasks[:1] if all(task is tasks[0] for task in tasks) else tasks
     made = {name: stack([task["tensors"][name] for task in tasks]) for name in tasks[0]["tensors"]}
     made |= {
         "input_ids": stack([x.ids for x in rows]),

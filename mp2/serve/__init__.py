@@ -1,0 +1,1 @@
+"""An HTTP server for the tasks of a bundle: many tasks on one frozen backbone, in common batches."""

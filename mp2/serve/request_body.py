@@ -1,0 +1,62 @@
+"""A request's body: within its size and time, and as JSON that means what it says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any, NoReturn
+
+from starlette.requests import Request
+
+from mp2.serve.errors import BadRequestError, RequestError
+
+
+async def read_body(request: Request, most_bytes: int, timeout_s: float) -> bytes:
+    """Return the body; RequestError 413 for more than ``most_bytes``, 408 where it does not come in time."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and (len(declared) > 18 or int(declared) > most_bytes):
+        raise _too_large(most_bytes)
+    parts, n_bytes = [], 0
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for part in request.stream():
+                n_bytes += len(part)
+                if n_bytes > most_bytes:
+                    raise _too_large(most_bytes)
+                parts.append(part)
+    except TimeoutError:
+        raise RequestError(408, f"the body did not arrive within {timeout_s:g} s") from None
+    return b"".join(parts)
+
+
+def read_json(data: bytes) -> Any:
+    """Return what ``data`` says; BadRequestError unless it is JSON in UTF-8, without NaN and infinities."""
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=_no_number)
+    except UnicodeDecodeError as error:
+        raise BadRequestError(f"the body is not UTF-8 (byte {error.start})") from None
+    except RecursionError:
+        raise BadRequestError("the body is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise BadRequestError(
+            f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
+    except ValueError:
+        raise BadRequestError("the body has an integer of thousands of digits") from None
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message, shortened."""
+    text = json.dumps(value, ensure_ascii=True, default=str) if not isinstance(value, (dict, list)) else ""
+    text = text or ("an object" if isinstance(value, dict) else "a list")
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _no_number(text: str) -> NoReturn:
+    raise BadRequestError(f"the body has {text}, which is no number of JSON")
+
+
+def _too_large(most_bytes: int) -> RequestError:
+    return RequestError(
+        413, f"the body is larger than {most_bytes:,} bytes; send less at a time, or raise --max-body-mib"
+    )

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 import mp2
 from mp2.cli import main
-from mp2.engine.cpu.backend import CpuBackend
+from mp2.engine.cpu.differences import DifferenceBackend
 from mp2.engine.objective import Objective
 from mp2.optimizers.cma_layers import LayerCma
 from mp2.optimizers.config import RouterConfig
@@ -90,7 +90,14 @@ def test_optimizers_know_nothing_of_the_engine_and_the_engine_nothing_of_what_us
 
 def test_backends_are_told_apart_in_one_place_only() -> None:
     """No test for a backend's class or name outside of engine/select.py and the backends' own folders."""
-    classes = ("CpuBackend", "Int8Backend", "CudaBackend", "OnnxRuntime", "TensorRTRuntime", "ChainBackend")
+    classes = (
+        "CpuBackend",
+        "DifferenceBackend",
+        "CudaBackend",
+        "OnnxRuntime",
+        "TensorRTRuntime",
+        "ChainBackend",
+    )
     for path in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
@@ -177,13 +184,13 @@ def test_from_precision_to_the_backend_is_a_short_walk(
 ) -> None:
     stacks: list[list[str]] = []
 
-    def made(self: CpuBackend, *arguments: Any, **options: Any) -> None:
+    def made(self: DifferenceBackend, *arguments: Any, **options: Any) -> None:
         assert options["precision"] == "bf16"
         modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_stack(None)]
         stacks.append([name for name in modules[::-1] if name.startswith("mp2.")])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(CpuBackend, "__init__", made)
+    monkeypatch.setattr(DifferenceBackend, "__init__", made)
     options = ["--task", "demo_topic", "--precision", "bf16", "--runtime", "torch", "--out", str(tmp_path)]
     CliRunner().invoke(main, ["bbt", *options])
     (stack,) = stacks

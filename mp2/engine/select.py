@@ -13,7 +13,7 @@ import torch
 from mp2.backbone import Backbone, resolve_device
 from mp2.engine.backend import PRECISIONS, Backend, Probe
 from mp2.engine.cpu.backend import CpuBackend
-from mp2.engine.cpu.int8_runtime import Int8Backend
+from mp2.engine.cpu.differences import DifferenceBackend
 from mp2.engine.cuda.backend import CUDA_PRECISIONS, CudaBackend
 from mp2.engine.folder import (
     FOLDER_PRECISIONS,
@@ -115,9 +115,9 @@ class _Asked:
         precision = self.torch_precision()
         if _is_gpu(self.device):
             return CudaBackend(self.backbone, device=self.device, precision=precision, reason=reason)
-        if precision == "int8":
-            return Int8Backend(self.backbone, reason=reason)
-        return CpuBackend(self.backbone, precision=precision, reason=reason)
+        if precision == "fp32":
+            return CpuBackend(self.backbone, reason=reason)
+        return DifferenceBackend(self.backbone, precision=precision, reason=reason)
 
     def on_onnxruntime(self, name: str = "onnxruntime") -> Backend:
         if self.precision not in (*FOLDER_PRECISIONS, "auto"):

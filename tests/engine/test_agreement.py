@@ -14,7 +14,7 @@ from mp2.engine import Objective, create_backend
 from mp2.engine.agreement import Agreement, agreement, spearman
 from mp2.engine.backend import Backend
 from mp2.engine.cpu.backend import CpuBackend
-from mp2.engine.cpu.int8_steps import int8_problem
+from mp2.engine.cpu.difference_steps import int8_problem
 from mp2.engine.cuda.backend import CudaBackend
 from mp2.engine.select import exact_backend
 from mp2.prompts import PromptSet

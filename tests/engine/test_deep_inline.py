@@ -13,7 +13,7 @@ from benchmarks.speed.plain_loop import PlainLoop
 from mp2.backbone import Backbone
 from mp2.engine import Objective
 from mp2.engine.cpu.backend import CpuBackend
-from mp2.engine.cpu.int8_runtime import Int8Backend
+from mp2.engine.cpu.differences import DifferenceBackend
 from mp2.engine.cuda.backend import CudaBackend
 from mp2.engine.tensorrt.runtime import TensorRTRuntime
 from mp2.errors import UsageError
@@ -95,7 +95,7 @@ def test_int8_differences_stay_close_to_float32(
     tiny_backbone: Backbone, inline: PromptSet, train: list[MrcInput]
 ) -> None:
     try:
-        runtime = Int8Backend(tiny_backbone)
+        runtime = DifferenceBackend(tiny_backbone, precision="int8")
     except UsageError as error:
         pytest.skip(str(error))
     near = candidates(1, inline) + 0.05 * candidates(8, inline, seed=4)

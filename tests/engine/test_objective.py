@@ -372,7 +372,7 @@ def test_the_last_layers_weights_are_converted_once(
             converted += function is torch.Tensor.to and args[0] is weight
             return function(*args, **(kwargs or {}))
 
-    runtime = CpuBackend(tiny_backbone, precision="bf16")
+    runtime = CpuBackend(tiny_backbone)
     objective = Objective(runtime.forward(shallow, micro_batch_tokens=60), train)
     objective.full_losses(candidates(1, shallow)).fetch()  # prepares the runtime's own
     objective = Objective(runtime.forward(shallow, micro_batch_tokens=60), train)

@@ -15,9 +15,6 @@ from mp2.engine.cpu.attention import attend, attend_shared_text
 from mp2.engine.cpu.linear import FastLinear
 from mp2.engine.cpu.second_half import SecondHalf, make_second_half
 from mp2.engine.forward import check_positions
-from mp2.errors import UnknownNameError
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -39,19 +36,12 @@ class CpuBackend(ChainBackend):
     name = "torch"
     device = "cpu"
 
-    def __init__(self, backbone: Backbone, *, precision: str = "fp32", reason: str = "") -> None:
-        """Prepare for ``precision`` ("fp32" or "bf16").
-
-        bf16 keeps weights and activations in bf16; LayerNorm statistics, softmax, logits and losses stay in
-        float32.
-        """
-        if precision not in _DTYPES:
-            raise UnknownNameError("precision", precision, tuple(_DTYPES))
+    def __init__(self, backbone: Backbone, *, reason: str = "") -> None:
+        """Compute in float32."""
         self.backbone = backbone
-        self.precision = precision
+        self.precision = "fp32"
         self.reason = reason or "asked for"
-        self._dtype = _DTYPES[precision]
-        if precision == "fp32" and (problem := native.problem()):
+        if problem := native.problem():
             self.reason += f"; no C kernels: {problem}"
         self._config = backbone.config
         self._heads = (backbone.config.n_heads, backbone.config.head_size)
@@ -87,8 +77,6 @@ class CpuBackend(ChainBackend):
         _, n, t, width = hidden.shape
         x = hidden.reshape(-1, width)
         qkv = layer.qkv(x).view(hidden.shape[0], n, t, 3, *self._heads)
-        if prefix is not None:
-            prefix = (prefix[0].to(self._dtype), prefix[1].to(self._dtype))
         shared = False
         if prefix is not None and hidden.shape[0] == 1 and prefix[0].shape[0] > 1:
             shared = True
@@ -111,8 +99,7 @@ class CpuBackend(ChainBackend):
 
     def _normed_embeddings(self, words: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         norm = self._encoder.embedding_norm
-        x = F.layer_norm(words + positions, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        return x.to(self._dtype)
+        return F.layer_norm(words + positions, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
     def _norm(self, x: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return F.layer_norm(x, (self._config.hidden,), norm[0], norm[1], self._config.layer_norm_eps)
@@ -122,7 +109,7 @@ class CpuBackend(ChainBackend):
         assert isinstance(source, Layer)
 
         def place(x: torch.Tensor) -> torch.Tensor:
-            return x.detach().to(self._dtype)
+            return x.detach().float()
 
         def linear(name: str) -> FastLinear:
             module = getattr(source, name)
@@ -143,10 +130,6 @@ class CpuBackend(ChainBackend):
             output=linear("output"),
             attention_norm=norm("attention_norm"),
             output_norm=norm("output_norm"),
-            second_half=(
-                make_second_half(source, self._config.activation, self._config.layer_norm_eps)
-                if self._dtype == torch.float32
-                else None
-            ),
+            second_half=make_second_half(source, self._config.activation, self._config.layer_norm_eps),
         )
         return self._layers[index]

@@ -71,7 +71,7 @@ def test_heads_that_the_kernel_does_not_hold_take_torchs_way() -> None:
 @needs_compiler
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("mp2_attend", MAX_HEAD + 1), ("mp2_attend", 0), ("mp2_difference", MAX_ROW + 1)],
+    [("mp2_attend", MAX_HEAD + 1), ("mp2_attend", 0), ("mp2_int8_difference", MAX_ROW + 1)],
 )
 def test_c_refuses_sizes_beyond_its_stack(name: str, size: int) -> None:
     library = native.load()
@@ -87,10 +87,13 @@ def test_c_refuses_sizes_beyond_its_stack(name: str, size: int) -> None:
 def test_every_c_function_is_declared_with_its_own_types() -> None:
     kinds = {"long": ctypes.c_long, "int": ctypes.c_int, "float": ctypes.c_float}
     found = {}
-    for path in Path(native.__file__).parent.glob("*.c"):
-        for name, arguments in re.findall(
-            r"^int (mp2_\w+)\(([^)]*)\) \{", path.read_text("utf-8"), re.MULTILINE
-        ):
+    folder = Path(native.__file__).parent
+    sources = [path.read_text("utf-8") for path in folder.glob("*.c")]
+    passes = (folder / "difference_passes.h").read_text("utf-8")  # included once for each type
+    for precision in ("bf16", "int8"):
+        sources.append(re.sub(r"PASS\((\w+)\)", rf"mp2_{precision}_\1", passes))
+    for source in sources:
+        for name, arguments in re.findall(r"^int (mp2_\w+)\(([^)]*)\) \{", source, re.MULTILINE):
             found[name] = tuple(
                 ctypes.c_void_p if "*" in argument else kinds[argument.split()[0]]
                 for argument in arguments.split(",")

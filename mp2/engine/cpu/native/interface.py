@@ -10,7 +10,7 @@ import ctypes
 from typing import Any
 
 MAX_HEAD = 128  # numbers of a head that attention holds on the stack
-MAX_ROW = 16384  # numbers of a row that the int8 passes hold on the stack
+MAX_ROW = 16384  # numbers of a row that the passes of differences hold on the stack
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
 _NO_MEMORY, _BAD_SIZE = 1, 2  # what a function returns; 0: done
 MACROS = (
@@ -33,7 +33,7 @@ class Half(ctypes.Structure):
 
 
 _pointer, _int, _long, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
-_product = (_pointer,) * 3  # int32 sums, scales of rows, scales of output channels
+_product = (_pointer,) * 3  # sums, scales of rows, scales of output channels
 FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "mp2_attend": (
         *(_pointer, _int, _pointer, _pointer, _int, _int),
@@ -46,19 +46,24 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
         *(_pointer, _pointer, _long, ctypes.POINTER(Half), _float, _int),
         *(_pointer, _long, _long, _long, _int),
     ),
-    "mp2_difference": (*(_pointer,) * 3, *(_long,) * 3, _int),
-    "mp2_add": (*_product, _pointer, *(_long,) * 3, _int),
-    "mp2_add_norm": (
+}
+_PASSES: dict[str, tuple[Any, ...]] = {  # of differences.c, for each type
+    "difference": (*(_pointer,) * 3, *(_long,) * 3, _int),
+    "add": (*_product, _pointer, *(_long,) * 3, _int),
+    "add_norm": (
         *(*_product, _pointer, _pointer, _int, _pointer, _pointer, _float),
         *(_pointer,) * 3,
         *(_long,) * 3,
         _int,
     ),
-    "mp2_add_activate": (
+    "add_activate": (
         *(*_product, _pointer, _pointer, _int, _pointer, _pointer),
         *(_long,) * 3,
         _int,
     ),
+}
+FUNCTIONS |= {
+    f"mp2_{precision}_{name}": types for precision in ("bf16", "int8") for name, types in _PASSES.items()
 }
 
 

@@ -1,13 +1,14 @@
-"""Precision "int8": candidates computed as int8 differences from a reference that is computed in float32.
+"""Precisions "bf16" and "int8" of the CPU: candidates as differences from a reference that is in float32.
 
 A population's candidates differ little from each other, so what rounding costs should be a share of that
 little. Candidate 0 of every call is the reference (the population's mean) and runs in float32. Before each
 matrix product the other candidates' rows are written as reference + difference; linear layers act on the two
-separately, the reference's product is there already, and only the differences, scaled row by row, are
-rounded to int8 and multiplied by int8 weights (VNNI, AMX: about four times the float32 rate). What is not
-linear (softmax, GELU, LayerNorm) sees float32 sums. The error of a loss is thus about 1% of its *difference*
-from the reference's loss, where rounding the activations themselves would cost 1% of everything; rank order
-survives, and a population without spread has no error at all. One candidate alone runs in float32.
+separately, the reference's product is there already, and only the differences are rounded and multiplied by
+rounded weights: to bfloat16 (about eight times the float32 rate with AMX), or, row by row, to int8 (VNNI,
+AMX). What is not linear (softmax, GELU, LayerNorm) sees float32 sums. The error of a loss is thus a small
+share (1/500, 1/100) of its *difference* from the reference's loss, where rounding the activations themselves
+would cost that share of everything; rank order survives, and a population without spread has no error at
+all. One candidate alone runs in float32.
 """
 
 from __future__ import annotations
@@ -22,17 +23,23 @@ from mp2.engine.backend import Prefixes
 from mp2.engine.chain import Candidates
 from mp2.engine.cpu.attention import attend, attend_shared_text
 from mp2.engine.cpu.backend import CpuBackend
-from mp2.engine.cpu.int8_steps import Int8Linear, int8_problem, make_steps
+from mp2.engine.cpu.difference_steps import (
+    DifferenceLinear,
+    bf16_problem,
+    int8_problem,
+    make_linear,
+    make_steps,
+)
 from mp2.engine.cpu.native.interface import MAX_ROW
 from mp2.errors import UsageError
 
 
 @dataclass(frozen=True)
-class _Int8Layer:
-    qkv: Int8Linear
-    attention_output: Int8Linear
-    intermediate: Int8Linear
-    output: Int8Linear
+class _RoughLayer:
+    qkv: DifferenceLinear
+    attention_output: DifferenceLinear
+    intermediate: DifferenceLinear
+    output: DifferenceLinear
 
 
 class _WithReference(Candidates):
@@ -52,19 +59,26 @@ class _WithReference(Candidates):
         return hidden[1:]
 
 
-class Int8Backend(CpuBackend):
+class DifferenceBackend(CpuBackend):
     """The stages on torch's CPU, for populations: candidate 0 of [1 + P, N, T, H] is the reference."""
 
-    def __init__(self, backbone: Backbone, *, reason: str = "") -> None:
-        """Prepare for the CPU; layers are rounded when they are first used."""
-        super().__init__(backbone, precision="fp32", reason=reason)
-        if problem := int8_problem():
+    def __init__(self, backbone: Backbone, *, precision: str, reason: str = "") -> None:
+        """Prepare for the CPU and ``precision``, bf16 or int8; layers are rounded when they are first used.
+
+        Raises UsageError for int8 on a processor whose int8 products are not exact, and for rows too long.
+        """
+        super().__init__(backbone, reason=reason)
+        if precision == "int8" and (problem := int8_problem()):
             raise UsageError(f"precision int8: {problem}; use --precision fp32")
+        if precision == "bf16" and (problem := bf16_problem()):
+            self.reason += f"; {problem}"
         if backbone.config.ffn > MAX_ROW:
-            raise UsageError(f"feed-forward of {backbone.config.ffn}, precision int8 takes at most {MAX_ROW}")
-        self.precision = "int8"
-        self._int8_layers: dict[int, _Int8Layer] = {}
-        self.steps = make_steps()
+            raise UsageError(
+                f"feed-forward of {backbone.config.ffn}, precision {precision} takes at most {MAX_ROW}"
+            )
+        self.precision = precision
+        self._rough_layers: dict[int, _RoughLayer] = {}
+        self.steps = make_steps(precision)
 
     def candidates(self, z: torch.Tensor) -> Candidates:
         """See `ChainBackend.candidates`; a single candidate needs no reference: it runs in float32."""
@@ -73,7 +87,7 @@ class Int8Backend(CpuBackend):
     def usual_tokens(self) -> int:
         """See `ChainBackend.usual_tokens`.
 
-        More of int8's calls are short, and its reference, which is not int8, should be a small share.
+        More of the calls are short, and the reference, which is in float32, should be a small share.
         """
         return 2 * super().usual_tokens()
 
@@ -132,14 +146,17 @@ class Int8Backend(CpuBackend):
         )
         return out.view(n_blocks, n, t, width)
 
-    def _rough(self, index: int) -> _Int8Layer:
-        if index not in self._int8_layers:
+    def _rough(self, index: int) -> _RoughLayer:
+        if index not in self._rough_layers:
             source = self._encoder.body(index)
             parts = [source.query.weight, source.key.weight, source.value.weight]
-            self._int8_layers[index] = _Int8Layer(
-                qkv=Int8Linear(torch.cat(parts).detach().float()),
-                attention_output=Int8Linear(source.attention_output.weight.detach().float()),
-                intermediate=Int8Linear(source.intermediate.weight.detach().float()),
-                output=Int8Linear(source.output.weight.detach().float()),
+            self._rough_layers[index] = _RoughLayer(
+                qkv=self._linear(torch.cat(parts)),
+                attention_output=self._linear(source.attention_output.weight),
+                intermediate=self._linear(source.intermediate.weight),
+                output=self._linear(source.output.weight),
             )
-        return self._int8_layers[index]
+        return self._rough_layers[index]
+
+    def _linear(self, weight: torch.Tensor) -> DifferenceLinear:
+        return make_linear(self.precision, weight.detach().float())

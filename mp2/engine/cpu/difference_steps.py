@@ -1,8 +1,9 @@
-"""What precision "int8" does between its matrix products: in C where it compiles, else in torch.
+"""Differences from a reference in a small type, their matrix products, and what lies between those.
 
-Shapes as in ``native/int8.c``: blocks [1 + P, R, K] of a reference's rows and P candidates' rows; ``q`` int8
-[P * R, K] with ``scale`` [P * R] holds the candidates' differences from the reference; a `Product` is what
-comes out of q times int8 weights.
+Shapes as in ``native/differences.c``: blocks [1 + P, R, K] of a reference's rows and P candidates' rows; a
+`Difference` holds the candidates' differences from the reference, a `Product` is what comes out of it times
+weights. Types: int8 with a scale a row (VNNI, AMX), bfloat16 (AMX; AVX-512 with bf16). The passes between
+products are in C where that compiles, else in torch.
 """
 
 from __future__ import annotations
@@ -10,29 +11,33 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 
 from mp2.backbone.encoder import activate
 from mp2.engine.cpu import native
 from mp2.engine.cpu.native.interface import ACTIVATIONS
+
+_TYPES = {"bf16": torch.bfloat16, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
 class Difference:
     """Candidates' rows minus the reference's: about ``q * scale``, with at most half a step of error."""
 
-    q: torch.Tensor  # [P * R, K] int8
-    scale: torch.Tensor  # [P * R] float32
+    q: torch.Tensor  # [P * R, K] int8 or bfloat16
+    scale: torch.Tensor  # [P * R] float32; 1 for bfloat16
 
 
 @dataclass(frozen=True)
 class Product:
-    """A difference times int8 weights: ``y * scale * channel`` is what it adds to the reference's product."""
+    """A difference times weights: ``y * scale * channel`` is what it adds to the reference's product."""
 
-    y: torch.Tensor  # [P * R, N] int32
+    y: torch.Tensor  # [P * R, N] int32 or bfloat16
     scale: torch.Tensor  # [P * R]
-    channel: torch.Tensor  # [N], the weights' scale of each output channel
+    channel: torch.Tensor  # [N], the weights' scale of each output channel; 1 for bfloat16
 
     def dense(self, n_rows: int) -> torch.Tensor:
         """Return it in float32, [P, R, N] for R = ``n_rows``."""
@@ -40,18 +45,51 @@ class Product:
         return scaled.view(-1, n_rows, self.y.shape[1])
 
 
+class DifferenceLinear(Protocol):
+    """The weights of a linear layer for differences; its bias is in the reference's product."""
+
+    def __call__(self, difference: Difference) -> Product:
+        """Multiply."""
+        ...
+
+
 class Int8Linear:
-    """The int8 weights of a linear layer; its bias is in the reference's product."""
+    """`DifferenceLinear` in int8."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         """Round ``weight`` [out, in] to int8 with one scale an output channel."""
         channel = weight.abs().amax(1).clamp_min(1e-30) / 127
-        self.channel = channel.contiguous()
+        self._channel = channel.contiguous()
         self._q = (weight / channel.unsqueeze(1)).round().to(torch.int8).t().contiguous()
 
     def __call__(self, difference: Difference) -> Product:
-        """Multiply."""
-        return Product(torch._int_mm(difference.q, self._q), difference.scale, self.channel)
+        """See `DifferenceLinear`."""
+        return Product(torch._int_mm(difference.q, self._q), difference.scale, self._channel)
+
+
+class Bf16Linear:
+    """`DifferenceLinear` in bfloat16."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """Round ``weight`` [out, in] to bfloat16."""
+        self._weight = weight.to(torch.bfloat16).contiguous()
+        self._channel = torch.ones(len(weight))
+
+    def __call__(self, difference: Difference) -> Product:
+        """See `DifferenceLinear`."""
+        return Product(F.linear(difference.q, self._weight), difference.scale, self._channel)
+
+
+def make_linear(precision: str, weight: torch.Tensor) -> DifferenceLinear:
+    """Return the weights [out, in] of a linear layer, rounded for differences in ``precision``."""
+    return Int8Linear(weight) if precision == "int8" else Bf16Linear(weight)
+
+
+def bf16_problem() -> str:
+    """Tell in a line why bfloat16 products do not pay on this processor; "" where they do."""
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported():
+        return ""
+    return "this processor has no bfloat16 products (AMX, or AVX-512 with bf16), fp32 is faster here"
 
 
 @functools.cache
@@ -81,9 +119,13 @@ class TorchSteps:
 
     name = "torch"
 
+    def __init__(self, precision: str) -> None:
+        """Round differences to ``precision``: bf16 or int8."""
+        self._precision = precision
+
     def difference(self, x: torch.Tensor) -> Difference:
         """Return block ``x`` [1 + P, R, K] relative to its reference."""
-        return _quantise((x[1:] - x[0]).view(-1, x.shape[2]))
+        return self._round((x[1:] - x[0]).view(-1, x.shape[2]))
 
     def add(self, product: Product, out: torch.Tensor) -> None:
         """Fill the candidates' rows of ``out`` [1 + P, R, N] from the reference's, which are there."""
@@ -114,13 +156,14 @@ class TorchSteps:
     ) -> Difference:
         """Return activation(``reference`` [R, N] + product) relative to ``active``, the reference's."""
         total = activate(activation, product.dense(len(reference)).add_(reference))
-        return _quantise(total.sub_(active).view(-1, active.shape[1]))
+        return self._round(total.sub_(active).view(-1, active.shape[1]))
 
-
-def _quantise(rows: torch.Tensor) -> Difference:
-    top = rows.abs().amax(1)
-    q = rows.mul_((127 / top.clamp_min(1e-30)).unsqueeze(1)).round_()
-    return Difference(q.to(torch.int8), top / 127)
+    def _round(self, rows: torch.Tensor) -> Difference:
+        if self._precision == "bf16":
+            return Difference(rows.to(torch.bfloat16), torch.ones(len(rows)))
+        top = rows.abs().amax(1)
+        q = rows.mul_((127 / top.clamp_min(1e-30)).unsqueeze(1)).round_()
+        return Difference(q.to(torch.int8), top / 127)
 
 
 class NativeSteps(TorchSteps):
@@ -128,20 +171,21 @@ class NativeSteps(TorchSteps):
 
     name = "C"
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        """Call ``library``, made from ``native/int8.c``."""
+    def __init__(self, precision: str, library: ctypes.CDLL) -> None:
+        """Call ``library``, made from ``native/differences.c``."""
+        super().__init__(precision)
         self._library = library
 
     def difference(self, x: torch.Tensor) -> Difference:
         """See `TorchSteps.difference`."""
         p, r, k = len(x) - 1, x.shape[1], x.shape[2]
-        made = _empty(p * r, k)
-        self._call("mp2_difference", x, made.q, made.scale, p, r, k)
+        made = self._empty(p * r, k)
+        self._call("difference", x, made.q, made.scale, p, r, k)
         return made
 
     def add(self, product: Product, out: torch.Tensor) -> None:
         """See `TorchSteps.add`."""
-        self._call("mp2_add", *_parts(product), out, len(out) - 1, *out.shape[1:])
+        self._call("add", *_parts(product), out, len(out) - 1, *out.shape[1:])
 
     def add_norm(
         self,
@@ -156,11 +200,11 @@ class NativeSteps(TorchSteps):
     ) -> Difference | None:
         """See `TorchSteps.add_norm`."""
         p, r, n = len(out) - 1, out.shape[1], out.shape[2]
-        made = _empty(p * r, n) if difference else None
+        made = self._empty(p * r, n) if difference else None
         q, scale = (None, None) if made is None else (made.q, made.scale)
         shared = len(residual) == 1
         self._call(
-            "mp2_add_norm",
+            "add_norm",
             *(*_parts(product), reference, residual, shared, *norm, eps, out, q, scale),
             *(p, r, n),
         )
@@ -171,10 +215,10 @@ class NativeSteps(TorchSteps):
     ) -> Difference:
         """See `TorchSteps.add_activate`."""
         r, n = active.shape
-        made = _empty(len(product.y), n)
+        made = self._empty(len(product.y), n)
         kind = ACTIVATIONS[activation]
         self._call(
-            "mp2_add_activate",
+            "add_activate",
             *(*_parts(product), reference, active, kind, made.q, made.scale, len(product.y) // r, r, n),
         )
         return made
@@ -187,18 +231,17 @@ class NativeSteps(TorchSteps):
                 addresses.append(argument.data_ptr())
             else:
                 addresses.append(argument)
-        getattr(self._library, name)(*addresses, torch.get_num_threads())
+        getattr(self._library, f"mp2_{self._precision}_{name}")(*addresses, torch.get_num_threads())
 
-
-def _empty(rows: int, width: int) -> Difference:
-    return Difference(torch.empty(rows, width, dtype=torch.int8), torch.empty(rows))
+    def _empty(self, rows: int, width: int) -> Difference:
+        return Difference(torch.empty(rows, width, dtype=_TYPES[self._precision]), torch.empty(rows))
 
 
 def _parts(product: Product) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return product.y, product.scale, product.channel
 
 
-def make_steps() -> TorchSteps:
-    """Return the C steps if they can be had, else torch's."""
+def make_steps(precision: str) -> TorchSteps:
+    """Return the C steps for ``precision`` if they can be had, else torch's."""
     library = native.load()
-    return TorchSteps() if library is None else NativeSteps(library)
+    return TorchSteps(precision) if library is None else NativeSteps(precision, library)

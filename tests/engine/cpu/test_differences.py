@@ -13,16 +13,17 @@ from mp2.backbone import Backbone
 from mp2.engine import Objective, create_backend
 from mp2.engine.cpu import native
 from mp2.engine.cpu.backend import CpuBackend
-from mp2.engine.cpu.int8_runtime import Int8Backend
-from mp2.engine.cpu.int8_steps import (
+from mp2.engine.cpu.difference_steps import (
     Difference,
-    Int8Linear,
     NativeSteps,
     Product,
     TorchSteps,
+    bf16_problem,
     int8_problem,
+    make_linear,
     make_steps,
 )
+from mp2.engine.cpu.differences import DifferenceBackend
 from mp2.errors import UsageError
 from mp2.prompts import PromptSet
 from mp2.tasks import MrcInput
@@ -30,7 +31,9 @@ from mp2.tasks import MrcInput
 from ..slow_reference import D, SlowReference
 
 P, R = 4, 6
-needs_products = pytest.mark.skipif(bool(int8_problem()), reason=int8_problem())
+# Of a loss, as a share of its population's spread. bfloat16 rounds difference, weight and product by at most
+# 2^-9 each, in 4 products of 3 layers: independent errors add up to sqrt(36) * 2^-9.
+ERROR = {"bf16": 6 * 2**-9, "int8": 0.03}
 needs_compiler = pytest.mark.skipif(native.load() is None, reason="no C compiler here")
 
 
@@ -41,41 +44,51 @@ def near(prompts: PromptSet, n: int, spread: float) -> np.ndarray:
     return (4 * rng.standard_normal(shape) + spread * rng.standard_normal((n, *shape))).astype(np.float32)
 
 
-@pytest.fixture(params=["C", "torch"])
-def int8(request: pytest.FixtureRequest, tiny_backbone: Backbone) -> Int8Backend:
-    if problem := int8_problem():
+@pytest.fixture(params=["bf16", "int8"])
+def precision(request: pytest.FixtureRequest) -> str:
+    if request.param == "int8" and (problem := int8_problem()):
         pytest.skip(problem)
-    runtime = Int8Backend(tiny_backbone)
+    return str(request.param)
+
+
+@pytest.fixture(params=["C", "torch"])
+def rough(request: pytest.FixtureRequest, tiny_backbone: Backbone, precision: str) -> DifferenceBackend:
+    runtime = DifferenceBackend(tiny_backbone, precision=precision)
     if request.param == "C" and not isinstance(runtime.steps, NativeSteps):
         pytest.skip("no C compiler here")
     if request.param == "torch":
-        runtime.steps = TorchSteps()
+        runtime.steps = TorchSteps(precision)
     return runtime
 
 
-def product(width: int, rng: torch.Generator) -> Product:
-    difference = TorchSteps().difference(torch.randn(1 + P, R, 20, generator=rng))
-    return Int8Linear(torch.randn(width, 20, generator=rng))(difference)
+def product(precision: str, width: int, rng: torch.Generator) -> Product:
+    difference = TorchSteps(precision).difference(torch.randn(1 + P, R, 20, generator=rng))
+    return make_linear(precision, torch.randn(width, 20, generator=rng))(difference)
 
 
 @needs_compiler
 @pytest.mark.parametrize("width", [5, 16, 70])
-def test_steps_in_c_equal_those_in_torch(width: int) -> None:
+def test_steps_in_c_equal_those_in_torch(precision: str, width: int) -> None:
     rng = torch.Generator().manual_seed(0)
-    plain, fast = TorchSteps(), make_steps()
+    plain, fast = TorchSteps(precision), make_steps(precision)
     assert isinstance(fast, NativeSteps)
 
     def check(one: Difference | None, two: Difference | None) -> None:
         assert one is not None
         assert two is not None
         torch.testing.assert_close(one.scale, two.scale, rtol=1e-4, atol=1e-7)
-        step = one.q.int() - two.q.int()
-        assert int(step.abs().max()) <= 1  # a half rounded the other way
-        assert float((step != 0).float().mean()) < 0.01
+        # integers, or bfloat16 whose neighbours are neighbours as integers: a half rounded the other way
+        whole = (x.q.int() if precision == "int8" else x.q.view(torch.int16).int() for x in (one, two))
+        step = next(whole) - next(whole)
+        near_zero = torch.zeros_like(step, dtype=torch.bool)
+        if precision == "bf16":  # of a difference that float32's own rounding made, the sign is chance
+            near_zero = (one.q.float().abs() < 1e-5) & (two.q.float().abs() < 1e-5)
+        assert int(step[~near_zero].abs().max()) <= 1
+        assert float((step[~near_zero] != 0).float().mean()) < 0.01
 
     x = torch.randn(1 + P, R, width, generator=rng)
     check(plain.difference(x), fast.difference(x))
-    y = product(width, rng)
+    y = product(precision, width, rng)
     outs = [x.clone(), x.clone()]
     for steps, out in zip((plain, fast), outs, strict=True):
         steps.add(y, out)
@@ -97,13 +110,24 @@ def test_steps_in_c_equal_those_in_torch(width: int) -> None:
         )
 
 
-@needs_products
-def test_products_of_differences_are_near_the_exact_ones() -> None:
+def test_products_of_differences_are_near_the_exact_ones(precision: str) -> None:
     rng = torch.Generator().manual_seed(0)
     x, weight = torch.randn(1 + P, R, 64, generator=rng), torch.randn(40, 64, generator=rng)
-    got = Int8Linear(weight)(TorchSteps().difference(x)).dense(R)
+    got = make_linear(precision, weight)(TorchSteps(precision).difference(x)).dense(R)
     expected = (x[1:] - x[0]) @ weight.T
-    assert float((got - expected).norm() / expected.norm()) < 0.02
+    # bfloat16 has 8 bits: differences, weights and products are rounded by at most 2^-9 each
+    bound = {"bf16": 3 * 2**-9, "int8": 0.02}[precision]
+    assert float((got - expected).norm() / expected.norm()) < bound
+
+
+def test_c_rounds_to_bfloat16_as_torch_does() -> None:
+    steps = make_steps("bf16")
+    if not isinstance(steps, NativeSteps):
+        pytest.skip("no C compiler here")
+    halves = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3.3e38, 1e-40, 0.0, np.inf, -np.inf, np.nan])
+    x = torch.stack([torch.zeros(1, 9), halves.unsqueeze(0)])
+    got = steps.difference(x).q[0].float()
+    torch.testing.assert_close(got, halves.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("spread", [0.02, 1.0])
@@ -112,22 +136,23 @@ def test_errors_are_a_small_share_of_the_spread_and_ranks_agree(
     deep: PromptSet,
     slow_deep: SlowReference,
     train: list[MrcInput],
-    int8: Int8Backend,
+    rough: DifferenceBackend,
     spread: float,
 ) -> None:
     z = near(deep, 12, spread)
-    objective = Objective(int8.forward(deep, micro_batch_tokens=300), train)
+    objective = Objective(rough.forward(deep, micro_batch_tokens=300), train)
     exact = slow_deep.losses(z, train)
-    check_close(objective.full_losses(z).fetch(), exact)
+    check_close(rough, objective.full_losses(z).fetch(), exact)
     objective.set_incumbent(z[0])
     for layer in (2, 0, 1):
         whole = np.repeat(z[:1], len(z), 0)
         whole[:, layer] = z[:, layer]
-        check_close(objective.layer_losses(layer, z[:, layer]).fetch(), slow_deep.losses(whole, train))
+        got = objective.layer_losses(layer, z[:, layer]).fetch()
+        check_close(rough, got, slow_deep.losses(whole, train))
 
 
-def check_close(got: np.ndarray, exact: np.ndarray) -> None:
-    assert np.abs(got - exact).max() < 0.03 * np.ptp(exact)
+def check_close(rough: DifferenceBackend, got: np.ndarray, exact: np.ndarray) -> None:
+    assert np.abs(got - exact).max() < ERROR[rough.precision] * np.ptp(exact)
     ranks = np.corrcoef(got.argsort().argsort(), exact.argsort().argsort())[0, 1]
     assert ranks > 0.97
 
@@ -137,21 +162,21 @@ def test_shallow_prompts_too(
     shallow: PromptSet,
     slow_shallow: SlowReference,
     train: list[MrcInput],
-    int8: Int8Backend,
+    rough: DifferenceBackend,
 ) -> None:
     z = near(shallow, 8, 0.1)
-    objective = Objective(int8.forward(shallow), train)
-    check_close(objective.full_losses(z).fetch(), slow_shallow.losses(z, train))
+    objective = Objective(rough.forward(shallow), train)
+    check_close(rough, objective.full_losses(z).fetch(), slow_shallow.losses(z, train))
 
 
 def test_one_candidate_and_a_population_without_spread_are_exact(
-    tiny_backbone: Backbone, deep: PromptSet, train: list[MrcInput], int8: Int8Backend
+    tiny_backbone: Backbone, deep: PromptSet, train: list[MrcInput], rough: DifferenceBackend
 ) -> None:
     z = near(deep, 1, 0.0)
     # the same micro-batches: bits of float32 products may differ with the number of their rows
     plain = Objective(CpuBackend(tiny_backbone).forward(deep, micro_batch_tokens=300), train)
     exact = plain.full_losses(z).fetch()
-    objective = Objective(int8.forward(deep, micro_batch_tokens=300), train)
+    objective = Objective(rough.forward(deep, micro_batch_tokens=300), train)
     np.testing.assert_array_equal(objective.full_losses(z).fetch(), exact)
     np.testing.assert_allclose(objective.full_losses(np.repeat(z, 5, 0)).fetch(), exact.repeat(5), rtol=1e-6)
 
@@ -161,18 +186,18 @@ def test_a_candidate_that_is_not_finite_spoils_no_other(
     deep: PromptSet,
     slow_deep: SlowReference,
     train: list[MrcInput],
-    int8: Int8Backend,
+    rough: DifferenceBackend,
 ) -> None:
-    """The others keep int8's usual error: their reference is the mean of those that are finite."""
+    """The others keep their usual error: their reference is the mean of those that are finite."""
     z = near(deep, 8, 0.1)
     good = [0, *range(2, 8)]
     exact = slow_deep.losses(z[good], train)
-    objective = Objective(int8.forward(deep), train)
+    objective = Objective(rough.forward(deep), train)
     for bad in (np.nan, np.inf):
         z[1, 1, 0] = bad
         losses = objective.full_losses(z).fetch()
         assert not np.isfinite(losses[1])
-        check_close(losses[good], exact)
+        check_close(rough, losses[good], exact)
     objective.set_incumbent(z[0])
     assert not np.isfinite(objective.layer_losses(1, z[:, 1]).fetch()[1])
 
@@ -200,7 +225,7 @@ def test_without_exact_int8_products_it_is_refused(
 ) -> None:
     monkeypatch.setattr(torch, "_int_mm", products)
     with pytest.raises(UsageError, match=rf"^precision int8: [^\n]*{why}[^\n]*; use --precision fp32$"):
-        Int8Backend(tiny_backbone)
+        DifferenceBackend(tiny_backbone, precision="int8")
 
 
 @pytest.mark.usefixtures("fresh")
@@ -214,7 +239,7 @@ def test_exact_int8_products_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.parametrize("level", ["AVX2", "AVX512_CORE"])
 def test_a_processor_without_vnni_is_told_apart(level: str) -> None:
-    code = "from mp2.engine.cpu.int8_steps import int8_problem; print(int8_problem())"
+    code = "from mp2.engine.cpu.difference_steps import int8_problem; print(int8_problem())"
     told = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "ONEDNN_MAX_CPU_ISA": level},
@@ -226,8 +251,13 @@ def test_a_processor_without_vnni_is_told_apart(level: str) -> None:
     assert "saturate" in told.stdout
 
 
-@needs_products
-def test_int8_is_had_by_name_on_the_cpu_only(tiny_backbone: Backbone) -> None:
-    runtime = create_backend("torch", tiny_backbone, precision="int8")
-    assert isinstance(runtime, Int8Backend)
-    assert runtime.precision == "int8"
+def test_both_are_had_by_name_on_the_cpu(tiny_backbone: Backbone, precision: str) -> None:
+    runtime = create_backend("torch", tiny_backbone, precision=precision)
+    assert isinstance(runtime, DifferenceBackend)
+    assert runtime.precision == precision
+
+
+def test_slow_bfloat16_products_are_said(tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert bf16_problem()
+    assert bf16_problem() in DifferenceBackend(tiny_backbone, precision="bf16").reason

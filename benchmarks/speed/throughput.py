@@ -2,15 +2,16 @@
 
 For each: ms an iteration in stage I (all layers, populations of 20 routers) and at every layer of stage II;
 necessary FLOP/s (`benchmarks.speed.engine_work.necessary_flops`) and their share of the matrix rate
-measured beside it (float32 on a CPU, so int8 can exceed 1); peak memory; ratio to the plain loop, which
-takes turns with the engines layer by layer (`benchmarks.speed.throughput_rounds`); and rank agreement with
+measured beside it (float32 on a CPU, so bf16 and int8 can exceed 1); peak memory; ratio to the plain loop and
+to the rivals A, B and C (`benchmarks.speed.rivals`: what a good engineer would write), which take turns with
+the engines layer by layer (`benchmarks.speed.throughput_rounds`); and rank agreement with
 fp32 of every engine but the first in fp32, least and median over the first populations of every layer and
 round. One "iteration" is one candidate on the whole few-shot set. Every figure is a median over
 ``--rounds`` with least and most, ratios and shares are taken within a round, and a target is met only where
 every round is above it (`verdict`).
 
     python -m benchmarks.speed.throughput --data DIR [--shape mini mini-m50 1024 large] [--task ...]
-        [--engine torch:fp32 torch:int8 onnxruntime:fp32] [--device cuda] [--rounds 5] [--growth]
+        [--engine torch:fp32 torch:bf16 torch:int8 onnxruntime:fp32] [--device cuda] [--rounds 5] [--growth]
 
 ``mini`` is the embedded backbone with its embedded prompts (m = 16), ``mini-m50`` the same backbone with
 random prompts of the paper's m = 50; other shapes are random and have m = 50. Rounds that are done are kept
@@ -34,6 +35,7 @@ import torch
 from benchmarks.command import one_line_errors
 from benchmarks.provenance import save
 from benchmarks.speed.engine_work import MINI_PAPER, SHAPES, Engine
+from benchmarks.speed.rivals import RIVALS
 from benchmarks.speed.rounds import Pieces, check_rounds, ranged
 from benchmarks.speed.throughput_rounds import Comparison, Record
 from benchmarks.speed.throughput_rows import RATIO_TARGET, SHARE_TARGET, rows
@@ -68,7 +70,7 @@ def compare(
 
 HEAD = (
     f"{'shape':18} {'task':15} {'engine':17} {'plain ms':>24} {'stage I ms':>24} {'stage II ms':>24} "
-    f"{'times plain, II':>19} {f'over {RATIO_TARGET:g}':>9} {'share of rate, I':>17} "
+    f"{'times plain, II':>19} {f'over {RATIO_TARGET:g}':>9} {'times A, B, C':>16} {'share of rate, I':>17} "
     f"{f'over {SHARE_TARGET:g}':>9} {'MB':>6} {'rank agreement: least':>21} {'median':>7}"
 )
 
@@ -76,12 +78,13 @@ HEAD = (
 def line(row: dict[str, Any]) -> str:
     """A row of the printed table: medians (least-most)."""
     label = LABELS.get(row["shape"], f"{row['layers']} x {row['hidden']}")
+    rivals = ", ".join(f"{row['rival_ratios'][kind]['median']:.2f}" for kind in RIVALS)
     ranks = [f"{row[key]:.4f}" if key in row else "" for key in ("spearman_min", "spearman_median")]
     return (
         f"{label:18} {row['task']:15} {row['runtime']}:{row['precision']:{16 - len(row['runtime'])}} "
         f"{ranged(row['plain_ms'], 1):>24} {ranged(row['stage1_ms'], 1):>24} "
         f"{ranged(row['stage2_ms'], 1):>24} {ranged(row['stage2_ratio'], 2):>19} "
-        f"{row['stage2_ratio_verdict']:>9} {ranged(row['stage1_share'], 2):>17} "
+        f"{row['stage2_ratio_verdict']:>9} {rivals:>16} {ranged(row['stage1_share'], 2):>17} "
         f"{row['stage1_share_verdict']:>9} {row['peak_mb']:6} {ranks[0]:>21} {ranks[1]:>7}"
     )
 
@@ -98,7 +101,7 @@ def main() -> None:
         choices=["mini", MINI_PAPER, *SHAPES],
     )
     parser.add_argument("--task", nargs="+")
-    parser.add_argument("--engine", nargs="+", default=["torch:fp32", "torch:int8", "onnxruntime:fp32"])
+    parser.add_argument("--engine", nargs="+", default=["torch:fp32", "torch:bf16", "torch:int8"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=5, help="samples of everything, at least 3")

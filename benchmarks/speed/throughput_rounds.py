@@ -1,11 +1,14 @@
-"""One round of `benchmarks.speed.throughput`: every engine and the plain loop by turns, layer by layer.
+"""One round of `benchmarks.speed.throughput`: engines, plain loop and rivals by turns, layer by layer.
 
 A round visits every layer in stage II's way with a population of its own, steps of the paper's first sizes
 around the incumbent (5e-2 at layer 0, 1e-2 at the others), the same for every engine; so what is timed also
-says how losses agree. Before each layer's visits the plain loop evaluates one candidate (a call of it is one
-candidate, whatever the population); stage I comes last, for each engine beside a matrix product in its own
-precision. In every other round all turns are in the opposite order. The first call of everything is left out
-(it packs weights and compiles).
+says how losses agree. Before each layer's visits the plain loop and rival A evaluate one candidate (a call of
+theirs is one candidate, whatever the population), B and C the population (`benchmarks.speed.rivals`); stage I
+comes last, for each engine beside a matrix product in its own precision. In every other round all turns are
+in the opposite order. The first call of everything is left out (it packs weights and compiles).
+
+On a CPU the plain loop and the rivals compute in float32; on a GPU in the first engine's precision, where B
+and C are also timed with ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from benchmarks.speed.engine_work import (
     task_inputs,
 )
 from benchmarks.speed.plain_loop import PlainLoop
+from benchmarks.speed.rivals import RIVALS, Rival
 from mp2.engine import Objective
 from mp2.optimizers.config import LayerConfig
 
@@ -87,7 +91,15 @@ class Comparison:
         self.sigmas = [config.sigma(layer, "deep") for layer in range(backbone.config.n_layers)]
         self.z = prompts.fuse(torch.ones(prompts.z.shape[:2], dtype=torch.bool)).numpy()
         self.routers = np.random.default_rng(0).random((population, *prompts.z.shape[:2])) < 0.5
-        self.plain = PlainLoop(backbone, prompts, inputs, device)
+        dtype = matrix_dtype(device, engines[0].precision)
+        self.plain = PlainLoop(backbone, prompts, inputs, device, dtype)
+        self.rivals = {
+            f"{kind} compiled" if compiled else kind: Rival(
+                kind, backbone, prompts, inputs, device, dtype, compiled=compiled
+            )
+            for compiled in ((False,) if device == "cpu" else (False, True))
+            for kind in (RIVALS[1:] if compiled else RIVALS)
+        }
         self.subjects = {
             str(engine): Subject(engine.objective(backbone, prompts, inputs, device, folder), device)
             for engine in engines
@@ -115,6 +127,11 @@ class Comparison:
     def _warm_up(self) -> None:
         candidates = self.populations(0)
         self.plain.loss(self.z)
+        for rival in self.rivals.values():
+            rival.set_incumbent(self.z)
+            for layer, population in enumerate(candidates[:2]):  # compiled for a population, and for others
+                rival.layer_losses(layer, population)
+            rival.set_incumbent(self.z)
         for subject in self.subjects.values():
             subject.objective.set_incumbent(self.z)
             if self.device == "cpu":  # from layer 0 every layer is prepared
@@ -144,13 +161,17 @@ class Comparison:
             for name, subject in self.subjects.items()
         }
         plain_s: list[float] = []
-        turns = [None, *self.subjects]
+        rivals_s: dict[str, list[float]] = {name: [] for name in self.rivals}
+        turns = [None, *self.rivals, *self.subjects]
         if number % 2:
             turns.reverse()
         for layer, population in enumerate(self.populations(number)):
             for name in turns:
                 if name is None:
                     plain_s.append(seconds(lambda: self.plain.loss(self.z)))
+                    continue
+                if name in self.rivals:
+                    rivals_s[name].append(self._rival_seconds(name, layer, population))
                     continue
                 spent, losses = self.subjects[name].visit(layer, population, self.z[layer])
                 found[name]["stage2_s"].append(spent)
@@ -159,9 +180,23 @@ class Comparison:
             if name is None:
                 plain_s.append(seconds(lambda: self.plain.loss(self.z)))
                 continue
+            if name in self.rivals:  # they have no stage I of their own: no layer is like another's there
+                continue
             subject, own = self.subjects[name], found[name]
             own["matrix_dtype"] = str(matrix_dtype(self.device, own["precision"])).removeprefix("torch.")
             own["matrix_rate"] = matrix_rate(self.device, own["precision"])
             own["stage1_s"] = seconds(lambda s=subject: s.objective.router_losses(self.routers).fetch())  # type: ignore[misc]
             own["peak_mb"] = subject.peak_mb
-        return {**self.facts, "plain_s": mean(plain_s), "engines": found}
+        rivals = {name: mean(spent) for name, spent in rivals_s.items()}
+        return {**self.facts, "plain_s": mean(plain_s), "rivals_s": rivals, "engines": found}
+
+    def _rival_seconds(self, name: str, layer: int, population: np.ndarray) -> float:
+        """Seconds a candidate of a visit of ``layer``, the incumbent's commit among them."""
+        rival = self.rivals[name]
+        some = population[:1] if rival.kind == "A" else population
+
+        def work() -> None:
+            rival.layer_losses(layer, some)
+            rival.commit(layer, self.z[layer])
+
+        return seconds(work) / len(some)

@@ -48,6 +48,9 @@ def row(rounds: Sequence[Record], name: str, exact: str | None) -> dict[str, Any
         "max_tokens": max(lengths),
         "measured": [rounds[0]["time"], rounds[-1]["time"]],
         "plain_ms": spread([1e3 * s for s in plain], 2),
+        "rivals_ms": {
+            rival: spread([1e3 * r["rivals_s"][rival] for r in rounds], 3) for rival in facts["rivals_s"]
+        },
         "stage1_ms": spread([1e3 * s for s in stage1], 3),
         "stage2_ms": spread([1e3 * s for s in stage2], 3),
         "stage2_layer_ms": [
@@ -56,6 +59,10 @@ def row(rounds: Sequence[Record], name: str, exact: str | None) -> dict[str, Any
         ],
         "stage1_ratio": spread([a / b for a, b in zip(plain, stage1, strict=True)], 3),
         "stage2_ratio": spread(ratios, 3),
+        "rival_ratios": {
+            rival: spread([r["rivals_s"][rival] / s for r, s in zip(rounds, stage2, strict=True)], 3)
+            for rival in facts["rivals_s"]
+        },
         "stage2_ratio_target": RATIO_TARGET,
         "stage2_ratio_verdict": verdict(ratios, RATIO_TARGET),
         "tokens_per_s": round(sum(lengths) / median(stage1)),

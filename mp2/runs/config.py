@@ -67,7 +67,9 @@ class BbtConfig(SearchConfig):
     engine: str | None = option(None, "Engine folder of 'mp2 export'.", kind="path")
     runtime: str = option("auto", "What computes.", choices=RUNTIMES)
     precision: str = option(  # auto: fp32 on a CPU, bf16 on a GPU; config.json has the one that a run took
-        "auto", "On a CPU fp32, bf16, int8; on a GPU fp32, fp16, bf16, fp8.", choices=PRECISIONS
+        "auto",
+        "On a CPU fp32, and bf16 or int8 differences from the mean; on a GPU fp32, fp16, bf16, fp8.",
+        choices=PRECISIONS,
     )
     device: str = option("auto", "cpu, cuda, cuda:1 ...", kind="device")  # auto: the GPU if there is one
     threads: int | None = option(

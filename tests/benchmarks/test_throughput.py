@@ -86,13 +86,16 @@ def test_turns_alternate_and_each_precision_has_its_own_matrix_rate_beside_it(
         objective = subject.objective
         monkeypatch.setattr(objective, "layer_losses", spied(name, objective.layer_losses))
         monkeypatch.setattr(objective, "router_losses", spied(f"{name} I", lambda routers: Pending.of(None)))
+    for name, rival in comparison.rivals.items():
+        monkeypatch.setattr(rival, "layer_losses", spied(name, lambda layer, z: np.zeros(len(z))))
     records = [{**comparison.round(number), "time": "now"} for number in (0, 1)]
-    even = ["plain", "torch:fp32", "torch:int8"] * 4
+    even = ["plain", "A", "B", "C", "torch:fp32", "torch:int8"] * 4
     even += ["plain", "rate cpu fp32", "torch:fp32 I", "rate cpu int8", "torch:int8 I"]
-    odd = ["torch:int8", "torch:fp32", "plain"] * 4
+    odd = ["torch:int8", "torch:fp32", "C", "B", "A", "plain"] * 4
     odd += ["rate cpu int8", "torch:int8 I", "rate cpu fp32", "torch:fp32 I", "plain"]
     assert calls == even + odd
     assert [row["matrix_gflops"]["rounds"] for row in rows(records)] == [[2.0, 2.0], [3.0, 3.0]]
+    assert [list(row["rival_ratios"]) for row in rows(records)] == [["A", "B", "C"]] * 2
 
 
 def test_populations_are_the_papers_first_steps_around_the_embedded_prompts(comparison: Comparison) -> None:
@@ -128,7 +131,7 @@ def _record(plain_s: float, visit_s: float, losses: list[list[float]]) -> Record
         "torch:fp32": {**engine, "precision": "fp32", "losses": exact},
         "torch:int8": {**engine, "precision": "int8", "losses": losses},
     }
-    return {**facts, "plain_s": plain_s, "engines": engines}
+    return {**facts, "plain_s": plain_s, "rivals_s": dict.fromkeys("ABC", plain_s / 2), "engines": engines}
 
 
 def test_ratios_and_shares_are_of_one_round_each_and_agreement_is_the_least_of_all_layers() -> None:

@@ -312,21 +312,23 @@ def readme_scores() -> str:
 
 
 def readme_speed() -> str:
-    """README's table of speed: a line an engine; ms an evaluation and times the plain loop and the rivals."""
+    """README's table of speed: a line a backbone and task; ms an evaluation, times plain loop and rivals."""
     rows = [
-        "| backbone | task | precision | ms | times plain loop | A | B | C | rank agreement, least |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| backbone | task | float32, ms | times plain, A, B, C | bf16, ms | times plain, A, B, C | rank agreement |",
+        "| --- | --- | ---: | --- | ---: | --- | ---: |",
     ]
     for row in (
         row for name in ("throughput_1024.json", "throughput_mini.json") for row in read(name)["rows"]
     ):
-        if row["runtime"] == "torch":
+        if row["runtime"] != "torch" or row["precision"] not in ("fp32", "bf16"):
+            continue
+        times = [row["stage2_ratio"], *row.get("rival_ratios", {}).values()]
+        ours = f"{row['stage2_ms']['median']:.1f} | {', '.join(format(x['median'], '.1f') for x in times)} |"
+        if row["precision"] == "fp32":
             about = f"{row['layers']} x {row['hidden']}, m = {row['prompt_tokens']}"
-            least = f"{row['spearman_min']:.4f}" if "spearman_min" in row else ""
-            rows.append(
-                f"| {about} | {row['task']} | {row['precision']} | {row['stage2_ms']['median']:.1f} | "
-                f"{ranged(row['stage2_ratio'], 1)} | {' | '.join(_rivals(row))} | {least} |"
-            )
+            rows.append(f"| {about} | {row['task']} | {ours}")
+        else:
+            rows[-1] += f" {ours} {row['spearman_min']:.4f} |"
     return "\n".join(rows)
 
 

@@ -14,6 +14,7 @@ import click
 from mp2 import __version__, environment
 from mp2.commands.baselines import baselines
 from mp2.commands.bbt import bbt
+from mp2.commands.compare import compare
 from mp2.commands.doctor import doctor
 from mp2.commands.export import export
 from mp2.commands.predict import predict
@@ -71,6 +72,7 @@ for command in (
     tasks,
     bbt,
     predict,
+    compare,
     baselines,
     tune,
     pretrain,

@@ -21,7 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 REQUIREMENTS = PROJECT["dependencies"]
 EXTRAS = PROJECT["optional-dependencies"]
-OF_MODULE = {"bayes_opt": "bayesian-optimization", "sklearn": "scikit-learn"}  # where the names differ
+OF_MODULE = {"bayes_opt": "bayesian-optimization", "sklearn": "scikit-learn", "mlflow": "mlflow-skinny"}  # where the names differ
 
 
 def names(requirements: Iterable[str]) -> set[str]:
@@ -50,7 +50,7 @@ def imported(folder: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("mp2", {"gpu", "hub", "train", "serve"}),
+        ("mp2", {"gpu", "hub", "train", "serve", "mlflow", "wandb"}),
         ("benchmarks", {"gpu"}),
         ("tests", {"dev"}),
     ],

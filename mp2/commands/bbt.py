@@ -10,13 +10,13 @@ from typing import Any
 
 import click
 
-from mp2.commands.options import TASK, build, config_options, read_seeds
+from mp2.commands.options import TASK, build, config_options, log_option, read_seeds
 from mp2.commands.printing import as_json_text, given, notes, quiet_option, show_table
 from mp2.errors import UsageError
 from mp2.optimizers.config import Kind
 from mp2.runs.config import BbtConfig
 
-_WITH_RESUME = {"resume", "as_json", "quiet"}
+_WITH_RESUME = {"resume", "loggers", "as_json", "quiet"}
 _SIGMAS: dict[Kind, tuple[str, ...]] = {"shallow": ("sigma_shallow",), "deep": ("sigma_input", "sigma_deep")}
 _STAGE_TWO = ("popsize", "cma", *_SIGMAS["deep"], *_SIGMAS["shallow"])
 
@@ -42,6 +42,7 @@ _STAGE_TWO = ("popsize", "cma", *_SIGMAS["deep"], *_SIGMAS["shallow"])
     metavar="RUNDIR",
     help="Go on with a run that was cut off; again for more, or a folder of runs.",
 )
+@log_option
 @click.option("--explain", is_flag=True, help="Print what the run will do; tune nothing.")
 @quiet_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (a list if several).")
@@ -69,22 +70,23 @@ def bbt(ctx: click.Context, /, as_json: bool, **typed: Any) -> None:
 
 def _results(typed: dict[str, Any], given: set[str]) -> Iterator[dict[str, Any]]:
     """Run or resume what was typed; each run's result as it comes."""
+    from mp2.runs.loggers import create_loggers
     from mp2.runs.progress import ProgressLine
     from mp2.runs.series import find_runs, resume_series, start_series
 
     say, line = notes(quiet := typed.pop("quiet")), ProgressLine()
-    observe = (lambda: lambda progress: None) if quiet else line.observer
+    logger = create_loggers(typed.pop("loggers"), None if quiet else line.logger)
     if typed["resume"]:
         others = sorted(given - _WITH_RESUME)
         if others:
             raise UsageError(f"--resume takes everything from the run's config.json; drop {_flag(others[0])}")
         run_dirs = [run_dir for path in typed["resume"] for run_dir in find_runs(Path(path))]
-        results = resume_series(list(dict.fromkeys(run_dirs)), observe, say)
+        results = resume_series(list(dict.fromkeys(run_dirs)), logger, say)
     else:
         out = Path(typed["out"])
         configs = _configs(typed, given)
         results = start_series(
-            configs, out, observe, check=lambda model: _check_kind(given, model.kind), say=say
+            configs, out, logger, check=lambda model: _check_kind(given, model.kind), say=say
         )
     try:
         for result in results:

@@ -201,6 +201,20 @@ field_option = click.option(
 )
 
 
+def _logger_names(ctx: click.Context, parameter: click.Parameter, typed: tuple[str, ...]) -> list[str]:
+    return list(dict.fromkeys(name.strip() for text in typed for name in text.split(",")))
+
+
+log_option = click.option(
+    "--log",
+    "loggers",
+    multiple=True,
+    metavar="NAME",
+    callback=_logger_names,
+    help="Also log to tensorboard, mlflow or wandb (offline unless told otherwise); again for more.",
+)
+
+
 def read_seeds(one: int | None, several: str | None) -> list[int]:
     """The seeds of ``--seed`` or ``--seeds``; raises ``UsageError`` for both, or for what are no seeds."""
     if several is None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import mean, stdev
 from typing import Any
 
 from mp2.commands.printing import show, show_table
 from mp2.runs.baselines import baseline_rows, read_baselines
+from mp2.runs.compare import STAGES
 from mp2.runs.progress import clock, percent
 
-_STAGES = {"untuned": "untuned", "stage1": "stage I", "stage2": "stage II"}
 _WHAT = {"untuned": " (every module on)", "stage1": " (router)", "stage2": " (selected)"}
 
 
@@ -21,7 +20,7 @@ def show_result(result: dict[str, Any]) -> None:
         f"  router search {result['router_search']}"
     )
     rows = []
-    for name, label in _STAGES.items():
+    for name, label in STAGES.items():
         stage = result["stages"].get(name)
         if stage is not None:
             loss, test = stage["train_loss"], stage["test_score"]
@@ -54,32 +53,9 @@ def show_result(result: dict[str, Any]) -> None:
 
 
 def show_series(results: Sequence[dict[str, Any]]) -> None:
-    """Print a line a run, and for every task the mean and standard deviation over its seeds."""
-    stages = [name for name in _STAGES if any(name in r["stages"] for r in results)]
-    rows = []
-    for task in dict.fromkeys(r["task"] for r in results):
-        members = sorted((r for r in results if r["task"] == task), key=lambda r: r["seed"])
-        for r in members:
-            scores = [_pair(r["stages"].get(name, {})) for name in stages]
-            rows.append([task, str(r["seed"]), f"{r['train_loss']:.4f}", *scores])
-        if len(members) > 1:
-            loss = f"{mean(r['train_loss'] for r in members):.4f}"
-            scores = [_mean_pair([r["stages"].get(name, {}) for r in members]) for name in stages]
-            rows.append([task, f"mean of {len(members)}", loss, *scores])
-    show_table(rows, ("task", "seed", "train loss", *(f"{_STAGES[name]} dev / test" for name in stages)))
+    """Print a line a run, and for every setting the mean and standard deviation over its seeds."""
+    from mp2.runs.compare import in_common, table
 
-
-def _pair(stage: dict[str, Any]) -> str:
-    scores = (stage.get("dev_score"), stage.get("test_score"))
-    return " / ".join("-" if s is None else percent(s) for s in scores)
-
-
-def _mean_pair(stages: Sequence[dict[str, Any]]) -> str:
-    """Mean and standard deviation of the dev and of the test scores."""
-    parts = []
-    for name in ("dev_score", "test_score"):
-        scores = [s.get(name) for s in stages]
-        known = [s for s in scores if s is not None]
-        whole = len(known) == len(scores)
-        parts.append(f"{100 * mean(known):.1f} ± {100 * stdev(known):.1f}" if whole else "-")
-    return " / ".join(parts)
+    head, rows = table(results)
+    show(in_common(results))
+    show_table(rows, head, numbers_from=head.index("seed") + 1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mp2.commands.options import build, config_options, read_seeds
+from mp2.commands.options import build, config_options, log_option, read_seeds
 from mp2.commands.printing import as_json_text, note, quiet_option
 from mp2.training.config import TuneConfig
 
@@ -22,20 +22,30 @@ from mp2.training.config import TuneConfig
 @click.option(
     "--out", type=click.Path(), default="runs", show_default=True, help="Where run folders are made."
 )
+@log_option
 @quiet_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (a list with --seeds).")
-def tune(as_json: bool, quiet: bool, out: str, seed: int | None, seeds: str | None, **typed: Any) -> None:
+def tune(
+    as_json: bool,
+    quiet: bool,
+    out: str,
+    seed: int | None,
+    seeds: str | None,
+    loggers: list[str],
+    **typed: Any,
+) -> None:
     """Tune prompts for a task by gradient: the router, then the prompts it selects (two-stage, Adam)."""
     from mp2.commands.report import show_result, show_series
+    from mp2.runs.loggers import create_loggers
     from mp2.runs.progress import ProgressLine
     from mp2.training.tune_run import start_tunes
 
     numbers, line = read_seeds(seed, seeds), ProgressLine()
     config = build(TuneConfig, typed | {"runtime": "torch"})
-    observe = (lambda: lambda progress: None) if quiet else line.observer
+    logger = create_loggers(loggers, None if quiet else line.logger)
     results = []
     try:
-        for result in start_tunes(config, numbers, Path(out), observe):
+        for result in start_tunes(config, numbers, Path(out), logger):
             line.close()
             results.append(result)
             if not as_json:

@@ -150,9 +150,20 @@ class Progress:
     stage: int
     iteration: int
     iters: int
-    train_loss: float
-    dev_score: float
-    live: bool
+    train_loss: float  # of the incumbent: the lowest so far
+    dev_score: float  # of the last checkpoint; NaN: none yet, or no dev set
+    live: bool  # false for what is replayed of a run that was cut off
+    generation_loss: float = math.nan  # mean over the candidates of the last generation
+
+
+class Observer:
+    """What is told how far a search is, of what is replayed, too; does nothing."""
+
+    def iteration(self, progress: Progress) -> None:
+        """A generation was evaluated."""
+
+    def checkpoint(self, checkpoint: Checkpoint, progress: Progress) -> None:
+        """A prompt that may be selected was scored on dev, if there is one."""
 
 
 @dataclass
@@ -177,16 +188,19 @@ class TwoStage:
         space: Space,
         dev: Callable[[Prompt], Any] | None,
         evaluations: Evaluations,
-        observe: Callable[[Progress], None] = lambda progress: None,
+        observer: Observer | None = None,
     ) -> None:
         self._config, self._objective, self._space = config, objective, space
-        self._dev, self._evaluations, self._observe = dev, evaluations, observe
+        self._dev, self._evaluations = dev, evaluations
+        self._observer = observer or Observer()
         self._shape = (space.n_layers, space.n_modules)
         self._stage1_iters = stage_one_iterations(
             config.router.method, config.router.iterations, space.kind, self._shape, config.iters
         )
         self._loss = math.inf
         self._worst_loss = -math.inf
+        self._generation_loss = math.nan
+        self._live = False  # whether the last loss or score was computed
         self._checkpoints: list[Checkpoint] = []
         self._loss_curve: list[tuple[int, float]] = []
 
@@ -226,6 +240,7 @@ class TwoStage:
 
     def _evaluate_routers(self, routers: Routers, suggest_s: float) -> NDArray[np.float64]:
         """Losses of a stage-I population; the first call is the untuned router."""
+        self._live = self._evaluations.live
         losses = self._evaluations.losses(
             1,
             None,
@@ -234,7 +249,7 @@ class TwoStage:
             suggest_s=suggest_s,
             worst_so_far=self._worst_loss if self._loss_curve and len(routers) == 1 else None,
         )
-        self._worst_loss = max(float(losses.max()), self._worst_loss)
+        self._count(losses)
         self._loss = min(self._loss, float(losses.min()))
         self._loss_curve.append((self._evaluations.iteration, self._loss))
         return losses
@@ -253,7 +268,7 @@ class TwoStage:
             search.tell(routers, losses)
             if losses.min() < best_loss:
                 best, best_loss = routers[int(np.argmin(losses))], float(losses.min())
-            self._report(1)
+            self._observer.iteration(self._progress(1))
         return best
 
     def _search_layers(self, stage1: Checkpoint, seed: np.random.SeedSequence) -> None:
@@ -274,6 +289,7 @@ class TwoStage:
             offsets = population[:left]
             with np.errstate(over="ignore"):  # such a candidate's loss is not finite, which is said
                 candidates = (fused[layer] + offsets).astype(np.float32)
+            self._live = evaluations.live
             losses = evaluations.losses(
                 2,
                 layer,
@@ -282,7 +298,7 @@ class TwoStage:
                 suggest_s=tell_s + time.perf_counter() - start,
                 worst_so_far=self._worst_loss if len(offsets) < len(population) else None,
             )
-            self._worst_loss = max(float(losses.max()), self._worst_loss)
+            self._count(losses)
             best = int(np.argmin(losses))
             if losses[best] < self._loss:
                 self._loss = float(losses[best])
@@ -295,7 +311,7 @@ class TwoStage:
             if evaluations.iteration - last_dev >= dev_every or evaluations.iteration == config.iters:
                 self._checkpoint("stage2", incumbent.z.copy(), stage1.router)
                 last_dev = evaluations.iteration
-            self._report(2)
+            self._observer.iteration(self._progress(2))
             layer = (layer + 1) % n_layers
 
     def _checkpoint(self, at: str, z: Prompt, router: Routers) -> Checkpoint:
@@ -306,19 +322,24 @@ class TwoStage:
         elif last is not None and np.array_equal(last.z, z):
             dev = last.dev
         else:
+            self._live = self._evaluations.live
             dev = self._evaluations.scores("dev", at, z, lambda: on_dev(z))
         checkpoint = Checkpoint(at, self._evaluations.iteration, z, router, self._loss, dev)
         self._checkpoints.append(checkpoint)
-        self._report(2 if at == "stage2" else 1)
+        self._observer.checkpoint(checkpoint, self._progress(2 if at == "stage2" else 1))
         return checkpoint
 
-    def _report(self, stage: int) -> None:
+    def _count(self, losses: Losses) -> None:
+        """What is remembered of every generation."""
+        self._worst_loss = max(float(losses.max()), self._worst_loss)
+        self._generation_loss = float(losses.mean())
+
+    def _progress(self, stage: int) -> Progress:
         score = self._checkpoints[-1].dev_score if self._checkpoints else None
         dev = math.nan if score is None else score
         iters = self._stage1_iters if self._config.router_only else self._config.iters
-        self._observe(
-            Progress(stage, self._evaluations.iteration, iters, self._loss, dev, self._evaluations.live)
-        )
+        done, mean = self._evaluations.iteration, self._generation_loss
+        return Progress(stage, done, iters, self._loss, dev, self._live, mean)
 
 
 class _Incumbent:

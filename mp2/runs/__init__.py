@@ -9,6 +9,7 @@ from mp2.lazy import lazily
 _MODULES = {
     "BbtConfig": "config",
     "LayerConfig": "config",
+    "Logger": "loggers",
     "NonFiniteLossWarning": "recorder",
     "Predictor": "predict",
     "Recorder": "recorder",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from mp2.optimizers.two_stage import Progress
+from mp2.optimizers.two_stage import Checkpoint, Progress
+from mp2.runs.loggers.logger import Logger
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,8 +22,8 @@ _SHOWN_EVERY_S = 0.2
 class ProgressLine:
     """One line for all runs under way: iterations in all, losses and scores in the mean.
 
-    Each run calls an :meth:`observer` of its own, from any thread. What is printed to stderr meanwhile comes
-    above the line.
+    Each run has a :meth:`logger` of its own, and calls it from any thread. What is printed to stderr
+    meanwhile comes above the line.
     """
 
     def __init__(self, console: Console | None = None, shown_every_s: float = _SHOWN_EVERY_S) -> None:
@@ -39,12 +39,12 @@ class ProgressLine:
         self._last: tuple[float, int] | None = None
         self._shown_s, self._tenth = -math.inf, 0
 
-    def observer(self) -> Callable[[Progress], None]:
-        """What the next run is to call after each generation; it costs next to nothing."""
+    def logger(self) -> Logger:
+        """What the next run tells of its progress; it costs next to nothing."""
         with self._lock:
             number = len(self._latest)
             self._latest.append(None)
-        return lambda progress: self._show(number, progress)
+        return _OfRun(self, number)
 
     def close(self) -> None:
         """End the live line, so that what follows starts on its own."""
@@ -53,7 +53,8 @@ class ProgressLine:
                 self._live.stop()
                 self._live = None
 
-    def _show(self, number: int, progress: Progress) -> None:
+    def show(self, number: int, progress: Progress) -> None:
+        """The run ``number`` is there now."""
         with self._lock:
             self._latest[number] = progress
             now, whole = time.perf_counter(), self._sum()
@@ -111,6 +112,19 @@ class ProgressLine:
             f"{f'{pace:.1f}' if pace > 0 else '-'} it/s",
         ]
         return Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
+
+
+class _OfRun(Logger):
+    """One run's part of the line."""
+
+    def __init__(self, line: ProgressLine, number: int) -> None:
+        self._line, self._number = line, number
+
+    def iteration(self, progress: Progress) -> None:
+        self._line.show(self._number, progress)
+
+    def checkpoint(self, checkpoint: Checkpoint, progress: Progress) -> None:
+        self._line.show(self._number, progress)
 
 
 def percent(score: float) -> str:

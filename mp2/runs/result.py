@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mp2.errors import FormatError
-from mp2.files import whole_file
 from mp2.optimizers.router_search import Routers
 from mp2.optimizers.two_stage import Checkpoint, Outcome, Scores
 from mp2.runs.baselines import baseline_facts
@@ -171,26 +170,6 @@ def stage_scores(stages: Mapping[str, Checkpoint], tests: Mapping[str, Scores]) 
 def router_text(router: Routers) -> list[str]:
     """A router bool [L, K] as a text of 0 and 1 a layer."""
     return ["".join("1" if bit else "0" for bit in layer) for layer in router]
-
-
-def draw_curve(path: Path, outcome: Outcome, title: str, metric: str) -> None:
-    """Training loss of the incumbent and dev score over iterations, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    loss_axis = figure.subplots()
-    loss_axis.step(*zip(*outcome.loss_curve, strict=True), where="post", color="tab:blue", label="train loss")
-    loss_axis.set_xlabel("iterations")
-    loss_axis.set_ylabel("train loss of the incumbent", color="tab:blue")
-    dev_axis = loss_axis.twinx()
-    dev_axis.plot(*zip(*outcome.dev_curve, strict=True), ".-", color="tab:orange", label="dev")
-    dev_axis.set_ylabel(f"dev {metric}", color="tab:orange")
-    loss_axis.axvline(outcome.stage1.iteration, color="0.7", linestyle=":")
-    loss_axis.set_title(title)
-    with whole_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})
 
 
 def tuned_meta(problem: FewShotProblem, outcome: Outcome) -> TunedMeta:

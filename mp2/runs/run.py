@@ -8,7 +8,6 @@ the checkpoint (``docs/concepts.md``); :mod:`mp2.runs.series` makes, locks and r
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 from mp2.errors import UsageError
 from mp2.files import write_json, write_text
 from mp2.optimizers.config import LayerConfig
-from mp2.optimizers.two_stage import Outcome, Progress, Scores, TwoStage
+from mp2.optimizers.two_stage import Outcome, Scores, TwoStage
 from mp2.runs.config import BbtConfig
+from mp2.runs.curve import draw_curve
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.runs.frozen_model import FrozenModel, load_model, resolve_paths
 from mp2.runs.journal import open_journal
+from mp2.runs.loggers.logger import Logger, RunStart
 from mp2.runs.plan import iterations_of
 from mp2.runs.provenance import check_identity, config_file, identity, versions
 from mp2.runs.recorder import Evaluate, Recorder
-from mp2.runs.result import draw_curve, run_result, score_tests, tuned_meta
+from mp2.runs.result import run_result, score_tests, tuned_meta
 from mp2.runs.run_folder import says_how_to_go_on
 from mp2.runs.task_data import TaskData
 from mp2.runs.tuned import head_tensors, save_tuned
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from mp2.engine import Objective
     from mp2.engine.agreement import Agreement
 
-Observe = Callable[[Progress], None]
 _AGREEMENT = "precision_agreement"  # of config.json and result.json; null in float32
 
 
@@ -77,16 +77,20 @@ class Run:
         self,
         run_dir: Path,
         problem: FewShotProblem,
-        observe: Observe = lambda p: None,
+        logger: Logger | None = None,
         started: float | None = None,
     ) -> None:
         """``started``: when this session began to load (``time.perf_counter``; None: now)."""
         self.run_dir = run_dir
         self._started = started
-        self.iteration = 0  # where it is
         self.ended = False
-        self._problem, self._observe = problem, observe
+        self._problem, self._logger = problem, logger or Logger()
         self._recorder: Recorder | None = None
+
+    @property
+    def iteration(self) -> int:
+        """Where it is."""
+        return 0 if self._recorder is None else self._recorder.iteration
 
     @property
     def objective(self) -> Objective:
@@ -114,24 +118,34 @@ class Run:
             journal, records, evaluate, self._started, problem.config.precision
         )
 
-        def observe(progress: Progress) -> None:
-            self.iteration = progress.iteration
-            self._observe(progress)
-
         try:
             check_identity(path, header, identity(problem))
+            self._logger.start(self._begun())
             outcome = TwoStage(
                 problem.config,
                 problem.objective,
                 problem.space,
                 problem.on_dev,
                 recorder,
-                observe,
+                self._logger,
             ).run()
             return outcome, score_tests(problem, outcome, recorder)
+        except BaseException:
+            self._logger.end(None)
+            raise
         finally:
-            self.iteration = recorder.iteration
             journal.close()
+
+    def _begun(self) -> RunStart:
+        config, model = self._problem.config, self._problem.model
+        return RunStart(
+            run_dir=self.run_dir,
+            task=self._problem.card.task,
+            method=config.method(model.kind),
+            seed=config.seed,
+            backbone=model.backbone.config.name,
+            config=config.to_json(),
+        )
 
     def finish(self, found: tuple[Outcome, dict[str, Scores]]) -> dict[str, Any]:
         """Write the tuned prompt, the curve and, last, the result, which is returned."""
@@ -141,13 +155,13 @@ class Run:
         # as it was found at the run's beginning, whoever ends it
         begun = json.loads((self.run_dir / "config.json").read_text(encoding="utf-8"))
         result[_AGREEMENT] = begun.get(_AGREEMENT)
-        title = f"{result['task']}  {result['method']}  seed {result['seed']}"
         with says_how_to_go_on(self.run_dir):
             head = problem.objective.reader(outcome.final.z)
             meta = tuned_meta(problem, outcome)
             save_tuned(self.run_dir / "prompt.safetensors", outcome.final.z, meta, head_tensors(head))
-            draw_curve(self.run_dir / "curve.png", outcome, title, problem.card.metric)
+            draw_curve(self.run_dir / "curve.png", outcome, result)
             write_json(self.run_dir / "result.json", result)  # last: it says that the run has ended
         self.ended = True
+        self._logger.end(result)
         del self._problem, self._recorder  # the objective's caches are not needed while others go on
         return result

@@ -17,9 +17,10 @@ from mp2.limits import check_new_folder
 from mp2.runs.config import BbtConfig
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.runs.frozen_model import FrozenModel, load_model, resolve_paths
+from mp2.runs.loggers.logger import Logger
 from mp2.runs.recorder import timed
 from mp2.runs.result import read_result
-from mp2.runs.run import Observe, Run, make_problem
+from mp2.runs.run import Run, make_problem
 from mp2.runs.run_folder import how_to_end, locked, new_folder, read_config, resume_command
 from mp2.runs.task_data import TaskData
 from mp2.runs.together import AT_ONCE, Server
@@ -28,24 +29,24 @@ _MODEL_FIELDS = ("backbone", "prompts", "kind", "runtime", "precision", "device"
 
 
 def start_run(
-    config: BbtConfig, out: str | Path, observe: Observe = lambda p: None, model: FrozenModel | None = None
+    config: BbtConfig, out: str | Path, logger: Logger | None = None, model: FrozenModel | None = None
 ) -> dict[str, Any]:
     """Tune in a new folder under ``out``; returns the result, as ``result.json`` has it (docs/api.md).
 
-    ``observe`` is told of the progress after each generation. ``model`` is one that was loaded before.
+    ``logger`` follows the run (`mp2.runs.loggers`). ``model`` is one that was loaded before.
 
     Raises:
         UsageError: bad names, files or data; nothing was made.
         LossError: no candidate of a generation had a finite loss.
     """
-    (result,) = start_series([config], out, lambda: observe, model)
+    (result,) = start_series([config], out, lambda: logger or Logger(), model)
     return result
 
 
 def start_series(
     configs: Sequence[BbtConfig],
     out: str | Path,
-    observe: Callable[[], Observe] = lambda: lambda p: None,
+    logger: Callable[[], Logger] = Logger,
     model: FrozenModel | None = None,
     check: Callable[[FrozenModel], None] = lambda model: None,
     say: Callable[[str], None] = lambda line: None,
@@ -54,7 +55,8 @@ def start_series(
 
     The configs may differ in task, seed and everything that does not choose the engine. Each result is the
     one that the run would have alone, bit for bit on CPUs in float32. Nothing is made before everything that
-    can be wrong was looked at; ``check`` may refuse the model that was loaded. ``say`` is told what runs.
+    can be wrong was looked at; ``check`` may refuse the model that was loaded. ``logger`` makes a logger for
+    each run, ``say`` is told what runs.
     """
     from mp2.runs.plan import opening_lines
     from mp2.runs.precision import precision_agreement
@@ -74,13 +76,13 @@ def start_series(
             method = problem.config.method(model.kind)
             run_dir = new_folder(out, f"{problem.card.task}-{method}-seed{problem.config.seed}")
             locks.enter_context(locked(run_dir))
-            runs.append(Run(run_dir, problem, observe(), started))
+            runs.append(Run(run_dir, problem, logger(), started))
             runs[-1].write_beginning(agreement)
         del problems, problem
         yield from _tune(runs, say)
 
 
-def resume_run(run_dir: str | Path, observe: Observe = lambda p: None) -> dict[str, Any]:
+def resume_run(run_dir: str | Path, logger: Logger | None = None) -> dict[str, Any]:
     """Go on with a run that was cut off; the result of one that has ended is read back.
 
     A run has ended if its result and its tuned prompt are there and readable: what is missing or damaged is
@@ -89,13 +91,13 @@ def resume_run(run_dir: str | Path, observe: Observe = lambda p: None) -> dict[s
     Raises:
         UsageError: no run there, another process works on it, or what it depends on has changed.
     """
-    (result,) = resume_series([Path(run_dir)], lambda: observe)
+    (result,) = resume_series([Path(run_dir)], lambda: logger or Logger())
     return result
 
 
 def resume_series(
     run_dirs: Sequence[Path],
-    observe: Callable[[], Observe] = lambda: lambda p: None,
+    logger: Callable[[], Logger] = Logger,
     say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[dict[str, Any]]:
     """Go on with several runs as one; neighbours in the list share the engine where they have the same."""
@@ -111,7 +113,7 @@ def resume_series(
                 locks.enter_context(locked(run_dir))
             found = {run_dir: _ended(run_dir) for run_dir in members}
             open_dirs = [run_dir for run_dir, result in found.items() if result is None]
-            going_on = _go_on({run_dir: members[run_dir] for run_dir in open_dirs}, observe, say)
+            going_on = _go_on({run_dir: members[run_dir] for run_dir in open_dirs}, logger, say)
             for result in found.values():
                 yield next(going_on) if result is None else result
 
@@ -148,7 +150,7 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def _go_on(
-    configs: dict[Path, BbtConfig], observe: Callable[[], Observe], say: Callable[[str], None]
+    configs: dict[Path, BbtConfig], logger: Callable[[], Logger], say: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
     from mp2.tasks import load_card
 
@@ -159,7 +161,7 @@ def _go_on(
     runs = []
     for run_dir, config in configs.items():
         problem = FewShotProblem(config, load_card(run_dir / "card.toml"), model)
-        runs.append(Run(run_dir, problem, observe(), started))
+        runs.append(Run(run_dir, problem, logger(), started))
     yield from _tune(runs, say)
 
 

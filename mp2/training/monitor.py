@@ -1,13 +1,10 @@
-"""What people see of a training run: the progress line and TensorBoard scalars."""
+"""What people see of a training run: the progress line."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import TracebackType
-from typing import Any
+from collections.abc import Callable
 
 EVERY_S = 20.0
 SCALARS_EVERY = 10  # steps; TensorBoard gets the mean loss of as many
@@ -46,33 +43,3 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-class Scalars:
-    """TensorBoard scalars in ``<out>/tensorboard``; without the package one line says so."""
-
-    def __init__(self, out: Path, step: int, log: Callable[[str], None]) -> None:
-        """Write on from ``step``: scalars of later steps, of a run that was killed, are hidden."""
-        self._writer: Any = None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            log("no TensorBoard scalars: the package is not installed (pip install 'mp2[train]')")
-            return
-        self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)  # type: ignore[no-untyped-call]
-
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Write scalars of a step; non-finite ones are left out."""
-        if self._writer is not None:
-            for name, value in values.items():
-                if math.isfinite(value):
-                    self._writer.add_scalar(name, value, step)
-
-    def __enter__(self) -> Scalars:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._writer is not None:
-            self._writer.close()

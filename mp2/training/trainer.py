@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from mp2.errors import LossError, LostProcessError, MismatchError
+from mp2.runs.loggers.tensorboard import Scalars
 from mp2.training.checkpoint import checkpoint_state, cut_back, load_checkpoint, save_checkpoint
-from mp2.training.monitor import SCALARS_EVERY, Progress, Scalars
+from mp2.training.monitor import SCALARS_EVERY, Progress
 from mp2.training.prefetch import Prefetcher
 from mp2.training.ranks import Ranks, StopSignals
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -32,7 +32,7 @@ from torch import Tensor
 from mp2.engine import Objective, Scorer
 from mp2.errors import LossError
 from mp2.optimizers.config import LayerConfig
-from mp2.optimizers.two_stage import Checkpoint, Outcome, Progress, Prompt, Scores
+from mp2.optimizers.two_stage import Checkpoint, Observer, Outcome, Progress, Prompt, Scores
 from mp2.prompts import ModularPrompts, PromptSet
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.tasks import MrcInput
@@ -102,9 +102,10 @@ class GradientTuner:
         self,
         config: TuneConfig,
         problem: FewShotProblem,
-        observe: Callable[[Progress], None] = lambda progress: None,
+        observer: Observer | None = None,
     ) -> None:
-        self.config, self.problem, self._observe = config, problem, observe
+        """``observer`` is told of every epoch, and of every prompt that is scored."""
+        self.config, self.problem, self._observer = config, problem, observer or Observer()
         self._device = torch.device(problem.model.runtime.device)
         self._start = as_soft_prompts(started(problem.model.prompts, config.run.seed), problem.card.task)
         generator = torch.Generator().manual_seed(config.run.seed)
@@ -184,6 +185,7 @@ class GradientTuner:
         optimizer = torch.optim.Adam([parameter], lr=rate)
         while self._epoch < until:
             begun = time.perf_counter()
+            losses = []
             for parts in self._batches():
                 weights = frozen if frozen is not None else self._sampled_weights()
                 optimizer.zero_grad(set_to_none=True)
@@ -191,8 +193,10 @@ class GradientTuner:
                 if not math.isfinite(loss):
                     raise LossError(f"the loss is {loss} in epoch {self._epoch + 1}")
                 optimizer.step()
+                losses.append(loss)
             self._epoch += 1
             self._seconds[stage] += time.perf_counter() - begun
+            self._observer.iteration(self._progress(stage, float(np.mean(losses))))
             if self._epoch % self.config.dev_every == 0 or self._epoch == until:
                 prompts = self._model.to_set() if stage == "stage2" else self._start
                 inference = frozen if frozen is not None else self._inference_weights()
@@ -258,7 +262,11 @@ class GradientTuner:
         self._loss_curve.append((self._epoch, train_loss))
         if self._best is None or checkpoint.rank() < self._best[0].rank():
             self._best = (checkpoint, prompts, weights)
-        stage = 2 if at == "stage2" else 1
-        on_dev = math.nan if dev is None else dev.score
-        self._observe(Progress(stage, self._epoch, self.config.epochs, train_loss, on_dev, True))
+        self._observer.checkpoint(checkpoint, self._progress(at))
         return checkpoint
+
+    def _progress(self, at: str, loss: float = math.nan) -> Progress:
+        """Where tuning is; ``loss``: of the last epoch's batches."""
+        last, stage = self._checkpoints[-1], 2 if at == "stage2" else 1
+        on_dev = math.nan if last.dev is None else last.dev.score
+        return Progress(stage, self._epoch, self.config.epochs, last.train_loss, on_dev, True, loss)

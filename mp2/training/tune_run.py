@@ -1,8 +1,9 @@
 """A gradient-tuning run: a folder like that of ``mp2 bbt``, which ``mp2 predict`` reads too.
 
 ``tune.json`` (what was asked for), ``card.toml``, and at the end ``prompts.safetensors`` (the selected soft
-prompts), ``prompt.safetensors`` (their mixture), ``config.json`` (how to load both), ``curve.png``,
-``result.json``. A run takes minutes and keeps no checkpoint: one that was cut off is started again.
+prompts), ``prompt.safetensors`` (their mixture), ``config.json`` (how to load both), ``curve.json`` and
+``curve.png``, ``result.json``. A run takes minutes and keeps no checkpoint: one that was cut off is started
+again.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from mp2.errors import UsageError
 from mp2.files import write_json, write_text
 from mp2.limits import check_new_folder
 from mp2.optimizers.config import RouterConfig
-from mp2.optimizers.two_stage import Checkpoint, Progress
+from mp2.optimizers.two_stage import Checkpoint
 from mp2.prompts import save_prompts
 from mp2.runs.baselines import baseline_facts
 from mp2.runs.config import BbtConfig
+from mp2.runs.curve import CURVE, draw_curve, write_curve
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.runs.frozen_model import FrozenModel, load_model, resolve_paths
 from mp2.runs.journal import finite_or_none
+from mp2.runs.loggers.logger import Logger, RunStart
 from mp2.runs.provenance import config_file, identity, versions
-from mp2.runs.result import draw_curve, engine_facts, router_text, stage_scores
+from mp2.runs.result import engine_facts, router_text, stage_scores
 from mp2.runs.run_folder import OWN_PROMPTS, locked, new_folder
 from mp2.runs.scratch import ON_THE_FLY
 from mp2.runs.tuned import TunedMeta, save_tuned
@@ -32,13 +35,13 @@ from mp2.tasks import load_card
 from mp2.training.config import TuneConfig
 from mp2.training.tune import GradientTuner, TuneOutcome
 
-Observe = Callable[[Progress], None]
-
 
 def start_tune(
-    config: TuneConfig, out: Path, observe: Observe = lambda p: None, model: FrozenModel | None = None
+    config: TuneConfig, out: Path, logger: Logger | None = None, model: FrozenModel | None = None
 ) -> dict[str, Any]:
     """Tune in a new folder under ``out``; returns the result, with the keys of a black-box result.
+
+    ``logger`` follows the run (`mp2.runs.loggers`).
 
     Raises:
         UsageError: bad names, files or data; nothing was made.
@@ -55,11 +58,30 @@ def start_tune(
     with locked(run_dir):
         write_text(run_dir / "card.toml", Path(card.path).read_text(encoding="utf-8"))
         write_json(run_dir / "tune.json", {"config": asdict(config), "versions": versions()})
-        tuner = GradientTuner(config, problem, observe)
-        outcome = tuner.run()
-        result = _result(run_dir, config, tuner, outcome)
+        logger = logger or Logger()
+        logger.start(_begun(run_dir, config, problem))
+        try:
+            tuner = GradientTuner(config, problem, logger)
+            outcome = tuner.run()
+            result = _result(run_dir, config, tuner, outcome)
+        except BaseException:
+            logger.end(None)
+            raise
         _write(run_dir, tuner, outcome, result)
+        logger.end(result)
     return result
+
+
+def _begun(run_dir: Path, config: TuneConfig, problem: FewShotProblem) -> RunStart:
+    model = problem.model
+    return RunStart(
+        run_dir=run_dir,
+        task=problem.card.task,
+        method=config.method(model.kind),
+        seed=config.run.seed,
+        backbone=model.backbone.config.name,
+        config=asdict(config),
+    )
 
 
 def injected(model: FrozenModel, injection: Literal["prefix", "inline"] | None) -> FrozenModel:
@@ -87,12 +109,12 @@ def _load(run: BbtConfig) -> FrozenModel:
 
 
 def start_tunes(
-    config: TuneConfig, seeds: list[int], out: Path, observe: Callable[[], Observe]
+    config: TuneConfig, seeds: list[int], out: Path, logger: Callable[[], Logger] = Logger
 ) -> Iterator[dict[str, Any]]:
     """One run a seed, with one loaded model; yields each result as it comes."""
     model = _load(resolve_paths(config.run))
     for seed in seeds:
-        yield start_tune(replace(config, run=replace(config.run, seed=seed)), out, observe(), model)
+        yield start_tune(replace(config, run=replace(config.run, seed=seed)), out, logger(), model)
 
 
 def _write(run_dir: Path, tuner: GradientTuner, outcome: TuneOutcome, result: dict[str, Any]) -> None:
@@ -115,8 +137,8 @@ def _write(run_dir: Path, tuner: GradientTuner, outcome: TuneOutcome, result: di
     save_tuned(run_dir / "prompt.safetensors", final.z, meta)
     tuned: BbtConfig = replace(problem.config, prompts=OWN_PROMPTS)
     write_json(run_dir / "config.json", config_file(tuned, problem.model))
-    title = f"{result['task']}  {result['method']}  seed {result['seed']}"
-    draw_curve(run_dir / "curve.png", outcome.stages, title, problem.card.metric)
+    write_curve(run_dir / CURVE, outcome.stages)
+    draw_curve(run_dir / "curve.png", outcome.stages, result)
     write_json(run_dir / "result.json", result)  # last: it says that the run has ended
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from typing import Any
 
 import pytest
 from rich.cells import cell_len
@@ -12,12 +13,19 @@ from mp2.commands.printing import show_table
 from mp2.commands.report import show_series
 
 
-def run(task: str, seed: int, dev: float, test: float | None) -> dict[str, object]:
+def run(task: str, seed: int, dev: float, test: float | None) -> dict[str, Any]:
     stages = {
         "untuned": {"dev_score": 0.25, "test_score": test},
         "stage1": {"dev_score": dev, "test_score": test},
     }
-    return {"task": task, "seed": seed, "train_loss": dev, "stages": stages}
+    setting = {
+        "method": "mp2-deep-router",
+        "backbone": "mini",
+        "head": {"kind": "span"},
+        "metric": "accuracy",
+    }
+    found = {"task": task, "seed": seed, "train_loss": dev, "test_score": test, "stages": stages}
+    return {**setting, **found, "baselines": None}
 
 
 def test_a_line_a_run_and_mean_and_deviation_of_every_tasks_seeds(
@@ -26,11 +34,12 @@ def test_a_line_a_run_and_mean_and_deviation_of_every_tasks_seeds(
     runs = [run("a", 13, 0.7, None), run("a", 8, 0.5, None), run("b", 8, 0.5, 0.25)]  # as a folder lists them
     show_series(runs)
     assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == [
-        "task seed train loss untuned dev / test stage I dev / test",
-        "a 8 0.5000 25.0 / - 50.0 / -",
-        "a 13 0.7000 25.0 / - 70.0 / -",
-        "a mean of 2 0.6000 25.0 ± 0.0 / - 60.0 ± 14.1 / -",
-        "b 8 0.5000 25.0 / 25.0 50.0 / 25.0",
+        "dev accuracy, method mp2-deep-router, head span, backbone mini",
+        "task seed train loss untuned stage I",
+        "a 8 0.5000 25.0 50.0",
+        "a 13 0.7000 25.0 70.0",
+        "a mean of 2 0.6000 25.0 ± 0.0 60.0 ± 14.1",
+        "b 8 0.5000 25.0 50.0",
     ]
 
 

@@ -13,7 +13,7 @@ from mp2.runs.progress import ProgressLine, clock
 
 
 def steps(line: ProgressLine, n: int = 100) -> None:
-    observe = line.observer()
+    observe = line.logger().iteration
     for i in range(n + 1):
         observe(Progress(1 if i < 20 else 2, i, n, 1.0 / (i + 1), 0.5, live=True))
     line.close()
@@ -51,7 +51,7 @@ def test_one_live_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch, width: int
 
 def test_a_replay_is_silent_and_does_not_count_for_the_pace() -> None:
     stream = io.StringIO()
-    observe = ProgressLine(Console(file=stream)).observer()
+    observe = ProgressLine(Console(file=stream)).logger().iteration
     for i in range(0, 100, 5):
         observe(Progress(2, i, 100, 1.0, 0.5, live=False))
     assert stream.getvalue() == ""
@@ -61,7 +61,7 @@ def test_the_time_left_is_that_of_the_measured_iterations(monkeypatch: pytest.Mo
     now = [1000.0]
     monkeypatch.setattr("mp2.runs.progress.time.perf_counter", lambda: now[0])
     stream = io.StringIO()
-    observe = ProgressLine(Console(file=stream, width=200)).observer()
+    observe = ProgressLine(Console(file=stream, width=200)).logger().iteration
     observe(Progress(1, 400, 1000, 1.0, 0.5, live=False))  # replayed: says nothing of the pace
     for i in range(500, 1001, 100):
         now[0] += 50 if i < 600 else 10  # stage II is faster
@@ -73,7 +73,7 @@ def test_the_time_left_is_that_of_the_measured_iterations(monkeypatch: pytest.Mo
 def test_one_line_for_several_runs_counts_all_iterations() -> None:
     stream = io.StringIO()
     series = ProgressLine(Console(file=stream, width=200))
-    observers = [series.observer() for _ in range(2)]
+    observers = [series.logger().iteration for _ in range(2)]
     for i in range(0, 101, 10):
         observers[0](Progress(1 if i < 20 else 2, i, 100, 1.0, 0.5, live=True))
         observers[1](Progress(1 if i < 20 else 2, i, 100, 0.0, 0.7, live=True))

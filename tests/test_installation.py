@@ -21,7 +21,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 REQUIREMENTS = PROJECT["dependencies"]
 EXTRAS = PROJECT["optional-dependencies"]
-OF_MODULE = {"bayes_opt": "bayesian-optimization", "sklearn": "scikit-learn", "mlflow": "mlflow-skinny"}  # where the names differ
+OF_MODULE = {
+    "bayes_opt": "bayesian-optimization",
+    "sklearn": "scikit-learn",
+    "mlflow": "mlflow-skinny",
+}  # where the names differ
 
 
 def names(requirements: Iterable[str]) -> set[str]:

@@ -267,6 +267,7 @@ class GradientTuner:
 
     def _progress(self, at: str, loss: float = math.nan) -> Progress:
         """Where tuning is; ``loss``: of the last epoch's batches."""
-        last, stage = self._checkpoints[-1], 2 if at == "stage2" else 1
-        on_dev = math.nan if last.dev is None else last.dev.score
-        return Progress(stage, self._epoch, self.config.epochs, last.train_loss, on_dev, True, loss)
+        last = self._checkpoints[-1] if self._checkpoints else None
+        stage, train_loss = (2 if at == "stage2" else 1), math.nan if last is None else last.train_loss
+        on_dev = math.nan if last is None or last.dev is None else last.dev.score
+        return Progress(stage, self._epoch, self.config.epochs, train_loss, on_dev, True, loss)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from mp2.engine.backend import say
 from mp2.engine.tensorrt.captures import Captures, Replay
 from mp2.engine.tensorrt.library import make_logger
 from mp2.engine.tensorrt.plans import Plan
@@ -83,13 +84,30 @@ class CudaDevice:
 
 
 class Scratch:
-    """The engines' working memory: one block for all, since their calls follow each other on one stream."""
+    """The engines' working memory: blocks for all of them, since their calls follow each other on one stream.
+
+    One block is TensorRT's own; the others, one for each name of a tensor, are what captured calls read and
+    write, whose addresses must stay.
+    """
 
     def __init__(self, device: Device) -> None:
         """Start with none."""
         self._device = device
         self._block: torch.Tensor | None = None
+        self._fixed: dict[str, torch.Tensor] = {}
         self.graphs = Captures()
+
+    def fixed(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return memory for each of ``tensors``, by name: the same as long as no graph has to go.
+
+        A larger block than there is for a name ends the captured graphs.
+        """
+        for name, x in tensors.items():
+            if name not in self._fixed or self._fixed[name].numel() < x.nbytes:
+                self.graphs.clear()
+                self._fixed.pop(name, None)  # given back before more is asked for
+                self._fixed[name] = self._device.empty((x.nbytes,), torch.uint8)
+        return {name: self._fixed[name][: x.nbytes].view(x.dtype).view(x.shape) for name, x in tensors.items()}
 
     def reserve(self, n_bytes: int) -> tuple[int, int]:
         """Return address and size of at least ``n_bytes``; a new, larger block ends the captured graphs."""
@@ -152,28 +170,49 @@ class EngineCalls:
             raise self._error(f"no profile covers {self.sizes(feeds)}")
         tensors, outputs = {**feeds, **results}, tuple(results)
         shapes = tuple((name, tuple(x.shape)) for name, x in feeds.items())
-        addresses = tuple(x.data_ptr() for x in tensors.values())
-        key = (id(self), profile, shapes, addresses)
+        key = (id(self), profile, shapes)
         graphs = self._scratch.graphs
-        if graphs.replay(key):
+        replay = graphs.find(key)
+        if replay is not None:
+            held = self._scratch.fixed(tensors)
+            self._fill(held, feeds)
+            replay()
+            self._fill(results, held)
             return
         context = self._contexts.get(profile)
         if context is None:
             context = self._contexts[profile] = self._new_context(profile)
         self._device.run(lambda stream: self._execute(context, profile, tensors, outputs, shapes, stream))
         if self._cuda_graphs and graphs.wants(key):
-            graphs.add(key, *self._capture(profile, tensors, outputs, shapes))
+            try:
+                graphs.add(key, *self._capture(profile, feeds, tensors, outputs, shapes))
+            except Exception as error:  # whatever it is: the call has run, and goes on running as it is
+                graphs.refuse(key)
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                say(f"{self._name}: not recorded as a CUDA graph, runs call by call ({reason})")
+
+    @staticmethod
+    def _fill(targets: Mapping[str, torch.Tensor], sources: Mapping[str, torch.Tensor]) -> None:
+        """Copy to each of ``targets`` what ``sources`` have under its name."""
+        for name in targets.keys() & sources.keys():
+            targets[name].copy_(sources[name])
 
     def _capture(
         self,
         profile: int,
+        feeds: Mapping[str, torch.Tensor],
         tensors: Mapping[str, torch.Tensor],
         outputs: Sequence[str],
         shapes: tuple[tuple[str, tuple[int, ...]], ...],
     ) -> tuple[trt.IExecutionContext, Replay]:
-        """Return a context of the captured call's own (a graph holds its state) and the graph."""
+        """Return a context of the captured call's own (a graph holds its state) and the graph.
+
+        The graph reads and writes `Scratch.fixed` memory.
+        """
         context = self._new_context(profile)
-        self._bind(context, tensors, outputs, shapes)
+        held = self._scratch.fixed(tensors)
+        self._fill(held, feeds)
+        self._bind(context, held, outputs, shapes)
         # TensorRT settles a context's state for new shapes in a first, uncaptured call
         self._device.run(lambda stream: self._queue(context, stream))
         return context, self._device.capture(lambda stream: self._queue(context, stream))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 Replay = Callable[[], None]
 
-CAPTURE_AFTER = 2  # calls with the same shapes and addresses
+CAPTURE_AFTER = 2  # calls with the same shapes
 # 24 layers x some 8 buckets x (under visit, above it, stage I, dev). Each holds an execution context of one
 # layer and its graph's nodes; the layer's working memory, which is what is large, is all engines' one block.
 KEPT = 1024
@@ -32,29 +32,29 @@ class Captures:
         self._graphs: OrderedDict[Hashable, tuple[trt.IExecutionContext | None, Replay]] = OrderedDict()
         self._last: dict[Hashable, int] = {}  # call -> when it was used
         self._seen: dict[Hashable, int] = {}
+        self._refused: set[Hashable] = set()
         self._n_calls = 0
 
     def __len__(self) -> int:
         """Captured calls."""
         return len(self._graphs)
 
-    def replay(self, key: Hashable) -> bool:
-        """Queue the call ``key`` again; False if it is not captured."""
+    def find(self, key: Hashable) -> Replay | None:
+        """Return what queues the call ``key`` again; None if it is not captured."""
         self._n_calls += 1
         if key not in self._graphs:
-            return False
+            return None
         self._graphs.move_to_end(key)
         self._last[key] = self._n_calls
-        self._graphs[key][1]()
-        return True
+        return self._graphs[key][1]
 
     def wants(self, key: Hashable) -> bool:
         """Tell whether the call ``key``, which has just run, comes often enough and there is room for it."""
-        if not self._has_room():
+        if key in self._refused or not self._has_room():
             return False
         self._seen[key] = self._seen.get(key, 0) + 1
         if self._seen[key] < CAPTURE_AFTER:
-            if len(self._seen) > 16 * self._kept:  # addresses that never come back
+            if len(self._seen) > 16 * self._kept:  # shapes that never come back
                 self._seen.clear()
             return False
         del self._seen[key]
@@ -64,10 +64,15 @@ class Captures:
         """Keep a captured call with the context that its graph belongs to."""
         self._graphs[key], self._last[key] = (context, replay), self._n_calls
 
+    def refuse(self, key: Hashable) -> None:
+        """Never want the call ``key`` again: it cannot be captured."""
+        self._refused.add(key)
+
     def clear(self) -> None:
         """Forget all of them: the memory that they use, or an engine, goes."""
         self._graphs.clear()
         self._last.clear()
+        self._refused.clear()
 
     def _has_room(self) -> bool:
         while len(self._graphs) >= self._kept:

@@ -149,7 +149,6 @@ def large(device: str) -> list[dict[str, Any]]:
                 "device": torch.cuda.get_device_name(device),
                 "precision": precision,
                 "notes": objective.forward.backend.notes,
-                "compile_s": round(objective.forward.backend.fused.compile_s, 2),
                 "record_s": round(objective.forward.graphs.record_s, 2),
                 "evaluation_ms": round(1e3 * seconds, 3),
                 "tflops": round(flops / seconds / 1e12, 1),

@@ -49,8 +49,9 @@ def create_backend(
     """Return runtime ``name``; ``auto`` times one layer on each that works here and takes the fastest.
 
     ``device`` ``auto`` is the GPU if torch sees one, for ``onnxruntime`` the CPU. ``precision`` ``auto`` is
-    fp32 on a CPU, where losses then are exact, and bf16 on a GPU (fp16 on one without bf16); for the
-    runtimes that need an engine folder, what the folder was exported in.
+    fp32 on a CPU, where losses then are exact, and fp16 on a GPU, which orders candidates better than bf16;
+    where the first evaluation overflows, bf16 (fp32 on one without bf16). For the runtimes that need an
+    engine folder it is what the folder was exported in.
     ``engine_dir`` is an engine folder (`mp2 export`), which ``onnxruntime`` and ``tensorrt`` need; without
     one, ``auto`` is torch. ``auto`` builds no TensorRT plan only to compare. ``threads`` sets torch's threads
     for the whole process, too. ``.reason`` of the result says why it was chosen.
@@ -104,8 +105,7 @@ class _Asked:
         """The precision on torch; UnknownNameError if it has no such."""
         gpu = _is_gpu(self.device)
         if self.precision == "auto":
-            bf16 = not gpu or torch.cuda.get_device_capability(self.device) >= (8, 0)
-            return "fp32" if not gpu else "bf16" if bf16 else "fp16"
+            return "fp16" if gpu else "fp32"
         known = CUDA_PRECISIONS if gpu else PRECISIONS
         if self.precision not in known:
             raise UnknownNameError("precision", self.precision, known, f"These are for device {self.device}.")
@@ -114,7 +114,12 @@ class _Asked:
     def on_torch(self, reason: str = "") -> Backend:
         precision = self.torch_precision()
         if _is_gpu(self.device):
-            return CudaBackend(self.backbone, device=self.device, precision=precision, reason=reason)
+            wider = None
+            if self.precision == "auto":
+                wider = "bf16" if torch.cuda.get_device_capability(self.device) >= (8, 0) else "fp32"
+            return CudaBackend(
+                self.backbone, device=self.device, precision=precision, reason=reason, wider=wider
+            )
         if precision == "fp32":
             return CpuBackend(self.backbone, reason=reason)
         return DifferenceBackend(self.backbone, precision=precision, reason=reason)

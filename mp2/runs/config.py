@@ -66,7 +66,7 @@ class BbtConfig(SearchConfig):
     )
     engine: str | None = option(None, "Engine folder of 'mp2 export'.", kind="path")
     runtime: str = option("auto", "What computes.", choices=RUNTIMES)
-    precision: str = option(  # auto: fp32 on a CPU, bf16 on a GPU; config.json has the one that a run took
+    precision: str = option(  # auto: fp32 on a CPU, fp16 on a GPU or what fits; config.json has the one taken
         "auto",
         "On a CPU fp32, and bf16 or int8 differences from the mean; on a GPU fp32, fp16, bf16, fp8.",
         choices=PRECISIONS,

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from types import FrameType
@@ -68,6 +69,8 @@ def start_series(
     check(model)
     problems = _problems(configs, model)
     agreements = [precision_agreement(problem) for problem in problems]
+    for problem in problems:  # a first evaluation that overflows has changed the precision
+        problem.config = replace(problem.config, precision=model.runtime.precision)
     for line in opening_lines(problems, agreements):
         say(f"mp2: {line}")
     with ExitStack() as locks:

@@ -1,26 +1,30 @@
 """The CUDA backend: packed rows, flash attention, half precision or fp8 weights.
 
-The same code runs on a CPU in fp32 (plain attention, nothing compiled), which is how its losses are tested.
+The same code runs on a CPU (plain attention, eager steps, and Triton's in its interpreter), which is how its
+losses are tested.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from weakref import WeakValueDictionary
+from functools import partial
+from typing import Any
+from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from mp2.backbone import Backbone, resolve_device
-from mp2.backbone.encoder import Prefix
-from mp2.engine.backend import CACHE_BYTES, Probe
-from mp2.engine.cuda.attention import attend, choose_kernels
+from mp2.backbone.encoder import Prefix, activate
+from mp2.engine.backend import CACHE_BYTES, Probe, say
+from mp2.engine.cuda.attention import Attend, attend, choose_kernels
 from mp2.engine.cuda.forward import PackedForward
 from mp2.engine.cuda.lanes import CudaLane, HostLane, Lane, Lanes
-from mp2.engine.cuda.linear import Fp8Linear, Fused, HalfLinear, Linear
+from mp2.engine.cuda.linear import ActivatedLinear, Fp8Linear, HalfLinear, Linear
 from mp2.engine.cuda.pack import Pack, Spans, make_packs
+from mp2.engine.cuda.steps import choose_steps
 from mp2.errors import MissingDependencyError, UnknownNameError
 from mp2.heads import Head
 from mp2.prompts import PrefixProjector, PromptSet
@@ -39,6 +43,7 @@ class _PackedLayer:
     qkv: Linear  # query, key and value in one product
     attention_output: Linear
     intermediate: Linear
+    activate: Callable[[torch.Tensor], torch.Tensor]  # nothing to do where a neighbour's kernel does it
     output: Linear
     attention_norm: tuple[torch.Tensor, torch.Tensor]
     output_norm: tuple[torch.Tensor, torch.Tensor]
@@ -50,14 +55,29 @@ class CudaBackend:
     name = "torch"
 
     def __init__(
-        self, backbone: Backbone, *, device: str = "cuda", precision: str = "bf16", reason: str = ""
+        self,
+        backbone: Backbone,
+        *,
+        device: str = "cuda",
+        precision: str = "bf16",
+        reason: str = "",
+        wider: str | None = None,
+        one_kernel: bool = False,
+        fused_activation: bool = False,
     ) -> None:
         """Put the backbone on ``device`` in ``precision`` (one of ``CUDA_PRECISIONS``).
 
         fp16 and bf16 keep weights and activations in that type; norms, softmax, logits and losses stay in
         float32. fp8 does all matrix products of the layers in e4m3 with row-wise scales, the rest as bf16.
+        ``wider`` is the precision that everything goes on in where the first evaluation of a forward
+        overflows: gives NaN for candidates that are numbers.
 
-        Raises UnknownNameError (precision), MissingDependencyError (no such device, or no fp8 on it).
+        Two flags, off until a GPU has shown that they pay: ``one_kernel`` does attention over prefix and text
+        in one Triton kernel, ``fused_activation`` the activation in the product before it (in fp8: in the
+        quantisation after it). `ActivatedLinear` says what the latter changes.
+
+        Raises UnknownNameError (precision), MissingDependencyError (no such device, no fp8 on it, or no
+        triton for a flag).
         """
         if precision not in CUDA_PRECISIONS:
             raise UnknownNameError("precision", precision, CUDA_PRECISIONS)
@@ -71,19 +91,12 @@ class CudaBackend:
                 )
         self.backbone = backbone
         self.device = device
-        self.precision = precision
         self.reason = reason or "asked for"
-        self.dtype = _DTYPES[precision]
+        self.wider = wider
         self._config, self._encoder = backbone.config, backbone.encoder
         self._place = place
-        self.kernels, not_flash = choose_kernels(
-            place, self.dtype, backbone.config.n_heads, backbone.config.head_size
-        )
-        self.fused = Fused(backbone.config.activation, place, self.dtype, fp8=precision == "fp8")
-        notes = [f"attention {self.kernels.name}" + (f" ({not_flash})" if not_flash else "")]
-        if self.fused.reason:
-            notes.append(self.fused.reason)
-        self.notes = "; ".join(notes)
+        self._one_kernel, self._fused_activation = one_kernel, fused_activation
+        self._compute_in(precision)
         self._packed: dict[int, _PackedLayer] = {}
         self._spans: dict[tuple[bytes, int], Spans] = {}
         encoder = backbone.encoder
@@ -99,6 +112,7 @@ class CudaBackend:
         )
         self._embedding_bias = encoder.embedding_norm.bias.detach().to(place, torch.float32)
         self._projectors: WeakValueDictionary[int, PrefixProjector] = WeakValueDictionary()
+        self._forwards: WeakSet[PackedForward] = WeakSet()
         self.lanes = Lanes(self._make_lane, self._free_memory)
         self.settle()
 
@@ -111,7 +125,41 @@ class CudaBackend:
         cache_bytes: int = CACHE_BYTES,
     ) -> PackedForward:
         """See `Backend.forward`."""
-        return PackedForward(self, prompts, head, micro_batch_tokens or self.most_tokens(), cache_bytes)
+        made = PackedForward(self, prompts, head, micro_batch_tokens or self.most_tokens(), cache_bytes)
+        self._forwards.add(made)
+        return made
+
+    def widen(self) -> None:
+        """Go on in the wider precision, for good; all forwards forget what they have in the other.
+
+        Called in the thread that launches. What is under way arrives as it was computed.
+        """
+        assert self.wider is not None
+        say(f"{self.precision} overflows over {self.backbone.config.name}; {self.wider} from here on")
+        self.reason += f"; {self.precision} overflowed"
+        self._free_memory()  # first of all it waits: what is under way needs its memory
+        self._packed.clear()
+        self._projectors.clear()
+        self._compute_in(self.wider)
+        self.wider = None
+        for forward in list(self._forwards):
+            forward.begin_again()
+        self._free_memory()
+
+    def _compute_in(self, precision: str) -> None:
+        """Choose type and kernels; ``notes`` says which."""
+        config, place = self._config, self._place
+        self.precision, self.dtype = precision, _DTYPES[precision]
+        self.kernels, slow_attention = choose_kernels(place, self.dtype, config.n_heads, config.head_size)
+        self.steps, slow_steps = choose_steps(place, self.dtype, config.hidden, fp8=precision == "fp8")
+        self.attend: Attend = partial(attend, self.kernels)
+        attention = self.kernels.name
+        if self._one_kernel:
+            self.attend, attention, slow_attention = _triton_steps().attend, "in one kernel", ""
+        self.notes = f"attention {attention}" + (f" ({slow_attention})" if slow_attention else "")
+        self.notes += f"; steps {self.steps.name}" + (f" ({slow_steps})" if slow_steps else "")
+        if place.type == "cuda" and (slow_steps or (slow_attention and precision != "fp32")):
+            say(f"slower than it could be on {self.device} in {precision}: {self.notes}")
 
     def share(self, n_runs: int) -> None:
         """See `Backend.share`."""
@@ -213,13 +261,12 @@ class CudaBackend:
         config, eps = self._config, self._config.layer_norm_eps
         b, s, width = hidden.shape
         qkv = layer.qkv(hidden.reshape(b * s, width)).view(b, s, 3, config.n_heads, config.head_size)
-        context = attend(self.kernels, qkv, self.spans(pack, b), prefix)
+        context = self.attend(qkv, self.spans(pack, b), prefix)
         p = context.shape[0]
         mixed = layer.attention_output(context.reshape(p * s, width)).view(p, s, width)
-        residual = hidden.expand(p, -1, -1)
-        y = self.fused.add_norm(mixed, residual, *layer.attention_norm, eps).reshape(p * s, width)
-        inner = self.fused.activate(layer.intermediate(y))
-        return self.fused.add_norm(layer.output(inner), y, *layer.output_norm, eps).view(p, s, width)
+        y = self.steps.add_norm(mixed, hidden, *layer.attention_norm, eps).reshape(p * s, width)
+        inner = layer.activate(layer.intermediate(y))
+        return self.steps.add_norm(layer.output(inner), y, *layer.output_norm, eps).view(p, s, width)
 
     def _embedding_norm(self, x: torch.Tensor) -> torch.Tensor:
         gain = self._tables[3]
@@ -228,13 +275,22 @@ class CudaBackend:
     def _prepare_packed(self, index: int) -> _PackedLayer:
         source = self._encoder.body(index)
 
+        fp8, activation = self.precision == "fp8", self._config.activation
+        fused = activation if self._fused_activation else ""
+
         def linear(*names: str) -> Linear:
             modules = [getattr(source, name) for name in names]
             weight = torch.cat([m.weight.detach().to(self._place) for m in modules])
             bias = torch.cat([m.bias.detach().to(self._place) for m in modules])
-            if self.precision == "fp8":
-                return Fp8Linear(weight, bias, self.fused.quantize)
-            return HalfLinear(weight.to(self.dtype), bias.to(self.dtype))
+            if fp8:
+                quantize = self.steps.quantize
+                if fused and names == ("output",):
+                    quantize = partial(_triton_steps().quantize, activation=fused)
+                return Fp8Linear(weight, bias, quantize)
+            weight, bias = weight.to(self.dtype), bias.to(self.dtype)
+            if fused and names == ("intermediate",):
+                return ActivatedLinear(weight, bias, fused)
+            return HalfLinear(weight, bias)
 
         def norm(name: str) -> tuple[torch.Tensor, torch.Tensor]:
             module = getattr(source, name)
@@ -244,6 +300,7 @@ class CudaBackend:
             qkv=linear("query", "key", "value"),
             attention_output=linear("attention_output"),
             intermediate=linear("intermediate"),
+            activate=(lambda x: x) if fused else partial(activate, activation),
             output=linear("output"),
             attention_norm=norm("attention_norm"),
             output_norm=norm("output_norm"),
@@ -251,6 +308,18 @@ class CudaBackend:
         self.settle()
         self._packed[index] = packed
         return packed
+
+
+def _triton_steps() -> Any:
+    """Return the module of Triton kernels; MissingDependencyError without triton."""
+    try:
+        from mp2.engine.cuda import triton_steps
+    except ImportError as error:
+        raise MissingDependencyError(
+            "one_kernel and fp8's fused_activation need triton, which comes with CUDA builds of torch; "
+            "pip install triton, or leave them off"
+        ) from error
+    return triton_steps
 
 
 def tokens_that_fit(free_bytes: int, hidden: int, ffn: int, itemsize: int) -> int:

@@ -11,9 +11,9 @@ nothing on the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -29,6 +29,13 @@ from mp2.prompts import PromptSet
 if TYPE_CHECKING:
     from mp2.engine.cuda.backend import CudaBackend
     from mp2.tasks import MrcInput
+
+
+T = TypeVar("T")
+
+
+class _Overflow(Exception):
+    """The first evaluation gives NaN for candidates that are numbers."""
 
 
 class PackedForward(Forward):
@@ -55,6 +62,7 @@ class PackedForward(Forward):
         self.project = backend.projector(prompts)
         self._packed = backend
         self._lane: Lane | None = None  # taken with the first work
+        self._proven = False  # an evaluation has been looked at
         # layer -> keys and values [1, h, m, d_h] of the incumbent, at the addresses where graphs read them
         self._incumbent: dict[int, Prefix] = {}
         backend.settle()
@@ -68,7 +76,7 @@ class PackedForward(Forward):
 
     def every_layer(self, z: torch.Tensor, *, scoring: bool = False) -> Run:
         """See `Forward.every_layer`."""
-        placed = self._on_lane.upload(z)
+        placed, finite = self._on_lane.upload(z), z.isfinite().flatten(1).all(1)
 
         def work(pack: Pack, z: torch.Tensor) -> torch.Tensor:
             inline = None if self.prefixed else self.project.inline(z[:, 0])
@@ -81,15 +89,15 @@ class PackedForward(Forward):
         def run(batch: Batch, candidates: slice, *, again: bool = True) -> Arrival:
             part, pack = placed[candidates], _pack(batch)
             if not again:
-                return self._on_lane.send(work(pack, part))
+                return self._send(work(pack, part), finite[candidates])
             key = ("scored" if scoring else "full", batch, len(part))
-            return self._on_lane.send(self.graphs(key, (part,), lambda held: work(pack, *held)))
+            return self._send(self.graphs(key, (part,), lambda held: work(pack, *held)), finite[candidates])
 
         return run
 
     def visit(self, layer: int, z: torch.Tensor) -> Run:
         """See `Forward.visit`."""
-        placed = self._on_lane.upload(z)
+        placed, finite = self._on_lane.upload(z), z.isfinite().all(1)
 
         def run(batch: Batch, candidates: slice, *, again: bool = True) -> Arrival:
             part, pack = placed[candidates], _pack(batch)
@@ -102,7 +110,8 @@ class PackedForward(Forward):
                 return self._read(hidden, pack, scoring=False)
 
             text = self.cache.at(batch, layer)
-            return self._on_lane.send(self.graphs(("visit", layer, batch, len(part)), (text, part), work))
+            found = self.graphs(("visit", layer, batch, len(part)), (text, part), work)
+            return self._send(found, finite[candidates])
 
         return run
 
@@ -119,6 +128,26 @@ class PackedForward(Forward):
 
         return self.graphs(("advance", layer, batch), (hidden,), work).clone()
 
+    def within_memory(self, attempt: Callable[[], T], longest: int) -> T:
+        """See `Forward.within_memory`; the first evaluation may change the backend's precision.
+
+        An infinity inside a layer is NaN after its norm, and in all that follows.
+        """
+        try:
+            found = super().within_memory(attempt, longest)
+        except _Overflow:
+            self._packed.widen()
+            found = super().within_memory(attempt, longest)
+        self._proven = True
+        return found
+
+    def begin_again(self) -> None:
+        """Drop all that was computed in another precision."""
+        self.forget()
+        self.project = self._packed.projector(self.prompts)
+        self._incumbent.clear()
+        self._stale = set(range(self.n_layers)) if self.prefixed and self.incumbent is not None else set()
+
     def leave_lane(self) -> None:
         """See `Member.leave_lane`."""
         self._lane = None
@@ -128,6 +157,14 @@ class PackedForward(Forward):
         """See `Forward.forget`."""
         super().forget()
         self.graphs.restart(None if self._lane is None else self._lane.record)
+
+    def _send(self, output: torch.Tensor, finite: torch.Tensor) -> Arrival:
+        """Send ``output`` [p or 1, ...] of candidates of which ``finite`` [p] (on the host) are numbers."""
+        if not self._proven and self._packed.wider is not None:
+            overflowed = output.isnan().flatten(1).any(1).cpu()
+            if bool((overflowed & finite).any()):
+                raise _Overflow
+        return self._on_lane.send(output)
 
     @property
     def _on_lane(self) -> Lane:

@@ -5,17 +5,20 @@ a call copies the new inputs in, replays, and hands back the output buffer, whic
 overwrites: what is to be kept of it must be queued for copying before that. Work is recorded the second time
 its key is seen: the first time runs it plainly, which warms up whatever must not happen while recording
 (handles, compilers, autotuners, cuBLAS's workspace), and costs nothing where a key never comes again, such
-as a last, smaller generation.
+as a last, smaller generation. A key that cannot be recorded, whatever the reason, goes on running plainly.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
+
+from mp2.engine.backend import say
 
 Tensors = tuple[torch.Tensor, ...]
 Work = Callable[[Tensors], torch.Tensor]
@@ -52,12 +55,15 @@ class CudaRecorder:
     """Records CUDA graphs on one stream; they share a memory pool, as only one of them runs at a time.
 
     A pool ends with its last graph and cannot be taken up again, so that graphs after that get a new one.
+    After a capture that was invalidated, some releases of torch leave their allocator pointing at its graph
+    (capture_end raises before it calls endAllocateToPool): that is undone here, and the graph is kept.
     """
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
         self._device, self._stream = device, stream
         self._pool: Any = None  # an opaque handle
         self._alive: WeakSet[_Kept] = WeakSet()
+        self._broken: list[_Kept] = []
 
     def __call__(self, work: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
         """See `Recorder`. Other threads may wait for other streams meanwhile."""
@@ -79,6 +85,11 @@ class CudaRecorder:
                     failure = error
                     raise
         except Exception as error:
+            self._broken.append(kept)
+            with suppress(Exception):  # where torch has done it
+                index = self._device.index
+                index = torch.cuda.current_device() if index is None else index
+                torch._C._cuda_endAllocateToPool(index, self._pool)
             if failure is None or error is failure:
                 raise
             raise failure from error  # not what ending a broken capture says
@@ -90,12 +101,13 @@ class Graphs:
     """Runs work by its key: plainly, then recorded.
 
     ``record`` None: always plainly. ``n_recorded`` and ``record_s`` say how much was recorded and how long
-    that took.
+    that took; ``note`` hears once of what could not be.
     """
 
-    def __init__(self, record: Recorder | None) -> None:
-        self._record = record
+    def __init__(self, record: Recorder | None, note: Callable[[str], None] = say) -> None:
+        self._record, self._note = record, note
         self._seen: set[Hashable] = set()
+        self._refused: set[Hashable] = set()
         self._recorded: dict[Hashable, tuple[Graph, Tensors, torch.Tensor]] = {}
         self.record_s = 0.0
 
@@ -113,22 +125,40 @@ class Graphs:
         if self._record is None:
             return work(tuple(inputs))
         if key not in self._recorded:
-            if key not in self._seen:
+            if key not in self._seen or key in self._refused:
                 self._seen.add(key)
                 return work(tuple(inputs))
-            started = time.perf_counter()
-            held = tuple(x.clone() for x in inputs)
-            graph, output = self._record(lambda: work(held))
-            self._recorded[key] = (graph, held, output)
-            self.record_s += time.perf_counter() - started
+            if not self._made(key, inputs, work, self._record):
+                return work(tuple(inputs))
         graph, held, output = self._recorded[key]
         for buffer, x in zip(held, inputs, strict=True):
             buffer.copy_(x)
         graph.replay()
         return output
 
+    def _made(self, key: Hashable, inputs: Sequence[torch.Tensor], work: Work, record: Recorder) -> bool:
+        """Record ``key``; False where that failed.
+
+        Not even memory that ran out is passed on: the work has run plainly before, within the memory, and if
+        it does not now, that says so.
+        """
+        started = time.perf_counter()
+        try:
+            held = tuple(x.clone() for x in inputs)
+            graph, output = record(lambda: work(held))
+            self._recorded[key] = (graph, held, output)
+        except Exception as error:
+            if not self._refused:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                self._note(f"not recorded as a CUDA graph, runs kernel by kernel ({reason})")
+            self._refused.add(key)
+            return False
+        self.record_s += time.perf_counter() - started
+        return True
+
     def restart(self, record: Recorder | None) -> None:
         """Forget everything, which frees its memory, and go on with ``record``."""
         self._record = record
+        self._refused.clear()
         self._seen.clear()
         self._recorded.clear()

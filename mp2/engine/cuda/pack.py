@@ -139,3 +139,20 @@ class Spans:
         self.cells = torch.from_numpy(within.astype(np.int64)).to(device)  # slot -> cell of [n, longest]
         real = np.arange(self.longest)[None] < slots[:, None]
         self.real = torch.from_numpy(real).to(device)  # [n, longest] bool
+        self._slots, self._tiles = slots, dict[int, torch.Tensor]()
+
+    def tiles(self, n_queries: int) -> torch.Tensor:
+        """Return where one row's queries are in tiles of ``n_queries``, int32 [tiles, 3].
+
+        A tile's sequence begins at a slot and has a length; its first query is counted within it. Made once.
+        """
+        if n_queries not in self._tiles:
+            starts = np.cumsum(self._slots) - self._slots
+            found = [
+                (start, length, first)
+                for start, length in zip(starts, self._slots, strict=True)
+                for first in range(0, int(length), n_queries)
+            ]
+            tiles = torch.from_numpy(np.array(found, dtype=np.int32))
+            self._tiles[n_queries] = tiles.to(self.offsets.device)
+        return self._tiles[n_queries]

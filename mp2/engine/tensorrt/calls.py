@@ -107,7 +107,9 @@ class Scratch:
                 self.graphs.clear()
                 self._fixed.pop(name, None)  # given back before more is asked for
                 self._fixed[name] = self._device.empty((x.nbytes,), torch.uint8)
-        return {name: self._fixed[name][: x.nbytes].view(x.dtype).view(x.shape) for name, x in tensors.items()}
+        return {
+            name: self._fixed[name][: x.nbytes].view(x.dtype).view(x.shape) for name, x in tensors.items()
+        }
 
     def reserve(self, n_bytes: int) -> tuple[int, int]:
         """Return address and size of at least ``n_bytes``; a new, larger block ends the captured graphs."""

@@ -1,21 +1,33 @@
-"""Packs, split attention, fp8 products, fused functions, recorded work, each against a plain computation."""
+"""Packs, split attention, fp8 products, recorded work, precisions, each against a plain computation."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from lanes_double import Device
 from tiny_words import tiny_vocab
 
-from mp2.backbone import Backbone, BackboneConfig, random_backbone
-from mp2.engine import Objective, create_backend
+from mp2.backbone import Backbone, BackboneConfig, freeze, random_backbone
+from mp2.backbone.encoder import activate
+from mp2.engine import Objective, Scorer, create_backend
 from mp2.engine.cpu.backend import CpuBackend
-from mp2.engine.cuda.attention import PlainKernels, attend, choose_kernels
+from mp2.engine.cuda.attention import Kernels, Part, PlainKernels, attend, choose_kernels, what_is_wrong
 from mp2.engine.cuda.backend import MOST_TOKENS, CudaBackend, lanes_that_fit, tokens_that_fit
 from mp2.engine.cuda.graphs import Graphs
-from mp2.engine.cuda.linear import FP8, FP8_MAX, Fp8Linear, Fused, add_norm, quantize_rows
+from mp2.engine.cuda.linear import (
+    FP8,
+    FP8_MAX,
+    ActivatedLinear,
+    Fp8Linear,
+    HalfLinear,
+    add_norm,
+    quantize_rows,
+)
 from mp2.engine.cuda.pack import PackedStates, Spans, make_packs
 from mp2.errors import UnknownNameError
 from mp2.prompts import random_prompts
@@ -131,53 +143,71 @@ def test_add_norm_does_not_overflow_in_half_precision() -> None:
     torch.testing.assert_close(got.float().abs(), torch.ones(2, 8), rtol=1e-3, atol=0)
 
 
-def test_compiled_functions_are_compared_and_failures_leave_the_plain_ones() -> None:
-    place = torch.device("cpu")
-    fused = Fused("gelu", place, torch.float32, fp8=True)
-    plain = fused.activate
-    fused._compile(place, torch.float32, fp8=True, backend="eager")
-    assert fused.reason == ""
-    assert fused.compile_s > 0
-    assert fused.activate is not plain
-    x = torch.linspace(-3, 3, 24).view(2, 12)
-    torch.testing.assert_close(fused.activate(x), plain(x))
+class Rounded(PlainKernels):
+    """Right but for rounding: float32 inside, weights and results in half precision, as flash attention's."""
 
-    def broken(graph: object, inputs: object) -> object:
-        raise RuntimeError("no compiler here")
+    name = "rounded"
 
-    other = Fused("gelu", place, torch.float32, fp8=True)
-    plain = other.activate
-    other._compile(place, torch.float32, fp8=True, backend=broken)
-    assert "no compiler here" in other.reason or "BackendCompilerFailed" in other.reason
-    assert other.activate is plain
+    def text(self, qkv: torch.Tensor, spans: Spans) -> Part:
+        context, lse = super().text(qkv.float(), spans)
+        return context.to(qkv.dtype), lse
+
+    def prefix(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Part:
+        context, lse = super().prefix(query.float(), keys.float(), values.float())
+        return context.to(query.dtype), lse
 
 
-def test_each_function_is_compiled_by_itself_and_quantize_for_fp8_only(
-    monkeypatch: pytest.MonkeyPatch,
+class OneTooFew(Rounded):
+    """Does not see the last key of the prefix."""
+
+    def prefix(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Part:
+        return super().prefix(query, keys[:, :, :-1], values[:, :, :-1])
+
+
+class AnotherScale(Rounded):
+    """Divides scores by the head size instead of its root."""
+
+    def text(self, qkv: torch.Tensor, spans: Spans) -> Part:
+        scaled = torch.cat([qkv[:, :, :1] * qkv.shape[-1] ** -0.5, qkv[:, :, 1:]], 2)
+        return super().text(scaled, spans)
+
+
+class TwoUnitsOff(Rounded):
+    """Off by two units in the last place at the largest context: two roundings."""
+
+    def text(self, qkv: torch.Tensor, spans: Spans) -> Part:
+        context, lse = super().text(qkv, spans)
+        most = context.abs().max()
+        unit = torch.finfo(qkv.dtype).eps * 2 ** int(torch.log2(most.float()))
+        return torch.where(context.abs() == most, context - 2 * unit * context.sign(), context), lse
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n_heads", [1, 4])
+def test_the_probe_of_attention_takes_what_rounding_does_and_refuses_what_is_wrong(
+    dtype: torch.dtype, n_heads: int
 ) -> None:
-    asked: list[Any] = []
-    real = torch.compile
+    def probe(kernels: Kernels) -> str:
+        return what_is_wrong(kernels, torch.device("cpu"), dtype, n_heads, 64)
 
-    def refuses_fp8(function: Any, **options: Any) -> Any:  # as on a GPU that has no such cast
-        asked.append(function)
-        if function is quantize_rows:
-            raise RuntimeError("fp8e4nv not supported in this architecture")
-        return real(function, **options)
+    assert probe(Rounded()) == probe(TwoUnitsOff()) == ""
+    for wrong in (OneTooFew(), AnotherScale()):
+        assert probe(wrong).startswith("rounded attention is off by ")
 
-    monkeypatch.setattr(torch, "compile", refuses_fp8)
-    place = torch.device("cpu")
-    for fp8 in (False, True):
-        asked.clear()
-        fused = Fused("gelu", place, torch.float32, fp8=fp8)
-        plain = (fused.add_norm, fused.activate)
-        fused._compile(place, torch.float32, fp8=fp8, backend="eager")
-        assert (quantize_rows in asked) == fp8
-        assert fused.add_norm is not plain[0]
-        assert fused.activate is not plain[1]
-        assert fused.quantize is quantize_rows
-    assert fused.reason == (
-        "not compiled: quantize (RuntimeError: fp8e4nv not supported in this architecture)"
-    )
+    class Missing(Rounded):
+        def text(self, qkv: torch.Tensor, spans: Spans) -> Part:
+            raise RuntimeError("no kernel for this device\nmore")
+
+    assert probe(Missing()) == "no rounded attention here: no kernel for this device"
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_an_activation_in_the_product_is_the_one_after_it(activation: str) -> None:
+    """On a CPU, where torch's has the exact GELU."""
+    rng = torch.Generator().manual_seed(0)
+    x, weight, bias = torch.randn(7, 24, generator=rng), torch.randn(40, 24, generator=rng), torch.randn(40)
+    expected = activate(activation, HalfLinear(weight, bias)(x))
+    torch.testing.assert_close(ActivatedLinear(weight, bias, activation)(x), expected)
 
 
 class Doubling:
@@ -214,6 +244,53 @@ def test_replays_read_new_inputs_through_old_buffers() -> None:
     assert graphs.n_recorded == 0
     assert call("a", 5.0) == [12.0, 12.0]
     assert graphs.n_recorded == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "CUDA error: operation failed due to a previous error during capture\n"
+            "Search for `cudaErrorStreamCaptureInvalidated' in the CUDA documentation"
+        ),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ..."),
+        ValueError(),
+    ],
+)
+def test_what_cannot_be_recorded_runs_plainly_and_other_keys_are_still_recorded(error: Exception) -> None:
+    doubling = Doubling()
+    fails, n_tried, notes = {"a", "c"}, [0], list[str]()
+    key = ""
+
+    def record(work: Any) -> Any:
+        if key in fails:
+            n_tried[0] += 1
+            raise error
+        return doubling(work)
+
+    graphs = Graphs(record, notes.append)
+    for value in (1.0, 2.0, 3.0, 4.0):
+        for key in ("a", "b", "c"):
+            x = torch.full((2,), value)
+            assert graphs(key, (x,), lambda held: held[0] * 2).tolist() == [2 * value] * 2
+    assert (n_tried[0], graphs.n_recorded) == (2, 1)
+    reason = str(error).split("\n")[0] or "ValueError"
+    assert notes == [f"not recorded as a CUDA graph, runs kernel by kernel ({reason})"]
+
+
+def test_work_that_fails_by_itself_is_not_hidden_by_a_failed_recording() -> None:
+    def record(work: Any) -> Any:
+        raise RuntimeError("no capture")
+
+    def work(held: Any) -> torch.Tensor:
+        if float(held[0]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return held[0]
+
+    graphs = Graphs(record, lambda line: None)
+    graphs("a", (torch.tensor(1.0),), work)
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs("a", (torch.tensor(2.0),), work)
 
 
 def test_lanes_are_as_many_as_memory_allows() -> None:
@@ -289,7 +366,9 @@ def test_auto_takes_the_cpu_in_fp32_without_a_gpu(wide: Backbone, monkeypatch: p
     assert (runtime.device, runtime.precision) == ("cpu", "fp32")
 
 
-def test_auto_takes_the_gpu_in_bf16_and_says_so(wide: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_gpu_in_fp16_and_says_what_it_goes_on_in_after_an_overflow(
+    wide: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The choice alone: what it makes is put on the CPU here."""
     made: dict[str, Any] = {}
 
@@ -304,14 +383,88 @@ def test_auto_takes_the_gpu_in_bf16_and_says_so(wide: Backbone, monkeypatch: pyt
     monkeypatch.setattr("mp2.engine.select.CudaBackend", Pretending)
     runtime = create_backend("auto", wide, device="auto", precision="auto")
     assert made["device"] == "cuda"
-    assert made["precision"] == "fp16"  # a T4 has no bf16
-    assert "there is a GPU" in runtime.reason
+    assert (made["precision"], made["wider"]) == ("fp16", "fp32")  # a T4 has no bf16
+    assert "there is a GPU, fp16 is usual there" in runtime.reason
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert create_backend("torch", wide, device="cuda", precision="auto").precision == "bf16"
+    create_backend("torch", wide, device="cuda", precision="auto")
+    assert (made["precision"], made["wider"]) == ("fp16", "bf16")
+    create_backend("torch", wide, device="cuda", precision="fp16")
+    assert made["wider"] is None  # what was asked for stays
     prompts = random_prompts(wide, "deep", prompt_tokens=4, intrinsic_dim=6)
     inputs: list[MrcInput] = make_inputs((5, 6), wide.config.vocab_size)
     z = prompts.z.mean(1).numpy()[None]
     assert np.isfinite(Objective(runtime.forward(prompts), inputs).full_losses(z).fetch()).all()
+
+
+@pytest.fixture(scope="module")
+def overflowing(wide: Backbone) -> Backbone:
+    """``wide`` with a feed-forward bias that float16 cannot hold; the weight behind it makes it small."""
+    encoder = deepcopy(wide.encoder)
+    with torch.no_grad():
+        body = encoder.body(1)
+        body.intermediate.bias[0] = 1e5
+        body.output.weight[:, 0] *= 1e-4
+    return freeze(wide.config, encoder, wide.tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["deep", "shallow"])
+@pytest.mark.parametrize("begin", ["full", "visit", "score"])
+def test_the_first_evaluation_that_overflows_changes_the_precision_once_and_for_all(
+    overflowing: Backbone,
+    kind: Literal["deep", "shallow"],
+    begin: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prompts = random_prompts(overflowing, kind, prompt_tokens=4, intrinsic_dim=6, scale=20.0, seed=1)
+    train = make_inputs((9, 14, 5, 30), overflowing.config.vocab_size)
+    z = 20 * np.random.default_rng(0).standard_normal((6, *prompts.z.shape[::2])).astype(np.float32)
+
+    def evaluate(backend: CudaBackend) -> list[np.ndarray]:
+        backend.lanes = Device().make_lanes()
+        runs = [Objective(backend.forward(prompts), train) for _ in range(2)]
+        found = []
+        for _ in range(3):  # run, recorded, replayed
+            for run in runs:
+                steps: dict[str, Callable[[], Any]] = {
+                    "full": lambda run=run: run.full_losses(z).fetch(),  # type: ignore[misc]
+                    "visit": lambda run=run: run.layer_losses(0, z[:, 0]).fetch(),  # type: ignore[misc]
+                    "score": lambda run=run: np.stack(  # type: ignore[misc]
+                        Scorer(run.forward).outputs(z[0], train).fetch()
+                    ),
+                }
+                run.set_incumbent(z[0])
+                found += [steps.pop(begin)(), *(step() for step in steps.values())]
+        return found
+
+    expected = evaluate(CudaBackend(overflowing, device="cpu", precision="bf16"))
+    assert np.isfinite(expected[0]).all() or begin == "score"
+    capsys.readouterr()
+    backend = CudaBackend(overflowing, device="cpu", precision="fp16", wider="bf16", reason="auto")
+    found = evaluate(backend)
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert (backend.precision, backend.dtype, backend.wider) == ("bf16", torch.bfloat16, None)
+    assert capsys.readouterr().err == "mp2: fp16 overflows over wide; bf16 from here on\n"
+    assert backend.reason == "auto; fp16 overflowed"
+    asked_for = CudaBackend(overflowing, device="cpu", precision="fp16")
+    losses = Objective(asked_for.forward(prompts), train).full_losses(z).fetch()
+    assert np.isnan(losses).all()
+    assert asked_for.precision == "fp16"
+
+
+def test_neither_a_nan_candidate_nor_a_later_overflow_changes_the_precision(
+    wide: Backbone, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = random_prompts(wide, "deep", prompt_tokens=4, intrinsic_dim=6)
+    backend = CudaBackend(wide, device="cpu", precision="fp16", wider="bf16")
+    objective = Objective(backend.forward(prompts), make_inputs((9, 5), wide.config.vocab_size))
+    z = np.ones((2, *prompts.z.shape[::2]), np.float32)
+    z[1, 0, 0] = np.nan
+    assert np.isnan(objective.full_losses(z).fetch()).tolist() == [False, True]
+    assert backend.precision == "fp16"
+    z[1] = 1e9  # keys and values that are infinite in float16
+    assert np.isnan(objective.full_losses(z).fetch()).tolist() == [False, True]
+    assert backend.precision == "fp16"
+    assert capsys.readouterr().err == ""
 
 
 def test_the_packed_path_describes_its_batches(wide: Backbone) -> None:

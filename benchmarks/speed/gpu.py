@@ -1,149 +1,158 @@
-"""Everything that needs a GPU, in one command: tests, throughput, precision, Table 4, TensorRT.
+"""What the CUDA engine is and does on a GPU: one command, one process, at most seven minutes.
 
-    python -m benchmarks.speed.gpu [--data DIR] [--minutes 45] [--step NAME ...] [--again]
+    python -m benchmarks.speed.gpu --out runs/gpu [--minutes 7] [--step NAME ...]
 
-Each step is a process of its own whose output goes to --work and whose figures go to benchmarks/results/;
-``benchmarks/results/gpu.json`` says what ran, for how long and how it ended. A step that ended well is not
-done again (--again: it is), so that a lease that ends can be followed by another. Steps, in the order of
-their worth; a step is not begun when the minutes are used up:
+Needs this repository, a CUDA build of torch with its triton, transformers and numpy; nothing is downloaded.
+Each measurement is a JSON line in OUT/gpu.jsonl, on disk before the next begins, so that nothing is lost
+where a lease ends; so is each step's end: well, at its deadline, or with an error, which does not end the
+others. Steps, with their deadlines in seconds:
 
-    tests       pytest -m cuda
-    large       cpt-large's shape in bf16, fp8 and fp16; their rank agreement on the embedded backbone
-    table4      Table 4 in bf16          table4-fp8  Table 4 in fp8
-    throughput  mini, 1024 wide and cpt-large's shape, bf16 and fp8, against the plain loop
-    together    five seeds as one against one after another, mini and cpt-large's shape
-    tensorrt    TensorRT plans of the embedded backbone (where tensorrt is installed)
+    environment  10   versions, matrix rates, memory's rate
+    prepare      30   the one random backbone, of cpt-large's shape, and its prompts
+    parity       40   losses in all precisions, run, recorded and replayed, against float64
+                      (gpu_reference.npz); that attention and steps are the fast ones
+    large        70   share of the matrix rate, rank agreement with float32
+    table4      120   2,880 evaluations of deep stage II over the lengths of lcqmc and tnews, with CMA-ES
+                      where cma is here; the plain loop in fp16 beside them, as it is and compiled
+    profile      40   the 25 longest kernels; milliseconds of each part of a layer
+    flags        60   one kernel for attention, activation in the product: by turns, with and without
+    mini         50   the embedded backbone: one run, and five by turns and side by side
 
-Table 4 and two tasks of throughput need --data; without it the demo tasks are timed and Table 4 is left out.
-Exits 2 without a CUDA device and 1 if a step fails.
+--rehearse does all of it on a CPU at tiny sizes, which shows that the script works and nothing else. Exits 1
+where a step failed, losses are off or a kernel is not the fast one, 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import gc
 import json
 import os
-import subprocess
+import signal
 import sys
 import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Timer
 from typing import Any
 
 import torch
 
-from benchmarks.provenance import save
+from benchmarks.command import one_line_errors
+from benchmarks.speed.gpu_reference import REFERENCE, SCALES
+from benchmarks.speed.gpu_steps import STEPS, Bench
+
+_LEAST_S = 3.0  # a step is not begun with less
 
 
-def steps(data: Path | None, work: Path) -> dict[str, list[str]]:
-    """Name -> arguments of Python, in the order of worth."""
-    where = ["--data", str(data)] if data else []
-    tasks = ["--task", "tnews", "lcqmc"] if data else []
-    found = {
-        "tests": ["-m", "pytest", "-m", "cuda", "tests"],
-        "large": ["-m", "benchmarks.speed.precision", "--device", "cuda", "--large", *where, *tasks],
-    }
-    if data:
-        common = ["-m", "benchmarks.speed.table4", *where, "--device", "cuda", "--work", str(work / "table4")]
-        for precision, name in (("bf16", "table4"), ("fp8", "table4-fp8")):
-            options = ["--precision", precision, "--budget-minutes", "8"]
-            found[name] = [*common, *options, "--name", f"table4_cuda_{precision}"]
-    engines = ["--engine", "torch:fp32", "torch:bf16", "torch:fp8"]
-    shapes = ["--shape", "mini", "1024", "large", "--device", "cuda"]
-    found["throughput"] = ["-m", "benchmarks.speed.throughput", *where, *tasks, *engines, *shapes]
-    shapes = ["--shape", "mini", "large", "--device", "cuda", "--name", "together_cuda"]
-    found["together"] = ["-m", "benchmarks.speed.together", *where, *tasks, *shapes]
-    if importlib.util.find_spec("tensorrt") is not None:
-        found["tensorrt"] = [
-            "-m",
-            "benchmarks.speed.tensorrt_engine",
-            "--work",
-            str(work / "tensorrt"),
-            *where,
-        ]
-    return found
+class Deadline(BaseException):
+    """A step's time is over; nothing that guards against errors shall hold it."""
 
 
-def run_step(name: str, arguments: list[str], work: Path, limit_s: float) -> dict[str, Any]:
-    """Run one step for at most ``limit_s``; its output is shown and kept in ``work``."""
-    start = time.perf_counter()
-    log = work / f"{name}.log"
-    print(f"== {name}: python {' '.join(arguments)}", flush=True)
-    with (
-        log.open("w", encoding="utf-8") as file,
-        subprocess.Popen(
-            [sys.executable, "-u", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as process,
-    ):
-        killer = Timer(limit_s, process.terminate)
-        killer.daemon = True
-        killer.start()
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            file.write(line)
+@contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Raise `Deadline` inside after ``seconds``; a kernel or a compiler under way ends first."""
+
+    def over(number: int, frame: Any) -> None:
+        raise Deadline
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Ledger:
+    """A file of JSON lines, each on disk before the next thing is done."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.step = ""
+        self._began = time.perf_counter()
+
+    def __call__(self, **values: Any) -> None:
+        """Append ``values`` with the step and the time since the beginning, and show them."""
+        line = {"step": self.step, "at_s": round(time.perf_counter() - self._began, 2), **values}
+        text = json.dumps(line, ensure_ascii=False)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
             file.flush()
-        status = process.wait()
-        killer.cancel()
-    return {
-        "step": name,
-        "exit_status": status,
-        "seconds": round(time.perf_counter() - start, 1),
-        "tail": log.read_text("utf-8").splitlines()[-5:] if status else [],
-    }
+            os.fsync(file.fileno())
+        print(text, flush=True)
 
 
+def run_step(name: str, step: Callable[[Bench], None], bench: Bench, ledger: Ledger, seconds: float) -> bool:
+    """Do one step within ``seconds``; False where it failed. What it holds on the device is given back."""
+    ledger.step, started = name, time.perf_counter()
+    ended: dict[str, Any] = {"ended": "well"}
+    try:
+        with deadline(seconds):
+            step(bench)
+    except Deadline:
+        ended = {"ended": "deadline"}
+    except Exception as error:  # one step's fault is no other's
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        ended = {
+            "ended": "error",
+            "error": f"{type(error).__name__}: {error}"[:2000],
+            "where": f"{Path(where.filename).name}:{where.lineno}",
+        }
+    ledger(**ended, seconds=round(time.perf_counter() - started, 2))
+    gc.collect()
+    if bench.on_gpu:
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:  # the device is lost: the steps that follow will say so, too
+            ledger(lost=str(error).splitlines()[0])
+    return ended["ended"] == "well" or (ended["ended"] == "deadline" and name != "parity")
+
+
+@one_line_errors()
 def main() -> None:
-    """Run what is left of the steps, write the summary."""
+    """Do the steps, say what failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("MP2_DATA"))
-    parser.add_argument("--minutes", type=float, default=45.0)
+    parser.add_argument("--out", type=Path, required=True, help="folder of gpu.jsonl, which is appended to")
+    parser.add_argument("--minutes", type=float, default=7.0)
     parser.add_argument("--step", nargs="+", help="these only")
-    parser.add_argument("--again", action="store_true", help="also what was done before")
-    parser.add_argument("--work", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--reference", type=Path, default=REFERENCE)
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, at tiny sizes")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    end = time.perf_counter() + 60 * args.minutes
+    for name in args.step or []:
+        if name not in STEPS:
+            parser.error(f"no step '{name}'; there are {', '.join(STEPS)}")
+    if not args.reference.is_file():
+        parser.error(f"no file {args.reference}; python -m benchmarks.speed.gpu_reference writes it")
+    if not args.rehearse and not torch.cuda.is_available():
         print(
-            f"benchmarks.speed.gpu: torch {torch.__version__} sees no CUDA device; "
-            "run this on a machine with a GPU and a CUDA build of torch",
+            f"gpu: torch {torch.__version__} sees no CUDA device; run this on a machine with a GPU and a "
+            "CUDA build of torch, or give --rehearse",
             file=sys.stderr,
         )
         sys.exit(2)
-    args.work.mkdir(parents=True, exist_ok=True)
-    known = steps(Path(args.data) if args.data else None, args.work)
-    for name in args.step or []:
-        if name not in known:
-            parser.error(f"no step '{name}'; there are {', '.join(known)}")
-    end = time.perf_counter() + 60 * args.minutes
-    rows = []
-    for name in args.step or known:
-        done = args.work / f"{name}.json"
-        if done.is_file() and not args.again:
-            rows.append(json.loads(done.read_text("utf-8")))
+    args.out.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(args.out / "gpu.jsonl")
+    scale = SCALES["tiny" if args.rehearse else "full"]
+    bench = Bench("cpu" if args.rehearse else "cuda", scale, args.reference, ledger)
+    failed = []
+    for name, (seconds, step) in STEPS.items():
+        if args.step and name not in args.step:
             continue
         left = end - time.perf_counter()
-        if left < 30:
-            rows.append({"step": name, "exit_status": None, "why": "no time was left"})
+        if left < _LEAST_S:
+            ledger.step = name
+            ledger(ended="no time left")
             continue
-        row = run_step(name, known[name], args.work, left)
-        rows.append(row)
-        if row["exit_status"] == 0:
-            done.write_text(json.dumps(row) + "\n", "utf-8")
-    device = torch.cuda.get_device_properties(0)
-    head = {
-        "device": device.name,
-        "memory_gib": round(device.total_memory / 2**30, 1),
-        "cuda": torch.version.cuda,
-        "capability": f"{device.major}.{device.minor}",
-    }
-    for row in rows:
-        print(f"{row['step']:12} {'ok' if row['exit_status'] == 0 else row['exit_status']}", flush=True)
-    print("written:", save("gpu", [head, *rows]))
-    sys.exit(0 if all(row["exit_status"] == 0 for row in rows) else 1)
+        if not run_step(name, step, bench, ledger, min(seconds, left)):
+            failed.append(name)
+    ledger.step = "end"
+    ledger(failed=failed, rehearsal=args.rehearse)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

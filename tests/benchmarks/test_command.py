@@ -18,7 +18,7 @@ FOLDER = Path(benchmarks.__path__[0])
 COMMANDS = sorted(
     ".".join(path.relative_to(FOLDER).with_suffix("").parts)
     for path in FOLDER.rglob("*.py")
-    if re.search(r"^def main\(", path.read_text("utf-8"), re.MULTILINE) and path.stem != "gpu"
+    if re.search(r"^def main\(", path.read_text("utf-8"), re.MULTILINE)
 )
 
 

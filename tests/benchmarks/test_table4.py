@@ -1,16 +1,12 @@
-"""Table 4: the paper's minutes come to one time an evaluation; cells are marked; no GPU is said so."""
+"""Table 4: the paper's minutes come to one time an evaluation; cells are marked."""
 
 from __future__ import annotations
-
-import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.speed import gpu, table4
+from benchmarks.speed import table4
 from benchmarks.speed.plain_loop import PlainLoop
 from mp2.backbone import Backbone, BackboneConfig, random_backbone
 from mp2.engine.cpu.backend import CpuBackend
@@ -94,30 +90,3 @@ def test_the_plain_loop_runs_in_the_precision_that_it_is_held_against(small: Bac
         loop = PlainLoop(small, prompts, inputs, dtype=dtype)
         assert {x.dtype for x in loop.model.parameters()} == {dtype}
         assert 0 < abs(loop.loss(z) - exact) < most
-
-
-def test_without_a_gpu_it_says_so_and_exits_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["benchmarks.speed.gpu"])
-    with pytest.raises(SystemExit) as stopped:
-        gpu.main()
-    assert stopped.value.code == 2
-    assert "sees no CUDA device" in capsys.readouterr().err
-
-
-def test_steps_end_with_their_status_and_their_last_words(tmp_path: Path) -> None:
-    row = gpu.run_step("good", ["-c", "print('one')"], tmp_path, 60.0)
-    assert (row["exit_status"], row["tail"]) == (0, [])
-    row = gpu.run_step("bad", ["-c", "print('two'); raise SystemExit(3)"], tmp_path, 60.0)
-    assert (row["exit_status"], row["tail"]) == (3, ["two"])
-    row = gpu.run_step("slow", ["-c", "import time; time.sleep(600)"], tmp_path, 0.2)
-    assert row["exit_status"] != 0
-    assert json.dumps(row)
-
-
-def test_every_step_is_a_module_that_exists() -> None:
-    for arguments in gpu.steps(Path("data"), Path("work")).values():
-        module = arguments[1]
-        assert module == "pytest" or Path(*module.split(".")).with_suffix(".py").is_file()

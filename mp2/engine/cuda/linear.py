@@ -3,8 +3,8 @@
 fp8 follows the row-wise recipe: a weight [out, in] is stored in e4m3 with one scale an output channel, an
 activation row gets its own scale when it enters a product (its largest magnitude becomes 448). Products are
 summed inside the tensor cores (``use_fast_accum``: where these sum at fewer bits than float32, as Hopper's
-do, the other way moves partial sums out of them again and again) and leave in bf16. A row's scale depends on that
-row alone, so an example's loss does not depend on what else is in the batch.
+do, the other way moves partial sums out of them again and again) and leave in bf16. A row's scale depends on
+that row alone, so an example's loss does not depend on what else is in the batch.
 """
 
 from __future__ import annotations

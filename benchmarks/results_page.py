@@ -134,6 +134,16 @@ def router_groups(results: list[Result]) -> str:
     return "\n".join(rows)
 
 
+def shared_layers(results: list[Result]) -> str:
+    """Share of stage I's layers whose router bits were seen before, in per cent."""
+    rows = ["| task | search | within a population | ever |", "| --- | --- | ---: | ---: |"]
+    rows += [
+        f"| {row['task']} | {row['method']} | {100 * row['within_population']:.1f} | {100 * row['ever']:.1f} |"
+        for row in results[0]["rows"]
+    ]
+    return "\n".join(rows)
+
+
 def emulated(results: list[Result]) -> str:
     """What a precision costs TensorRT graphs, emulated on the CPU."""
     rows = [
@@ -215,6 +225,16 @@ SECTIONS = [
         command="python -m benchmarks.speed.table4 --data DIR",
         text="CPT-large's shape with random weights on two CPU cores, beside the paper's RTX 3090.",
         table=lambda results: table4(results[0]["rows"]),
+    ),
+    Section(
+        title="Stage I: layers that routers share",
+        files=["shared_layers.json"],
+        command="python -m benchmarks.speed.shared_layers",
+        text="Per cent of the layers that deep stage I runs (mini, 100 evaluations, mean of three seeds) whose "
+        "router bits, up to that layer, were run before. It is not used: stage I is 100 of the paper's 8,000 "
+        "evaluations, so that sharing within populations would save 0.3 % of a run, and shallow prompts "
+        "share no layer.",
+        table=shared_layers,
     ),
     Section(
         title="Router search",

@@ -137,10 +137,9 @@ def router_groups(results: list[Result]) -> str:
 def shared_layers(results: list[Result]) -> str:
     """Share of stage I's layers whose router bits were seen before, in per cent."""
     rows = ["| task | search | within a population | ever |", "| --- | --- | ---: | ---: |"]
-    rows += [
-        f"| {row['task']} | {row['method']} | {100 * row['within_population']:.1f} | {100 * row['ever']:.1f} |"
-        for row in results[0]["rows"]
-    ]
+    for row in results[0]["rows"]:
+        within, ever = (f"{100 * row[name]:.1f}" for name in ("within_population", "ever"))
+        rows.append(f"| {row['task']} | {row['method']} | {within} | {ever} |")
     return "\n".join(rows)
 
 
@@ -230,10 +229,10 @@ SECTIONS = [
         title="Stage I: layers that routers share",
         files=["shared_layers.json"],
         command="python -m benchmarks.speed.shared_layers",
-        text="Per cent of the layers that deep stage I runs (mini, 100 evaluations, mean of three seeds) whose "
-        "router bits, up to that layer, were run before. It is not used: stage I is 100 of the paper's 8,000 "
-        "evaluations, so that sharing within populations would save 0.3 % of a run, and shallow prompts "
-        "share no layer.",
+        text="Per cent of the layers that deep stage I runs (mini, 100 evaluations, mean of three seeds) "
+        "whose router bits, up to that layer, were run before. It is not used: stage I is 100 of the "
+        "paper's 8,000 evaluations, so that sharing within populations would save 0.3 % of a run, and "
+        "shallow prompts share no layer.",
         table=shared_layers,
     ),
     Section(

@@ -41,6 +41,8 @@ def show_result(result: dict[str, Any]) -> None:
         f" journal {seconds['journal']:.1f} s, other {seconds['other']:.1f} s),"
         f" dev {seconds['dev']:.1f} s  [{engine['runtime']}, {engine['precision']}, {engine['device']}]"
     )
+    if line := calibration_line(result.get("calibration")):
+        show(line)
     if result["non_finite_losses"]:
         show(f"{result['non_finite_losses']} candidates had losses that were NaN or infinite")
     if result["stages"].get("stage2") and result["selected"]["at"] != "stage2":
@@ -50,6 +52,21 @@ def show_result(result: dict[str, Any]) -> None:
         show(result["verdict"])
     show(result["run_dir"])
     show(f"label new text with it: mp2 predict --run {result['run_dir']} --input FILE")
+
+
+def calibration_line(found: dict[str, Any] | None) -> str | None:
+    """What was done to the probabilities, and how far they are from shares of right answers."""
+    if found is None:
+        return None
+    errors = [f"{split} {found[split]['error']:.2f}" for split in ("dev", "test") if found[split]]
+    error = f"; expected calibration error {', '.join(errors)}" if errors else ""
+    if found["by"] == "dev":
+        before = found["test"] or found["dev"]
+        change = f" ({before['error_before']:.2f} before)" if before else ""
+        return f"probabilities: temperature {found['temperature']:.2f}, fitted on dev{error}{change}"
+    if found["by"] is None:
+        return f"probabilities: not calibrated, there is no dev set{error}"
+    return f"probabilities: temperature fitted to the training examples, each left out{error}"
 
 
 def show_series(results: Sequence[dict[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from mp2.engine.folder import MANIFEST, check_hashes
 from mp2.errors import FormatError, UnknownNameError
 
 BUNDLE_FORMAT = "mp2 bundle"
-BUNDLE_SCHEMA_VERSION = 1
+BUNDLE_SCHEMA_VERSION = 2
 _AGAIN = "write the bundle again"
 
 

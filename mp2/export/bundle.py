@@ -34,7 +34,7 @@ from mp2.export.graphs import (
     backbone_model,
 )
 from mp2.export.parity import Comparison, check, compare_whole, emulated_graph
-from mp2.export.weights import store_backbone
+from mp2.export.weights import store_backbone, store_mlm
 from mp2.files import write_bytes, write_json
 
 if TYPE_CHECKING:
@@ -45,6 +45,11 @@ _ROWS = 32  # of a batch, and tokens up to which it is padded: what TensorRT pla
 _LENGTHS = (64, 128, 256)
 _FILES = Path(__file__).with_name("bundle_files")
 _PROGRAMS = ("run.py", "reading.py")
+HEADS = {  # what of a graph they use
+    "span": {"inputs": ["span_weight", "span_bias"], "outputs": ["start_logits", "end_logits"]},
+    "mlm": {"inputs": ["segments"], "outputs": ["word_log_probs"]},
+    "ridge": {"inputs": ["segments"], "outputs": ["pooled"]},
+}
 _WRITERS = {PREFIX_GRAPH: backbone_model, INLINE_GRAPH: backbone_inline_model}
 
 
@@ -75,17 +80,20 @@ def write_bundle(
     with replaced(out) as (out, folder):
         graphs = sorted({task.graph for task in tasks.values()})
         store = store_backbone(loaded, folder, precision, None)
+        mlm = loaded.mlm_head if any(task.kind == "mlm" for task in tasks.values()) else None
+        if mlm is not None:
+            store_mlm(mlm, store)
         for graph in graphs:
-            save_graph(_WRITERS[graph](GraphBuilder(loaded.config, store, precision)), folder / graph)
+            save_graph(_WRITERS[graph](GraphBuilder(loaded.config, store, precision), mlm), folder / graph)
             try:
-                compared = compare_whole(emulated_graph(folder / graph), loaded, precision, graph)
+                compared = compare_whole(emulated_graph(folder / graph), loaded, precision, graph, mlm)
                 check(compared, report, f"{graph} in {precision}")
             except Mp2Error as error:
                 raise Mp2Error(f"{error}; nothing was written to {out}") from error
         (folder / "tokenizer.json").write_text(loaded.tokenizer.to_json(), encoding="utf-8")
         (folder / "tasks").mkdir()
         for name, task in tasks.items():
-            write_bytes(folder / _tensors_file(name), save(task.tensors))
+            write_bytes(folder / _tensors_file(name), save({**task.tensors, **task.head_tensors}))
             write_json(folder / _card_file(name), task_card(name, task, loaded))
         for name in _PROGRAMS:
             (folder / name).write_bytes((_FILES / name).read_bytes())
@@ -121,7 +129,8 @@ def build_bundle_plans(
             found = planned.run(feeds)
             return [found[name] for name in outputs]
 
-        compared = compare_whole(run, backbone, bundle.precision, graph)
+        mlm = backbone.mlm_head if "word_log_probs" in bundle.manifest["graphs"][graph]["outputs"] else None
+        compared = compare_whole(run, backbone, bundle.precision, graph, mlm)
         check(compared, report, f"the TensorRT plan of {graph} in {bundle.precision}")
     return plans
 
@@ -142,7 +151,7 @@ def _manifest(
             "card": _card_file(name),
             "tensors": _tensors_file(name),
             "graph": task.graph,
-            "head": "span",
+            "head": task.kind,
             "prompt_length": task.prompt_length,
         }
         for name, task in tasks.items()
@@ -154,9 +163,7 @@ def _manifest(
         "precision": precision,
         "opset": OPSET,
         "graphs": {graph: graph_interface(folder / graph) for graph in graphs},
-        "heads": {
-            "span": {"inputs": ["span_weight", "span_bias"], "outputs": ["start_logits", "end_logits"]}
-        },
+        "heads": {kind: HEADS[kind] for kind in sorted({task.kind for task in tasks.values()})},
         "limits": {
             "positions": backbone.config.max_positions,  # tokens, with the rows of inline prompts
             "pad_id": backbone.tokenizer.pad_id,
@@ -206,7 +213,7 @@ def _readme(manifest: dict[str, Any]) -> str:
             "\n".join([f"`{graph}`", "", "| | name | dtype | shape |", "| --- | --- | --- | --- |", *rows])
         )
     tasks = [
-        f"| `{name}` | {entry['graph']} | {entry['prompt_length']} |"
+        f"| `{name}` | {entry['graph']} | {entry['prompt_length']} | {entry['head']} |"
         for name, entry in manifest["tasks"].items()
     ]
     backbone, first = manifest["backbone"], next(iter(manifest["tasks"]))

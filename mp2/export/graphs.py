@@ -9,12 +9,16 @@ as rows after [CLS]), in which each row of the batch has a prompt of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 from onnx import TensorProto
 
 from mp2.export.graph_builder import GraphBuilder, Shape
+
+if TYPE_CHECKING:
+    from mp2.backbone.mlm_head import MlmHead
 
 PREFIX_GRAPH, INLINE_GRAPH = "backbone.onnx", "backbone_inline.onnx"
 _END = 2**62
@@ -69,12 +73,12 @@ def head_model(b: GraphBuilder) -> onnx.ModelProto:
 # -- deployment --------------------------------------------------------------------------------------------
 
 
-def backbone_model(b: GraphBuilder) -> onnx.ModelProto:
+def backbone_model(b: GraphBuilder, mlm: MlmHead | None = None) -> onnx.ModelProto:
     """Text and deep prompts as keys and values -> what heads start from; `PREFIX_GRAPH`.
 
     input_ids, attention_mask [N, T] (1 = a real token); prompt_keys, prompt_values [P, L, h, m, d_h], of
     which row i has the first prompt_length[i] (m may be 0). P is 1 (one prompt for the whole batch) or N (row
-    i has prompt i). For the head and the outputs see `_finish`.
+    i has prompt i). For the heads (``mlm`` where label words are asked for) and the outputs see `_finish`.
     """
     ids, mask, length = _text(b)
     config = b.config
@@ -88,10 +92,10 @@ def backbone_model(b: GraphBuilder) -> onnx.ModelProto:
             for x in (keys, values)
         )
         states.append(b.layer(i, states[-1], bias, (next(own), next(own))))
-    return _finish(b, "backbone", states)
+    return _finish(b, "backbone", states, mlm)
 
 
-def backbone_inline_model(b: GraphBuilder) -> onnx.ModelProto:
+def backbone_inline_model(b: GraphBuilder, mlm: MlmHead | None = None) -> onnx.ModelProto:
     """Text and shallow prompts as rows of the sequence -> what heads start from; `INLINE_GRAPH`.
 
     As `backbone_model`, with prompt_rows [P, m, H] after [CLS] in place of keys and values. The outputs are
@@ -116,7 +120,7 @@ def backbone_inline_model(b: GraphBuilder) -> onnx.ModelProto:
     bias = b.bias(inserted(mask, _prompt_mask(b, ids, length, m), 1))
     for i in range(b.config.n_layers):
         states.append(b.layer(i, states[-1], bias, None))
-    return _finish(b, "backbone_inline", [taken_out(state) for state in states])
+    return _finish(b, "backbone_inline", [taken_out(state) for state in states], mlm)
 
 
 def _text(b: GraphBuilder) -> tuple[str, str, str]:
@@ -134,12 +138,14 @@ def _prompt_mask(b: GraphBuilder, ids: str, length: str, m: str) -> str:
     return b.one("Expand", mask, b.join(b.sizes(ids, 0, 1), b.ints(1)))
 
 
-def _finish(b: GraphBuilder, name: str, states: Sequence[str]) -> onnx.ModelProto:
+def _finish(b: GraphBuilder, name: str, states: Sequence[str], mlm: MlmHead | None) -> onnx.ModelProto:
     """Take the span head as inputs; give its logits, and what other heads start from; all float32.
 
     span_weight [P, 2, H] and span_bias [P, 2] give start_logits and end_logits [N, T]. ``hidden`` [N, T, H]
     are the last hidden states. ``pooled`` [N, S, L + 1, H] are means over segments [N, S, 2] (first and last
-    token) of what enters layer 0 and of every layer's output (``states``).
+    token; zero where the last comes before the first) of what enters layer 0 and of every layer's output
+    (``states``). With ``mlm``, whose weights `store_mlm` stored, ``word_log_probs`` [N, S, V] are what that
+    head gives the vocabulary at the last layer's means: a segment is then one [MASK].
     """
     width = b.config.hidden
     weight = b.input("span_weight", TensorProto.FLOAT, ["P", 2, width])
@@ -154,13 +160,29 @@ def _finish(b: GraphBuilder, name: str, states: Sequence[str]) -> onnx.ModelProt
     index = b.counted(b.one("Squeeze", b.sizes(full[0], 1, 2), b.ints(0)))  # [T]
     inside = b.one("And", b.one("LessOrEqual", first, index), b.one("LessOrEqual", index, last))  # [N, S, T]
     inside = b.one("Cast", inside, to=TensorProto.FLOAT)
-    share = b.one("Div", inside, b.one("ReduceSum", inside, b.ints(2), keepdims=1))
-    means = (b.one("Unsqueeze", b.one("MatMul", share, x), b.ints(2)) for x in full)  # [N, S, 1, H]
-    pooled = b.one("Concat", *means, axis=2)
+    n_inside = b.one("ReduceSum", inside, b.ints(2), keepdims=1)
+    share = b.one("Div", inside, b.one("Max", n_inside, b.constant(np.array(1, np.float32))))
+    means = [b.one("MatMul", share, x) for x in full]  # [N, S, H]
+    pooled = b.one("Concat", *(b.one("Unsqueeze", mean, b.ints(2)) for mean in means), axis=2)
     outputs: list[tuple[str, str, int, Shape]] = [
         (start, "start_logits", TensorProto.FLOAT, ["N", "T"]),
         (end, "end_logits", TensorProto.FLOAT, ["N", "T"]),
         (full[-1], "hidden", TensorProto.FLOAT, ["N", "T", width]),
         (pooled, "pooled", TensorProto.FLOAT, ["N", "S", b.config.n_layers + 1, width]),
     ]
+    if mlm is not None:
+        log_probs = _word_log_probs(b, mlm, means[-1])
+        outputs.append((log_probs, "word_log_probs", TensorProto.FLOAT, ["N", "S", b.config.vocab_size]))
     return b.model(name, outputs)
+
+
+def _word_log_probs(b: GraphBuilder, mlm: MlmHead, states: str) -> str:
+    """Log-probabilities [N, S, V] of the vocabulary for states [N, S, H], in float32."""
+    rows = b.one("Reshape", states, b.ints(-1, b.config.hidden))
+    if mlm.transform is not None:
+        dense = b.one("Gemm", rows, b.weight("mlm.dense.weight"), b.weight("mlm.dense.bias"), transB=1)
+        rows = b.norm(b.activate(dense), "mlm.norm")
+    words = b.weight("word_embeddings" if mlm.tied else "mlm.decoder")
+    logits = b.one("Gemm", rows, words, b.weight("mlm.bias"), transB=1)
+    outer = b.join(b.sizes(states, 0, 2), b.ints(b.config.vocab_size))
+    return b.one("Reshape", b.one("LogSoftmax", logits, axis=-1), outer)

@@ -15,6 +15,7 @@ from mp2.export.emulated import emulated
 from mp2.export.graphs import INLINE_GRAPH
 
 if TYPE_CHECKING:
+    from mp2.backbone.mlm_head import MlmHead
     from mp2.engine.backend import Prefixes
     from mp2.engine.onnx.stages import GraphStages
 
@@ -160,10 +161,13 @@ def emulated_graph(path: Path) -> RunGraph:
 
 
 @torch.inference_mode()
-def compare_whole(run: RunGraph, backbone: Backbone, precision: str, graph: str) -> Iterator[Comparison]:
+def compare_whole(
+    run: RunGraph, backbone: Backbone, precision: str, graph: str, mlm: MlmHead | None = None
+) -> Iterator[Comparison]:
     """Yield comparisons of what ``run`` makes of a deployment ``graph``, `PREFIX_GRAPH` or `INLINE_GRAPH`.
 
-    One prompt for all rows, and a batch that mixes: a prompt, a shorter one, none.
+    One prompt for all rows, and a batch that mixes: a prompt, a shorter one, none. ``mlm``: the head whose
+    word probabilities the graph has.
     """
     probe, inline = _Probe(backbone), graph == INLINE_GRAPH
     width, limit = probe.config.hidden, WHOLE_TOLERANCE[precision]
@@ -184,10 +188,12 @@ def compare_whole(run: RunGraph, backbone: Backbone, precision: str, graph: str)
             "span_bias": probe.bias[pick],
             **{name: x[pick] for name, x in zip(names, prompts, strict=True)},
         }
-        segments = torch.stack([torch.tensor([[1, 3], [2, n - 1]]) for n in mask.sum(1).tolist()])
-        feeds["segments"] = segments  # [N, 2, 2]
-        pooled = (_N, 2, probe.config.n_layers + 1, width)
+        segments = torch.stack([torch.tensor([[1, 3], [2, n - 1], [2, 1]]) for n in mask.sum(1).tolist()])
+        feeds["segments"] = segments  # [N, 3, 2]; the last has no token
+        pooled = (_N, 3, probe.config.n_layers + 1, width)
         outputs = {"start_logits": shape, "end_logits": shape, "hidden": (*shape, width), "pooled": pooled}
+        if mlm is not None:
+            outputs["word_log_probs"] = (_N, 3, probe.config.vocab_size)
         got = dict(zip(outputs, run(feeds, outputs), strict=True))
         rows = [
             probe.states(n, mask, pick[n % len(pick)], length[n % len(length)], inline) for n in range(_N)
@@ -201,13 +207,16 @@ def compare_whole(run: RunGraph, backbone: Backbone, precision: str, graph: str)
             "hidden": states[:, -1],
             "pooled": torch.stack(
                 [
-                    torch.stack([x[:, a : b + 1].mean(1) for a, b in spans])
+                    torch.stack([x[:, a : b + 1].sum(1) / max(b + 1 - a, 1) for a, b in spans])
                     for x, spans in zip(states, segments.tolist(), strict=True)
                 ]
             ),
         }
+        if mlm is not None:
+            logits = mlm.logits(expected["pooled"][:, :, -1])
+            expected["word_log_probs"] = torch.log_softmax(logits, -1)
         for name, wanted in expected.items():
-            seen = slice(None) if name == "pooled" else mask
+            seen = slice(None) if name in ("pooled", "word_log_probs") else mask
             yield _compare(f"{graph}{case}: {name}", got[name].cpu()[seen], wanted[seen], limit)
 
 

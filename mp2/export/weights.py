@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -17,6 +18,9 @@ import torch
 from mp2.backbone import Backbone
 from mp2.engine.folder import layer_file
 from mp2.engine.onnx.stages import HIDDEN_TYPES
+
+if TYPE_CHECKING:
+    from mp2.backbone.mlm_head import MlmHead
 
 FP8_MAX = 448.0  # largest finite float8 e4m3fn
 LINEARS = ("qkv", "attention_output", "intermediate", "output")
@@ -96,6 +100,17 @@ def store_backbone(
     for index in range(backbone.config.n_layers):
         _store_layer(backbone, store, index, precision, maxima)
     return store
+
+
+def store_mlm(mlm: MlmHead, store: WeightStore) -> None:
+    """Write a masked-language-model head, in float32 for every precision; tied words are there already."""
+    tensors = {"mlm.bias": mlm.bias} | ({} if mlm.tied else {"mlm.decoder": mlm.decoder})
+    if mlm.transform is not None:
+        t = mlm.transform
+        tensors |= {"mlm.dense.weight": t.dense_weight, "mlm.dense.bias": t.dense_bias}
+        tensors |= {"mlm.norm.weight": t.norm_weight, "mlm.norm.bias": t.norm_bias}
+    for name, tensor in tensors.items():
+        store.add("label_words.bin", name, tensor.float())
 
 
 @torch.no_grad()

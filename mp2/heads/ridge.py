@@ -4,8 +4,8 @@ The hidden states of one layer are averaged over each text field; ridge regressi
 fitted to the few-shot examples in closed form, no gradients. What the search lowers is the leave-one-out
 cross-entropy of its scores (`mp2.heads.leave_one_out`): a candidate prompt is good if it makes each example
 predictable from the others. At the untuned prompt this is a linear probe. Token n-grams may stand beside the
-states, as a second kernel of the same weight: they do not depend on the prompt, and know words that the
-encoder averages away.
+states, as a second kernel of three times their weight: they do not depend on the prompt, and know words that
+the encoder averages away.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from torch import Tensor
 from mp2.heads.head import States
 from mp2.heads.leave_one_out import best_settings, centred, cross_entropy, dual
 from mp2.heads.ngrams import LONGEST, NgramFeatures
+from mp2.tasks.calibration import fitted_temperature
 
 if TYPE_CHECKING:
     from mp2.tasks import MrcInput
 
 Floats = NDArray[np.float64]
+STATES_SHARE = 0.25  # of the kernel, beside n-grams; dev/log.md has what others gave
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,11 @@ class RidgeSettings:
     penalty: float
     temperature: float
     ngrams: bool  # whether token n-grams stand beside the states
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> RidgeSettings:
+        """The settings in a head's metadata; KeyError where one is missing."""
+        return cls(**{f.name: stored[f.name] for f in fields(cls)})
 
 
 class RidgeHead:
@@ -90,21 +97,25 @@ class RidgeHead:
         return loss, RidgeHead(self._train, self._n_labels, settings)
 
     def fit(self, outputs: Callable[[], NDArray[np.floating]]) -> FittedRidge:
-        """Return the regression that was fitted to all training examples under one prompt."""
+        """Return the regression that was fitted to all training examples under one prompt.
+
+        Its temperature is the one that suits the leave-one-out scores under this prompt.
+        """
         features = torch.from_numpy(np.asarray(outputs(), dtype=np.float64))
-        weights, _ = dual(self._kernel(features.numpy()[None]), self._targets, self.settings.penalty)
-        share = 0.5 if self._ngrams is not None else 1.0
+        weights, left_out = dual(self._kernel(features.numpy()[None]), self._targets, self.settings.penalty)
+        temperature = 1 / fitted_temperature(list(left_out[0].numpy()), self._labels.tolist())
+        share = 1.0 if self._ngrams is None else STATES_SHARE
         mean_target = self._targets.mean(0)
         state_weight, state_bias = _primal(features, weights[0], share)
         fitted = FittedRidge(
-            settings=self.settings,
+            settings=replace(self.settings, temperature=temperature),
             state_weight=state_weight,
             bias=(mean_target - state_bias).numpy(),
         )
         if self._ngrams is None:
             return fitted
         rows = torch.from_numpy(np.stack([self._ngrams(fields_of(item)) for item in self._train]))
-        ngram_weight, ngram_bias = _primal(rows, weights[0], share)
+        ngram_weight, ngram_bias = _primal(rows, weights[0], 1 - STATES_SHARE)
         return replace(
             fitted, bias=fitted.bias - ngram_bias.numpy(), ngrams=self._ngrams, ngram_weight=ngram_weight
         )
@@ -118,10 +129,12 @@ class RidgeHead:
         raise NotImplementedError("a ridge head scores after fit()")
 
     def _kernel(self, features: NDArray[np.floating]) -> Tensor:
-        """Centred kernels [P, N, N] of features [P, N, F], with the n-grams' half if there are any."""
+        """Centred kernels [P, N, N] of features [P, N, F], with the n-grams' share if there are any."""
         rows = torch.from_numpy(np.asarray(features, dtype=np.float64))
         kernel = centred(rows @ rows.transpose(-1, -2))
-        return kernel if self._known is None else (kernel + self._known) / 2
+        if self._known is None:
+            return kernel
+        return STATES_SHARE * kernel + (1 - STATES_SHARE) * self._known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +167,7 @@ class FittedRidge:
     @classmethod
     def from_state(cls, settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> FittedRidge:
         """Read back what `state` wrote; KeyError, TypeError or ValueError for what is not that."""
-        chosen = RidgeSettings(**{f.name: settings[f.name] for f in fields(RidgeSettings)})
+        chosen = RidgeSettings.of(settings)
         weight, bias = tensors["ridge_state_weight"], tensors["ridge_bias"]
         if weight.ndim != 2 or bias.shape != weight.shape[1:]:
             raise ValueError(f"weights of shape {weight.shape} and a bias of shape {bias.shape}")

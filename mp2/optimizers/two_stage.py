@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -63,11 +63,15 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Scores:
-    """One evaluation on a split: the task's metric in [0,1], the mean loss, exact match of extraction."""
+    """One evaluation on a split: the task's metric in [0,1], the mean loss, exact match of extraction.
+
+    ``calibration`` is what was found of its probabilities, by name.
+    """
 
     score: float
     loss: float
     exact_match: float | None = None
+    calibration: Mapping[str, float] | None = None
 
 
 class Evaluations(Protocol):

@@ -22,6 +22,7 @@ from mp2.runs.task_data import TaskData
 if TYPE_CHECKING:
     from mp2.engine import Pending
     from mp2.tasks import Example, MrcInput, TaskCard
+    from mp2.tasks.decode import Decoded
 
 
 class FewShotProblem:
@@ -78,18 +79,24 @@ class FewShotProblem:
         return self.dev_scores if self._dev else None
 
     def dev_scores(self, z: Prompt) -> Pending[Scores]:
-        """Score and loss of z [L', d] on the few-shot dev set; the loss is the mean over `has_gold`."""
-        return self._scores(z, self._dev, self.dev_inputs)
+        """Score and loss of z [L', d] on the few-shot dev set; the loss is the mean over `has_gold`.
 
-    def test_scores(self, z: Prompt) -> Pending[Scores]:
-        """Score and loss of z [L', d] on the test set; examples that do not fit count as wrong."""
+        ``calibration`` is with the temperature that suits this set best.
+        """
+        return self._scores(z, self._dev, self.dev_inputs, None)
+
+    def test_scores(self, z: Prompt, temperature: float) -> Pending[Scores]:
+        """Score and loss of z [L', d] on the test set; examples that do not fit count as wrong.
+
+        ``calibration`` is with ``temperature``, over those that fit.
+        """
         fitting = self.data.fitting_tests
         share = len(fitting) / self.n_test
-        return self._scores(z, fitting, self.test_inputs()).then(
-            lambda scores: Scores(
-                scores.score * share,
-                scores.loss,
-                None if scores.exact_match is None else scores.exact_match * share,
+        return self._scores(z, fitting, self.test_inputs(), temperature).then(
+            lambda scores: replace(
+                scores,
+                score=scores.score * share,
+                exact_match=None if scores.exact_match is None else scores.exact_match * share,
             )
         )
 
@@ -102,8 +109,11 @@ class FewShotProblem:
         """Test examples that are scored."""
         return len(self.data.tests)
 
-    def _scores(self, z: Prompt, examples: Sequence[Example], inputs: Sequence[MrcInput]) -> Pending[Scores]:
+    def _scores(
+        self, z: Prompt, examples: Sequence[Example], inputs: Sequence[MrcInput], temperature: float | None
+    ) -> Pending[Scores]:
         from mp2.tasks import decode, exact_match, score
+        from mp2.tasks.calibration import answer_rows, fitted_temperature
 
         reader = self.objective.reader(z)
 
@@ -111,11 +121,42 @@ class FewShotProblem:
             counted = [i for i, counts in enumerate(has_gold(self.card, inputs)) if counts]
             losses = reader.gold_losses([inputs[i] for i in counted], [outputs[i] for i in counted])
             scores = [reader.scores(item, output) for item, output in zip(inputs, outputs, strict=True)]
-            predictions = [found.prediction for found in decode(self.card, examples, inputs, scores)]
+            found = decode(self.card, examples, inputs, scores)
+            predictions = [one.prediction for one in found]
             exact = exact_match(predictions, examples) if self.card.type == "extraction" else None
-            return Scores(float(score(self.card, predictions, examples)), float(np.mean(losses)), exact)
+            fitted = fitted_temperature(*answer_rows(inputs, scores)) if temperature is None else temperature
+            return Scores(
+                float(score(self.card, predictions, examples)),
+                float(np.mean(losses)),
+                exact,
+                calibration(examples, found, decode(self.card, examples, inputs, scores, fitted), fitted),
+            )
 
         return self.scorer.outputs(z, inputs).then(scored)
+
+
+def calibration(
+    examples: Sequence[Example], before: Sequence[Decoded], after: Sequence[Decoded], temperature: float
+) -> dict[str, float] | None:
+    """What a temperature does to the probabilities of answers; None where these are no numbers.
+
+    ``error`` is the expected calibration error (`mp2.tasks.calibration`); of extraction an answer is right
+    where it matches exactly.
+    """
+    from mp2.tasks.calibration import calibration_error
+    from mp2.tasks.metrics import is_right
+
+    right = [is_right(example, found.prediction) for example, found in zip(examples, after, strict=True)]
+    old, new = ([found.probability for found in several] for several in (before, after))
+    if not np.isfinite([*old, *new]).all():
+        return None
+    return {
+        "temperature": temperature,
+        "error_before": calibration_error(old, right),
+        "error": calibration_error(new, right),
+        "mean_probability_before": float(np.mean(old)),
+        "mean_probability": float(np.mean(new)),
+    }
 
 
 def has_gold(card: TaskCard, inputs: Sequence[MrcInput]) -> list[bool]:
@@ -135,4 +176,6 @@ def _inputs_sha256(inputs: Sequence[MrcInput]) -> str:
     for item in inputs:
         h.update(np.asarray(item.input_ids, dtype="<i8").tobytes())
         h.update(f"{item.start} {item.end};".encode())
+        if len(item.segments):  # of heads that read no span the answer stands in `label` alone
+            h.update(f"{item.label} {item.segments.tolist()};".encode())
     return h.hexdigest()

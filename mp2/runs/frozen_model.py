@@ -116,6 +116,15 @@ def _absolute(name: str, embedded: Collection[str] = ()) -> str:
     return str(Path(name).resolve()) if name not in embedded and Path(name).exists() else name
 
 
+def run_prompts(config: BbtConfig, backbone: Backbone) -> PromptSet:
+    """The modular prompts that the config names, read or made from scratch."""
+    from mp2.prompts import load_prompts
+
+    name = default_prompts(config)
+    made = ON_THE_FLY.get(name)
+    return load_prompts(name, backbone) if made is None else untrained_prompts(backbone, made)
+
+
 def load_model(config: BbtConfig) -> FrozenModel:
     """Load what a run needs besides data.
 
@@ -125,16 +134,13 @@ def load_model(config: BbtConfig) -> FrozenModel:
     from mp2.backbone import load_backbone
     from mp2.engine import create_backend
     from mp2.engine.folder import MANIFEST
-    from mp2.prompts import load_prompts
 
     if config.engine and not (Path(config.engine) / MANIFEST).is_file():
         raise UsageError(
             f"--engine {config.engine}: no {MANIFEST} there; give a folder that mp2 export wrote"
         )
     backbone = load_backbone(config.backbone, revision=config.revision)
-    name = default_prompts(config)
-    made = ON_THE_FLY.get(name)
-    prompts = load_prompts(name, backbone) if made is None else untrained_prompts(backbone, made)
+    prompts = run_prompts(config, backbone)
     if config.kind not in ("auto", prompts.kind):
         raise MismatchError(
             f"the prompts of {default_prompts(config)} are {prompts.kind}, expected {config.kind}: "

@@ -198,6 +198,10 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
 # what a field must be, the same in words, and whether it must be there
 _Rule = tuple[Callable[[Any], bool], str, bool]
 _LOSS: _Rule = (lambda value: value is None or _is_number(value), "a number, or null where not finite", True)
@@ -207,7 +211,11 @@ _ITERATION: dict[str, _Rule] = {"iteration": (_is_count, "a whole number", True)
 _HEADER: dict[str, _Rule] = {"versions": (_is_texts, "an object of names and versions", False)}
 _EVENTS: dict[str, dict[str, _Rule]] = {
     "losses": {"of": (_is_pair, "two whole numbers", True), **_ITERATION},
-    "scores": {"score": (_is_number, "a number", True), **_ITERATION},
+    "scores": {
+        "score": (_is_number, "a number", True),
+        "calibration": (_is_numbers, "an object of names and numbers", False),
+        **_ITERATION,
+    },
 }
 
 

@@ -90,7 +90,8 @@ class Predictor:
         formatter = kinds.get(meta.head.get("kind", "span"), MrcFormatter)
         self._formatter = formatter(self.card, model.backbone.tokenizer, meta.max_tokens)
         words = getattr(self._formatter, "words", ())
-        head = tuned_head(run_dir / "prompt.safetensors", meta, model, words)
+        head = tuned_head(run_dir / "prompt.safetensors", meta, model.backbone, model.prompts, words)
+        self._temperature = meta.temperature
         self._scorer = Scorer(model.runtime.forward(model.prompts, head))
         self._scorer.prepare(self._z)
 
@@ -145,7 +146,9 @@ class Predictor:
         scores = [head.scores(item, output) for item, output in zip(inputs, outputs, strict=True)]
         key = "answer" if self.card.type == "extraction" else "label"
         found: list[dict[str, Any]] = []
-        for example, decoded in zip(examples, decode(self.card, examples, inputs, scores), strict=True):
+        for example, decoded in zip(
+            examples, decode(self.card, examples, inputs, scores, self._temperature), strict=True
+        ):
             line: dict[str, Any] = {key: decoded.prediction}
             if self.card.type == "multiple_choice":
                 line["option"] = example.options[int(decoded.prediction)]

@@ -160,6 +160,7 @@ class Recorder:
             line: dict[str, Any] = {"event": "scores", "split": split, "at": at, "iteration": self.iteration}
             line |= {"prompt": digest, "score": scores.score, "loss": finite_or_none(scores.loss)}
             line |= {} if scores.exact_match is None else {"exact_match": scores.exact_match}
+            line |= {} if scores.calibration is None else {"calibration": dict(scores.calibration)}
             self._append([line | _rounded({"seconds": seconds, **spent})])
         else:
             line = record.lines[0]
@@ -167,7 +168,7 @@ class Recorder:
                 self._refuse(self.iteration)
             loss = line["loss"]
             loss = float("nan") if loss is None else float(loss)
-            scores = Scores(float(line["score"]), loss, line.get("exact_match"))
+            scores = Scores(float(line["score"]), loss, line.get("exact_match"), line.get("calibration"))
             spent = _recorded(record, "journal_s", "other_s")
             seconds = float(line.get("seconds", 0.0))
         self.counts[split] += 1

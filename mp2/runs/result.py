@@ -15,10 +15,11 @@ from mp2.runs.config import BbtConfig
 from mp2.runs.journal import finite_or_none
 from mp2.runs.provenance import identity, versions
 from mp2.runs.recorder import Recorder
-from mp2.runs.tuned import TunedMeta, load_tuned
+from mp2.runs.tuned import TunedMeta, head_settings, load_tuned
 from mp2.tasks.problems import shown
 
 if TYPE_CHECKING:
+    from mp2.heads import Head
     from mp2.runs.few_shot_problem import FewShotProblem
     from mp2.runs.frozen_model import FrozenModel
 
@@ -75,7 +76,10 @@ def _check(value: Any, expected: Any, path: Path, field: str) -> None:
 
 
 def score_tests(problem: FewShotProblem, outcome: Outcome, recorder: Recorder) -> dict[str, Scores]:
-    """Test scores of each stage's prompt, each prompt once; empty with ``--no-test``."""
+    """Test scores of each stage's prompt, each prompt once; empty with ``--no-test``.
+
+    Probabilities are those of the temperature that dev gave the prompt.
+    """
     if not problem.config.test:
         return {}
     scores: dict[str, Scores] = {}
@@ -83,10 +87,44 @@ def score_tests(problem: FewShotProblem, outcome: Outcome, recorder: Recorder) -
     for name, checkpoint in _stages(problem.config, outcome).items():
         key = checkpoint.z.tobytes()
         if key not in known:
-            z = checkpoint.z
-            known[key] = recorder.scores("test", name, z, lambda z=z: problem.test_scores(z))  # type: ignore[misc]
+            z, temperature = checkpoint.z, temperature_of(checkpoint)
+            known[key] = recorder.scores(
+                "test",
+                name,
+                z,
+                lambda z=z, t=temperature: problem.test_scores(z, t),  # type: ignore[misc]
+            )
         scores[name] = known[key]
     return scores
+
+
+def temperature_of(checkpoint: Checkpoint) -> float:
+    """The temperature that dev gave a prompt's scores; 1 without a dev set."""
+    found = None if checkpoint.dev is None else checkpoint.dev.calibration
+    return 1.0 if found is None else float(found["temperature"])
+
+
+def calibration_facts(problem: FewShotProblem, final: Checkpoint, test: Scores | None) -> dict[str, Any]:
+    """What ``result.json`` says of the selected prompt's probabilities.
+
+    ``by`` is what the temperature was fitted to: dev, the training examples each left out (the ridge head
+    without a dev set), or nothing.
+    """
+    from mp2.tasks.calibration import N_BINS
+
+    on_dev = None if final.dev is None else final.dev.calibration
+    by = "dev" if on_dev else "leave-one-out" if problem.head.kind == "ridge" else None
+
+    def errors(found: Mapping[str, float] | None) -> dict[str, float] | None:
+        return None if found is None else {name: found[name] for name in found if name != "temperature"}
+
+    return {
+        "temperature": temperature_of(final),
+        "by": by,
+        "bins": N_BINS,
+        "dev": errors(on_dev),
+        "test": errors(None if test is None else test.calibration),
+    }
 
 
 def _stages(config: BbtConfig, outcome: Outcome) -> dict[str, Checkpoint]:
@@ -125,6 +163,7 @@ def run_result(
         "examples": {"train": problem.n_train, "dev": problem.n_dev, "test": problem.n_test if tests else 0},
         "non_finite_losses": recorder.n_non_finite,
         **baseline_facts(problem, final.dev_score, None if final_test is None else final_test.score),
+        "calibration": calibration_facts(problem, final, final_test),
         "head": problem.head.as_dict(),
         "provenance": {**identity(problem), "versions": versions()},
     }
@@ -172,8 +211,8 @@ def router_text(router: Routers) -> list[str]:
     return ["".join("1" if bit else "0" for bit in layer) for layer in router]
 
 
-def tuned_meta(problem: FewShotProblem, outcome: Outcome) -> TunedMeta:
-    """Where the selected prompt comes from."""
+def tuned_meta(problem: FewShotProblem, outcome: Outcome, head: Head) -> TunedMeta:
+    """Where the selected prompt comes from; ``head`` is fitted under it."""
     model = problem.model
     return TunedMeta(
         task=problem.card.task,
@@ -188,5 +227,6 @@ def tuned_meta(problem: FewShotProblem, outcome: Outcome) -> TunedMeta:
         at=outcome.final.at,
         iteration=outcome.final.iteration,
         seed=problem.config.seed,
-        head=problem.head.as_dict(),
+        head=problem.head.as_dict() | head_settings(head),
+        temperature=temperature_of(outcome.final),
     )

@@ -157,7 +157,7 @@ class Run:
         result[_AGREEMENT] = begun.get(_AGREEMENT)
         with says_how_to_go_on(self.run_dir):
             head = problem.objective.reader(outcome.final.z)
-            meta = tuned_meta(problem, outcome)
+            meta = tuned_meta(problem, outcome, head)
             save_tuned(self.run_dir / "prompt.safetensors", outcome.final.z, meta, head_tensors(head))
             draw_curve(self.run_dir / "curve.png", outcome, result)
             write_json(self.run_dir / "result.json", result)  # last: it says that the run has ended

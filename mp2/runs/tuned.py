@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,8 +17,9 @@ from mp2.files import write_bytes
 from mp2.tensor_files import open_safetensors
 
 if TYPE_CHECKING:
+    from mp2.backbone import Backbone
     from mp2.heads import Head
-    from mp2.runs.frozen_model import FrozenModel
+    from mp2.prompts import PromptSet
 
 SCHEMA_VERSION = 1
 
@@ -39,6 +41,7 @@ class TunedMeta:
     iteration: int
     seed: int
     head: dict[str, Any] = field(default_factory=lambda: {"kind": "span"})  # its tensors stand beside z
+    temperature: float = 1.0  # scores are divided by it (`mp2.tasks.calibration`)
     schema_version: int = SCHEMA_VERSION
 
 
@@ -49,8 +52,17 @@ def head_tensors(head: Head) -> dict[str, NDArray[Any]]:
     return head.state() if isinstance(head, FittedRidge) else {}
 
 
-def tuned_head(path: Path, meta: TunedMeta, model: FrozenModel, words: Sequence[Sequence[int]]) -> Head:
-    """The head that a tuned prompt is read with; ``words``: token ids of the label words.
+def head_settings(head: Head) -> dict[str, Any]:
+    """What a fitted head was fitted with, for the metadata."""
+    from mp2.heads import FittedRidge
+
+    return asdict(head.settings) if isinstance(head, FittedRidge) else {}
+
+
+def tuned_head(
+    path: Path, meta: TunedMeta, backbone: Backbone, prompts: PromptSet, words: Sequence[Sequence[int]]
+) -> Head:
+    """The head that a tuned prompt is read with; ``words``: token ids of the label words, for mlm.
 
     Raises:
         FormatError: no such head, or its tensors are not those of one.
@@ -62,14 +74,14 @@ def tuned_head(path: Path, meta: TunedMeta, model: FrozenModel, words: Sequence[
 
     kind = meta.head.get("kind")
     if kind == "span":
-        return SpanHead(model.prompts.span_weight, model.prompts.span_bias)
+        return SpanHead(prompts.span_weight, prompts.span_bias)
     if kind == "mlm":
-        if model.backbone.mlm_head is None:
+        if backbone.mlm_head is None:
             raise UsageError(
                 f"the run reads answers by the masked-language-model head of backbone '{meta.backbone}', and "
                 "this checkpoint has none"
             )
-        return LabelWordHead(model.backbone.mlm_head, words)
+        return LabelWordHead(backbone.mlm_head, words)
     if kind == "ridge":
         try:
             return FittedRidge.from_state(meta.head, load_file(path))
@@ -109,6 +121,10 @@ def load_tuned(path: Path) -> tuple[NDArray[np.float32], TunedMeta]:
         raise FormatError(f"metadata is not a tuned prompt's: {error}", path=path, field="mp2") from error
     if meta.schema_version != SCHEMA_VERSION:
         raise FormatError(f"schema_version {meta.schema_version}, expected {SCHEMA_VERSION}", path=path)
+    if not isinstance(meta.temperature, float) or not 0 < meta.temperature < math.inf:
+        raise FormatError(
+            f"is {meta.temperature!r}, expected a number above 0", path=path, field="temperature"
+        )
     if z.ndim != 2 or z.dtype != np.float32:
         raise FormatError(f"{z.dtype} of shape {z.shape}, expected float32 [L', d]", path=path, field="z")
     return z, meta

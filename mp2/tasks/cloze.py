@@ -52,11 +52,11 @@ class ClozeFormatter:
             for literal, name in template_parts(cloze_template(card))
         ]
         literals = sum(len(literal) for literal, _ in self._parts)
-        self._room = max_tokens - 2 - literals - max(self._lengths)
-        if self._room < MIN_TEXT_TOKENS:
+        self.room = max_tokens - 2 - literals - max(self._lengths)  # for the fields
+        if self.room < MIN_TEXT_TOKENS:
             raise UsageError(
                 f"task '{card.task}' does not fit {max_tokens} tokens: its cloze takes "
-                f"{max_tokens - self._room}, and the text needs at least {MIN_TEXT_TOKENS}; allow more tokens"
+                f"{max_tokens - self.room}, and the text needs at least {MIN_TEXT_TOKENS}; allow more tokens"
             )
 
     def training_inputs(self, example: Example, index: int) -> list[MrcInput]:
@@ -67,7 +67,7 @@ class ClozeFormatter:
         """Return a sequence for each length of word; ``segments`` is its run of [MASK]."""
         names = self.card.fields
         fields = [self._encode(example.fields[name]).ids for name in names]
-        caps = fair_lengths([len(ids) for ids in fields], self._room)
+        caps = fair_lengths([len(ids) for ids in fields], self.room)
         cut = {name: ids[:cap] for name, ids, cap in zip(names, fields, caps, strict=True)}
         return [self._with_masks(example, index, cut, n) for n in self._lengths]
 

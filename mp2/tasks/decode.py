@@ -31,30 +31,52 @@ class Decoded:
 
 
 def decode(
-    card: TaskCard, examples: Sequence[Example], inputs: Sequence[MrcInput], scores: Sequence[Floats]
+    card: TaskCard,
+    examples: Sequence[Example],
+    inputs: Sequence[MrcInput],
+    scores: Sequence[Floats],
+    temperature: float = 1.0,
 ) -> list[Decoded]:
     """Return the prediction for each example.
 
     ``inputs[i].example`` is an index into ``examples``; ``scores[i]`` are the log-scores [n_options] of
     ``inputs[i]`` (up to a constant) or, for extraction, the log-probabilities [T, 2] of start and end. Of an
-    example with several inputs the highest score of an option counts.
+    example with several inputs the highest score of an option counts. Probabilities are those of scores
+    divided by ``temperature``, predictions those of the scores.
     """
-    of_example: list[list[int]] = [[] for _ in examples]
+    if card.type != "extraction":
+        rows = option_scores(len(examples), inputs, scores)
+        labels = list(card.labels) if card.type == "classification" else None
+        return [_option(row, labels, temperature) for row in rows]
+    of_example = _inputs_of(len(examples), inputs)
+    return [
+        _answer(card, example, [(inputs[n], scores[n]) for n in numbers], temperature)
+        for example, numbers in zip(examples, of_example, strict=True)
+    ]
+
+
+def option_scores(n_examples: int, inputs: Sequence[MrcInput], scores: Sequence[Floats]) -> list[Floats]:
+    """Return the log-scores float64 [n_options] of each example: the highest of its inputs."""
+    return [
+        np.max([np.asarray(scores[n], dtype=np.float64) for n in numbers], axis=0)
+        for numbers in _inputs_of(n_examples, inputs)
+    ]
+
+
+def _inputs_of(n_examples: int, inputs: Sequence[MrcInput]) -> list[list[int]]:
+    """Return the numbers of each example's inputs."""
+    found: list[list[int]] = [[] for _ in range(n_examples)]
     for number, item in enumerate(inputs):
-        of_example[item.example].append(number)
-    labels = list(card.labels)
-    found: list[Decoded] = []
-    for index, numbers in enumerate(of_example):
-        if not numbers:
-            raise ValueError(f"example {index} has no input among the {len(inputs)} given")
-        if card.type == "extraction":
-            found.append(_answer(card, examples[index], [(inputs[n], scores[n]) for n in numbers]))
-            continue
-        options = np.max([np.asarray(scores[n], dtype=np.float64) for n in numbers], axis=0)
-        best = int(np.argmax(options))
-        probability = float(1.0 / np.exp(options - options[best]).sum())
-        found.append(Decoded(labels[best] if card.type == "classification" else best, probability))
+        found[item.example].append(number)
+    if [] in found:
+        raise ValueError(f"example {found.index([])} has no input among the {len(inputs)} given")
     return found
+
+
+def _option(scores: Floats, labels: Sequence[str] | None, temperature: float) -> Decoded:
+    best = int(np.argmax(scores))
+    probability = float(1.0 / np.exp((scores - scores[best]) / temperature).sum())
+    return Decoded(best if labels is None else labels[best], probability)
 
 
 def best_span(start_logp: Floats, end_logp: Floats, max_tokens: int) -> tuple[float, int, int]:
@@ -69,18 +91,29 @@ def best_span(start_logp: Floats, end_logp: Floats, max_tokens: int) -> tuple[fl
     return best
 
 
-def _answer(card: TaskCard, example: Example, outputs: Sequence[tuple[MrcInput, Floats]]) -> Decoded:
-    score, text, no_answer = -np.inf, "", np.inf
+def _answer(
+    card: TaskCard, example: Example, outputs: Sequence[tuple[MrcInput, Floats]], temperature: float
+) -> Decoded:
+    best, text, span = -np.inf, "", None
+    no_answer, empty = np.inf, outputs[0][1]
     for item, logp in outputs:
-        no_answer = min(no_answer, float(logp[0, 0] + logp[0, 1]))
+        if (at_cls := float(logp[0, 0] + logp[0, 1])) < no_answer:
+            no_answer, empty = at_cls, logp
         if item.context_span is None:
             continue
         first, last = item.context_span
         context = logp[first : last + 1]
         found, i, j = best_span(context[:, 0], context[:, 1], card.max_answer_tokens)
-        if found > score:
-            score = found
+        if found > best:
+            best, span = found, (logp, first + i, first + j)
             text = example.fields["context"][item.context_offsets[i][0] : item.context_offsets[j][1]]
-    if not text or (card.unanswerable and no_answer > score):
-        return Decoded("", float(np.exp(no_answer)))
-    return Decoded(text, float(np.exp(score)))
+    if span is None or not text or (card.unanswerable and no_answer > best):
+        return Decoded("", _span_probability(empty, 0, 0, temperature))
+    return Decoded(text, _span_probability(*span, temperature))
+
+
+def _span_probability(logp: Floats, start: int, end: int, temperature: float) -> float:
+    """Probability of a span among all spans, from log-probabilities [T, 2] that a temperature divides."""
+    scaled = np.asarray(logp, dtype=np.float64) / temperature
+    total = np.logaddexp.reduce(scaled, axis=0)
+    return float(np.exp(scaled[start, 0] - total[0] + scaled[end, 1] - total[1]))

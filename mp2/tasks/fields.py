@@ -28,8 +28,8 @@ class FieldFormatter:
             )
         self.card, self.tokenizer = card, tokenizer
         self._encode = lru_cache(maxsize=1024)(tokenizer.encode)
-        self._room = max_tokens - 1 - len(card.fields)
-        if self._room < MIN_TEXT_TOKENS:
+        self.room = max_tokens - 1 - len(card.fields)  # for the fields
+        if self.room < MIN_TEXT_TOKENS:
             raise UsageError(
                 f"task '{card.task}' does not fit {max_tokens} tokens: allow {MIN_TEXT_TOKENS} for the text "
                 f"and {1 + len(card.fields)} for [CLS] and [SEP]"
@@ -43,7 +43,7 @@ class FieldFormatter:
     def inputs(self, example: Example, index: int) -> list[MrcInput]:
         """Return the one sequence; ``segments`` are the fields, ``index`` the example's number."""
         fields = [self._encode(example.fields[name]).ids for name in self.card.fields]
-        caps = fair_lengths([len(ids) for ids in fields], self._room)
+        caps = fair_lengths([len(ids) for ids in fields], self.room)
         ids, segments = [self.tokenizer.cls_id], []
         for field, cap in zip(fields, caps, strict=True):
             segments.append((len(ids), len(ids) + min(cap, len(field)) - 1))

@@ -48,8 +48,15 @@ def score(card: TaskCard, predictions: Sequence[str | int], examples: Sequence[E
 
 def exact_match(predictions: Sequence[str | int], examples: Sequence[Example]) -> float:
     """Return the share of extraction examples whose prediction is one of the answers, punctuation aside."""
-    values = [_best(equal_text, str(p), e) for p, e in zip(predictions, examples, strict=True)]
+    values = [is_right(e, p) for p, e in zip(predictions, examples, strict=True)]
     return sum(values) / len(values)
+
+
+def is_right(example: Example, prediction: str | int) -> bool:
+    """Tell whether it is the example's label or option or, punctuation aside, one of its answers."""
+    if example.label is not None:
+        return prediction == example.label
+    return bool(_best(equal_text, str(prediction), example))
 
 
 def _best(measure: Callable[[str, str], float], prediction: str, example: Example) -> float:

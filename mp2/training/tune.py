@@ -35,6 +35,7 @@ from mp2.optimizers.config import LayerConfig
 from mp2.optimizers.two_stage import Checkpoint, Observer, Outcome, Progress, Prompt, Scores
 from mp2.prompts import ModularPrompts, PromptSet
 from mp2.runs.few_shot_problem import FewShotProblem
+from mp2.runs.result import temperature_of
 from mp2.tasks import MrcInput
 from mp2.training.config import TuneConfig
 from mp2.training.mixture import pad
@@ -173,7 +174,7 @@ class GradientTuner:
             key = (checkpoint.z.tobytes(), trained)
             if key not in known:
                 scorer = self.scorer(selected if trained else self._start)
-                known[key] = scorer.test_scores(checkpoint.z).fetch()
+                known[key] = scorer.test_scores(checkpoint.z, temperature_of(checkpoint)).fetch()
             scores[name] = known[key]
         return scores, len(known), time.perf_counter() - begun
 

@@ -27,7 +27,13 @@ from mp2.runs.frozen_model import FrozenModel, load_model, resolve_paths
 from mp2.runs.journal import finite_or_none
 from mp2.runs.loggers.logger import Logger, RunStart
 from mp2.runs.provenance import config_file, identity, versions
-from mp2.runs.result import engine_facts, router_text, stage_scores
+from mp2.runs.result import (
+    calibration_facts,
+    engine_facts,
+    router_text,
+    stage_scores,
+    temperature_of,
+)
 from mp2.runs.run_folder import OWN_PROMPTS, locked, new_folder
 from mp2.runs.scratch import ON_THE_FLY
 from mp2.runs.tuned import TunedMeta, save_tuned
@@ -133,6 +139,7 @@ def _write(run_dir: Path, tuner: GradientTuner, outcome: TuneOutcome, result: di
         at=final.at,
         iteration=final.iteration,
         seed=problem.config.seed,
+        temperature=temperature_of(final),
     )
     save_tuned(run_dir / "prompt.safetensors", final.z, meta)
     tuned: BbtConfig = replace(problem.config, prompts=OWN_PROMPTS)
@@ -183,5 +190,6 @@ def _result(run_dir: Path, config: TuneConfig, tuner: GradientTuner, outcome: Tu
         "examples": {"train": problem.n_train, "dev": problem.n_dev, "test": problem.n_test if tests else 0},
         "non_finite_losses": 0,
         **baseline_facts(problem, found.final.dev_score, None if last is None else last.score),
+        "calibration": calibration_facts(problem, found.final, last),
         "provenance": {**identity(problem), "config_sha256": config.sha256(), "versions": versions()},
     }

@@ -10,7 +10,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import Ridge
 
 from mp2.heads.ngrams import NgramFeatures
-from mp2.heads.ridge import RidgeHead, RidgeSettings, pooled
+from mp2.heads.ridge import STATES_SHARE, RidgeHead, RidgeSettings, pooled
 from mp2.tasks import MrcInput
 
 SETTINGS = RidgeSettings(layer=2, penalty=0.3, temperature=4.0, ngrams=False)
@@ -81,12 +81,12 @@ def test_fitted_scores_equal_ridge_regression_on_the_same_features(ngrams: bool,
     features, new = rng.standard_normal((9, 5)) + 2, rng.standard_normal((9, 5)) + 2
     fitted = head.fit(lambda: features)
 
-    def scaled(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def scaled(x: np.ndarray, y: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
         middle = x.mean(0)
-        size = np.sqrt(((x - middle) ** 2).sum(1).mean()) * np.sqrt(2 if ngrams else 1)
+        size = np.sqrt(((x - middle) ** 2).sum(1).mean() / share)
         return (x - middle) / size, (y - middle) / size
 
-    known, asked = scaled(features, new)
+    known, asked = scaled(features, new, STATES_SHARE if ngrams else 1.0)
     others = train(9, fields)[::-1]  # other texts stand beside the new states
     if ngrams:
         learned = NgramFeatures.of([[i.input_ids[a : b + 1].tolist() for a, b in i.segments] for i in items])
@@ -94,12 +94,12 @@ def test_fitted_scores_equal_ridge_regression_on_the_same_features(ngrams: bool,
             np.stack([learned([i.input_ids[x : y + 1].tolist() for x, y in i.segments]) for i in some])
             for some in (items, others)
         )
-        a, b = scaled(a, b)
+        a, b = scaled(a, b, 1 - STATES_SHARE)
         known, asked = np.hstack([known, a]), np.hstack([asked, b])
     targets = np.eye(3)[[i.label for i in items]]
     expected = Ridge(alpha=SETTINGS.penalty, solver="svd").fit(known, targets).predict(asked)
     got = np.stack([fitted.scores(i, x) for i, x in zip(others, new, strict=True)])
-    assert_allclose(got, SETTINGS.temperature * expected, rtol=0, atol=1e-9)
+    assert_allclose(got, fitted.settings.temperature * expected, rtol=0, atol=1e-9)
 
 
 def test_losses_are_leave_one_out_cross_entropies_of_separate_fits() -> None:

@@ -119,3 +119,28 @@ def test_no_answer_wins_only_where_the_card_allows_it(tokenizer: Tokenizer) -> N
 def test_an_example_without_inputs_is_refused(make_card: MakeCard) -> None:
     with pytest.raises(ValueError, match="example 0 has no input among the 0"):
         decode(make_card("classification"), [Example({"text": "x"}, "a")], [], [])
+
+
+@pytest.mark.parametrize("task", ["tnews", "cmrc2018"])
+def test_a_temperature_changes_probabilities_and_no_prediction(tokenizer: Tokenizer, task: str) -> None:
+    card, context = load_card(task), "今天去看电影" * 40
+    fields = {"text": "今天"} if task == "tnews" else {"context": context, "question": "？"}
+    examples = [Example(fields, None)]
+    items = MrcFormatter(card, tokenizer, 128).inputs(examples[0], 0)
+    rng = np.random.default_rng(0)
+    logits = [rng.standard_normal((item.n_tokens, 2)) * 3 for item in items]
+    logp = [x - np.logaddexp.reduce(x, 0) for x in logits]
+    scores = [span_scores(item, x) for item, x in zip(items, logp, strict=True)]
+    (plain,) = decode(card, examples, items, scores)
+    for temperature in (0.5, 3.0):
+        (found,) = decode(card, examples, items, scores, temperature)
+        assert found.prediction == plain.prediction
+        scaled = [x / temperature - np.logaddexp.reduce(x / temperature, 0) for x in logits]
+        again = [span_scores(item, x) for item, x in zip(items, scaled, strict=True)]
+        if card.type == "classification":
+            (expected,) = decode(card, examples, items, again)
+            assert found.probability == pytest.approx(expected.probability, abs=1e-12)
+        else:  # the probability of the span that was chosen before, in its window
+            spans = [np.exp(x[:, None, 0] + x[None, :, 1]).ravel() for x in scaled]
+            assert np.isclose(np.concatenate(spans), found.probability, atol=1e-12).any()
+        assert (found.probability > plain.probability) == (temperature < 1)

@@ -12,14 +12,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 
-Task = dict[str, Any]  # what tasks/NAME.json holds, and its tensors as "tensors"
+Task = dict[str, Any]  # what tasks/NAME.json holds, its tensors as "tensors", and its n-grams' places
+OUTPUTS = {"span": ["start_logits", "end_logits"], "mlm": ["word_log_probs"], "ridge": ["pooled"]}  # by head
+TYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8"}
 
 
 class Row(NamedTuple):
-    """One sequence of a line; a line of an extraction task has one for each window over its context."""
+    """One sequence of a line.
+
+    An extraction task has one for each window over its context, head mlm one for each length of label word.
+    """
 
     ids: np.ndarray  # [T]
-    spans: np.ndarray  # [n, 2], first and last token of each option, or (extraction) of the context
+    spans: np.ndarray  # [n, 2], first and last token of each option (extraction: of the context; head ridge:
+    # of each field; head mlm: of each [MASK])
     text: str = ""  # the context
     offsets: Sequence[tuple[int, int]] = ()  # of the context's tokens, in its characters
 
@@ -30,18 +36,22 @@ def load(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Task]]:
     tokenizer.encode_special_tokens = True  # "[SEP]" in a text is text
     for name, entry in json.loads((folder / "manifest.json").read_text("utf-8"))["tasks"].items():
         card = json.loads((folder / entry["card"]).read_text("utf-8"))
-        tasks[name] = {**card, "tensors": read_tensors(folder / entry["tensors"])}
+        tensors = read_tensors(folder / entry["tensors"])
+        ngrams = {tuple(x[x >= 0].tolist()): k for k, x in enumerate(tensors.get("ridge_ngrams", ()))}
+        tasks[name] = {**card, "tensors": tensors, "ngrams": ngrams}
     return tokenizer, tasks
 
 
 def read_tensors(file: Path) -> dict[str, np.ndarray]:
-    """Return the float32 tensors of a safetensors file."""
+    """Return the tensors of a safetensors file."""
     data = file.read_bytes()
     size = 8 + int.from_bytes(data[:8], "little")
     header, data = json.loads(data[8:size]), data[size:]
     header.pop("__metadata__", None)
-    flat = {name: np.frombuffer(data[slice(*x["data_offsets"])], "<f4") for name, x in header.items()}
-    return {name: x.reshape(header[name]["shape"]) for name, x in flat.items()}
+    return {
+        name: np.frombuffer(data[slice(*x["data_offsets"])], TYPES[x["dtype"]]).reshape(x["shape"])
+        for name, x in header.items()
+    }
 
 
 def rows(tokenizer: tokenizers.Tokenizer, task: Task, line: dict[str, Any]) -> list[Row]:
@@ -66,6 +76,12 @@ def rows(tokenizer: tokenizers.Tokenizer, task: Task, line: dict[str, Any]) -> l
             )
             for first, last in _windows(len(context.ids), size, task["max_answer_tokens"])
         ]
+    if task["head"] == "ridge":
+        return [_row(task, cut(ids, task["room"]), ())]
+    if task["head"] == "mlm":
+        lengths = sorted({len(x["ids"]) for x in task["options"]})
+        kept = cut(ids, task["room"])
+        return [_row(task, {**kept, "label": [task["mask"]] * n}, ()) for n in lengths]
     options = [x["ids"] for x in task["options"]]
     options = options or [tokenizer.encode(x, add_special_tokens=False).ids for x in line["options"]]
     room = task["room"] - sum(map(len, options)) - len(task["separator"]) * (len(options) - 1)
@@ -92,18 +108,24 @@ def cut(texts: dict[str, list[int]], room: int) -> dict[str, list[int]]:
 
 def feeds(tasks: list[Task], rows: list[Row]) -> dict[str, np.ndarray]:
     """Return the inputs for ``rows``, of the task at the same place each; one prompt where all share it."""
+    heads = [task["head"] for task in tasks]
     tasks = tasks[:1] if all(task is tasks[0] for task in tasks) else tasks
-    made = {name: stack([task["tensors"][name] for task in tasks]) for name in tasks[0]["tensors"]}
+    inputs = [name for name in tasks[0]["tensors"] if not name.startswith("ridge_")]
+    made = {name: stack([task["tensors"][name] for task in tasks]) for name in inputs}
     made |= {
         "input_ids": stack([x.ids for x in rows]),
         "attention_mask": stack([np.ones_like(x.ids) for x in rows]),
     }
     made["prompt_length"] = np.array([task["prompt_length"] for task in tasks], np.int64)
-    return made | {"segments": np.zeros((len(rows), 1, 2), np.int64)}  # nothing is pooled
+    nothing = np.zeros((1, 2), np.int64)  # is pooled for the span head
+    segments = [
+        nothing if task["head"] == "span" else row.spans for task, row in zip(tasks, rows, strict=True)
+    ]
+    return made | {"segments": stack(segments)}
 
 
 def stack(arrays: list[np.ndarray]) -> np.ndarray:
-    """Return arrays as one; the axis of tokens or prompt rows (last but one, or only one) is filled up."""
+    """Return arrays as one; the axis of tokens, rows or segments (last but one, or only one) is filled up."""
     axis = max(arrays[0].ndim - 2, 0)
     size = max(x.shape[axis] for x in arrays)
     return np.stack(
@@ -113,33 +135,87 @@ def stack(arrays: list[np.ndarray]) -> np.ndarray:
 
 def outputs(tasks: list[Task]) -> list[str]:
     """Return the names of the outputs that the tasks' answers are made of."""
-    return ["start_logits", "end_logits"]
+    heads = {task["head"] for task in tasks}
+    return [name for head, names in OUTPUTS.items() if head in heads for name in names]
 
 
 def answer(
     task: Task, line: dict[str, Any], rows: list[Row], found: list[dict[str, np.ndarray]]
 ) -> dict[str, Any]:
-    """Return the answer to a line and its probability; ``found`` are the outputs of each of its rows."""
+    """Return the answer to a line and its probability; ``found`` are the outputs of each of its rows.
+
+    ValueError where these are no numbers.
+    """
     if task["type"] == "extraction":
-        return _extracted(task, rows, found)
-    (row,), (x,) = rows, found
-    scores = x["start_logits"][row.spans[:, 0]].astype(float) + x["end_logits"][row.spans[:, 1]]
-    best = int(scores.argmax())
-    chosen = (
-        {"label": task["options"][best]["label"]}
-        if task["options"]
-        else {"label": best, "option": line["options"][best]}
-    )
-    return chosen | {"probability": float(1 / np.exp(scores - scores[best]).sum())}
+        made = _extracted(task, rows, found)
+    else:
+        several = [SCORES[task["head"]](task, row, x) for row, x in zip(rows, found, strict=True)]
+        scores = np.max(several, axis=0) / task["temperature"]
+        best = int(scores.argmax())
+        made = (
+            {"label": task["options"][best]["label"]}
+            if task["options"]
+            else {"label": best, "option": line["options"][best]}
+        )
+        made["probability"] = float(1 / np.exp(scores - scores[best]).sum())
+    if not np.isfinite(made["probability"]):
+        raise ValueError("its scores are no numbers")
+    return made
+
+
+def span_scores(task: Task, row: Row, x: dict[str, np.ndarray]) -> np.ndarray:
+    """Log-scores of the options: of each span's first token as a start and its last as an end."""
+    starts, ends = x["start_logits"][row.spans[:, 0]], x["end_logits"][row.spans[:, 1]]
+    return np.asarray(starts.astype(float) + ends)
+
+
+def word_scores(task: Task, row: Row, x: dict[str, np.ndarray]) -> np.ndarray:
+    """Mean log-probabilities of the label words' tokens at the [MASK]s; -inf for words of another length."""
+    words, n = [option["ids"] for option in task["options"]], len(row.spans)
+    at = x["word_log_probs"][np.arange(n)].astype(float)
+    return np.array([at[np.arange(n), word].mean() if len(word) == n else -np.inf for word in words])
+
+
+def ridge_scores(task: Task, row: Row, x: dict[str, np.ndarray]) -> np.ndarray:
+    """Scores of the labels: linear in the fields' mean states at one layer, and in their n-grams' TF-IDF."""
+    tensors = task["tensors"]
+    means = x["pooled"][: len(row.spans), task["layer"]].astype(float)
+    states = [means.ravel(), *([_compared(*means)] if len(means) == 2 else [])]
+    scores = np.concatenate(states) @ tensors["ridge_state_weight"] + tensors["ridge_bias"]
+    if "ridge_ngrams" in tensors:
+        texts = [_ngram_row(task, row.ids[first : last + 1].tolist()) for first, last in row.spans]
+        scores += (_compared(*texts) if len(texts) == 2 else sum(texts)) @ tensors["ridge_ngram_weight"]
+    return np.asarray(task["scale"] * scores)
+
+
+SCORES = {"span": span_scores, "mlm": word_scores, "ridge": ridge_scores}
+
+
+def _compared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.abs(a - b), a * b])
+
+
+def _ngram_row(task: Task, ids: list[int]) -> np.ndarray:
+    """TF-IDF [G] of a text's n-grams of 1 to 3 tokens, of length 1."""
+    row = np.zeros(len(task["ngrams"]))
+    for n in (1, 2, 3):
+        for i in range(len(ids) - n + 1):
+            if (k := task["ngrams"].get(tuple(ids[i : i + n]))) is not None:
+                row[k] += task["tensors"]["ridge_idf"][k]
+    return np.asarray(row / (np.sqrt(row @ row) or 1.0))
 
 
 def _row(task: Task, texts: dict[str, list[int]], options: Any, text: str = "", offsets: Any = ()) -> Row:
+    whole = task["fields"] if task["head"] == "ridge" else ["context"] * (task["type"] == "extraction")
     ids, spans = list(task["before"]), []
     for part in task["parts"]:  # template text, and what follows it
         ids += part["ids"]
-        if part["field"] == "context" and not options:
-            spans.append((len(ids), len(ids) + len(texts["context"]) - 1))
-        ids += texts.get(part["field"], [])
+        text = texts.get(part["field"], [])
+        if part["field"] == "label":  # [MASK]
+            spans += [(k, k) for k in range(len(ids), len(ids) + len(text))]
+        elif part["field"] in whole:
+            spans.append((len(ids), len(ids) + len(text) - 1))
+        ids += text
         for k, option in enumerate(options if part["field"] == "options" else ()):
             spans.append((len(ids), len(ids) + max(len(option), 1) - 1))
             ids += option + task["separator" if k + 1 < len(options) else "closing"]
@@ -155,20 +231,25 @@ def _windows(n_tokens: int, size: int, overlap: int) -> list[tuple[int, int]]:
 
 
 def _extracted(task: Task, rows: list[Row], found: list[dict[str, np.ndarray]]) -> dict[str, Any]:
-    best, text, no_answer = -np.inf, "", np.inf
-    for row, x in zip(rows, found, strict=True):
-        start, end = (_log_softmax(x[name][: len(row.ids)]) for name in ("start_logits", "end_logits"))
-        no_answer = min(no_answer, start[0] + end[0])
+    best, text, span = -np.inf, "", (0, 0, 0)  # of the best span: its row, first and last token
+    logits = [
+        [x[name].astype(float)[: len(row.ids)] for name in OUTPUTS["span"]]
+        for row, x in zip(rows, found, strict=True)
+    ]
+    at_cls = [sum(_log_softmax(x)[0] for x in pair) for pair in logits]
+    for k, row in enumerate(rows):
         first, last = row.spans[0]
-        start, end = start[first : last + 1], end[first : last + 1]
+        start, end = (_log_softmax(x)[first : last + 1] for x in logits[k])
         for extra in range(min(task["max_answer_tokens"], len(start))):  # ties go to the shortest
             scores = start[: len(start) - extra] + end[extra:]
             at = int(scores.argmax())
             if scores[at] > best:
-                best, text = scores[at], row.text[row.offsets[at][0] : row.offsets[at + extra][1]]
-    if not text or (task["unanswerable"] and no_answer > best):
-        return {"answer": "", "probability": float(np.exp(no_answer))}
-    return {"answer": text, "probability": float(np.exp(best))}
+                best, span = scores[at], (k, first + at, first + at + extra)
+                text = row.text[row.offsets[at][0] : row.offsets[at + extra][1]]
+    if not text or (task["unanswerable"] and min(at_cls) > best):
+        text, span = "", (int(np.argmin(at_cls)), 0, 0)
+    start, end = (_log_softmax(x / task["temperature"]) for x in logits[span[0]])
+    return {"answer": text, "probability": float(np.exp(start[span[1]] + end[span[2]]))}
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:

@@ -38,7 +38,10 @@ def main() -> None:
                 found.setdefault(n, []).append((row, dict(zip(names, (x[k] for x in outputs), strict=True))))
     for number, line in enumerate(lines):
         rows, outputs = zip(*found[number], strict=True)
-        answer = reading.answer(tasks[line["task"]], line, list(rows), list(outputs))
+        try:
+            answer = reading.answer(tasks[line["task"]], line, list(rows), list(outputs))
+        except ValueError as error:
+            sys.exit(f"line {number + 1}: {error}")
         print(json.dumps(answer, ensure_ascii=False))
 
 

@@ -48,8 +48,8 @@ def fitted_temperature(rows: Sequence[Floats], gold: Sequence[int]) -> float:
     if not kept:
         return 1.0
     table = np.full((len(kept), max(map(len, kept))), -np.inf)
-    for filled, scores in zip(table, kept, strict=True):
-        filled[: len(scores)] = scores
+    for filled, finite in zip(table, kept, strict=True):
+        filled[: len(finite)] = finite
 
     def loss(log_temperature: float) -> float:
         sharp = np.exp(-log_temperature)

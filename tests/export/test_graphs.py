@@ -14,6 +14,7 @@ from onnx import TensorProto, numpy_helper
 from tiny_words import tiny_vocab
 
 from mp2.backbone import Backbone, BackboneConfig, random_backbone
+from mp2.backbone.mlm_head import MlmHead
 from mp2.engine.folder import FOLDER_PRECISIONS, TENSORRT_PRECISIONS, EngineFolder
 from mp2.engine.tensorrt.plans import read_shapes
 from mp2.engine.tensorrt.profiles import TaskShapes, grown
@@ -139,13 +140,13 @@ def test_emulation_rounds_as_onnxruntime_does_on_the_typed_graph(typed: Typed, p
 @pytest.mark.parametrize("precision", FOLDER_PRECISIONS)
 @pytest.mark.parametrize("graph", [PREFIX_GRAPH, INLINE_GRAPH])
 def test_deployment_graphs_answer_as_the_encoder_does_whatever_a_batch_mixes(
-    tiny_backbone: Backbone, whole: Callable[[str], Path], graph: str, precision: str
+    tiny_backbone: Backbone, tiny_mlm: MlmHead, whole: Callable[[str], Path], graph: str, precision: str
 ) -> None:
     comparisons = list(
-        compare_whole(emulated_graph(whole(precision) / graph), tiny_backbone, precision, graph)
+        compare_whole(emulated_graph(whole(precision) / graph), tiny_backbone, precision, graph, tiny_mlm)
     )
     assert [c.line() for c in comparisons if not c.ok] == []
-    assert len(comparisons) == 3 * 4
+    assert len(comparisons) == 3 * 5
 
 
 def test_a_typed_folder_is_verified_like_any_other(typed: Typed, tiny_backbone: Backbone) -> None:

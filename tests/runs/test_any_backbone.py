@@ -7,29 +7,9 @@ from pathlib import Path
 
 import own_tasks
 import pytest
-import torch
 from command_line import mp2, mp2_json, predicted_accuracy, predictions
-from transformers import BertConfig, BertForMaskedLM, BertModel
-
-from mp2.backbone.load import EMBEDDED
-
-VOCABULARY = EMBEDDED["mini"] / "vocab.txt"
-
-
-def save_bert(folder: Path, kind: type[BertModel] | type[BertForMaskedLM]) -> Path:
-    """A small BERT with random weights, as transformers saves it."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(VOCABULARY.read_text("utf-8").splitlines()),
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=96,
-    )
-    kind(config).save_pretrained(folder)
-    (folder / "vocab.txt").write_bytes(VOCABULARY.read_bytes())
-    return folder
+from small_bert import save_bert
+from transformers import BertForMaskedLM, BertModel
 
 
 @pytest.fixture(scope="module")

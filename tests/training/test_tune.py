@@ -221,9 +221,9 @@ def test_the_result_counts_the_prompts_that_were_scored_on_test(
     scored: list[bytes] = []
     plain = FewShotProblem.test_scores
 
-    def counted(self: FewShotProblem, z: Any) -> Any:
+    def counted(self: FewShotProblem, z: Any, temperature: float) -> Any:
         scored.append(z.tobytes())
-        return plain(self, z)
+        return plain(self, z, temperature)
 
     monkeypatch.setattr(FewShotProblem, "test_scores", counted)
     # rates that move nothing: the untuned prompt stays the best one of all three stages

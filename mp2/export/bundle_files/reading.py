@@ -210,12 +210,12 @@ def _row(task: Task, texts: dict[str, list[int]], options: Any, text: str = "", 
     ids, spans = list(task["before"]), []
     for part in task["parts"]:  # template text, and what follows it
         ids += part["ids"]
-        text = texts.get(part["field"], [])
+        own = texts.get(part["field"], [])
         if part["field"] == "label":  # [MASK]
-            spans += [(k, k) for k in range(len(ids), len(ids) + len(text))]
+            spans += [(k, k) for k in range(len(ids), len(ids) + len(own))]
         elif part["field"] in whole:
-            spans.append((len(ids), len(ids) + len(text) - 1))
-        ids += text
+            spans.append((len(ids), len(ids) + len(own) - 1))
+        ids += own
         for k, option in enumerate(options if part["field"] == "options" else ()):
             spans.append((len(ids), len(ids) + max(len(option), 1) - 1))
             ids += option + task["separator" if k + 1 < len(options) else "closing"]

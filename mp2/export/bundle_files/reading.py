@@ -118,9 +118,7 @@ def feeds(tasks: list[Task], rows: list[Row]) -> dict[str, np.ndarray]:
     }
     made["prompt_length"] = np.array([task["prompt_length"] for task in tasks], np.int64)
     nothing = np.zeros((1, 2), np.int64)  # is pooled for the span head
-    segments = [
-        nothing if task["head"] == "span" else row.spans for task, row in zip(tasks, rows, strict=True)
-    ]
+    segments = [nothing if head == "span" else row.spans for head, row in zip(heads, rows, strict=True)]
     return made | {"segments": stack(segments)}
 
 

@@ -142,23 +142,19 @@ def answer(
 ) -> dict[str, Any]:
     """Return the answer to a line and its probability; ``found`` are the outputs of each of its rows.
 
-    ValueError where these are no numbers.
+    The probability is NaN where these are no numbers.
     """
     if task["type"] == "extraction":
-        made = _extracted(task, rows, found)
-    else:
-        several = [SCORES[task["head"]](task, row, x) for row, x in zip(rows, found, strict=True)]
-        scores = np.max(several, axis=0) / task["temperature"]
-        best = int(scores.argmax())
-        made = (
-            {"label": task["options"][best]["label"]}
-            if task["options"]
-            else {"label": best, "option": line["options"][best]}
-        )
-        made["probability"] = float(1 / np.exp(scores - scores[best]).sum())
-    if not np.isfinite(made["probability"]):
-        raise ValueError("its scores are no numbers")
-    return made
+        return _extracted(task, rows, found)
+    several = [SCORES[task["head"]](task, row, x) for row, x in zip(rows, found, strict=True)]
+    scores = np.max(several, axis=0) / task["temperature"]
+    best = int(scores.argmax())
+    chosen = (
+        {"label": task["options"][best]["label"]}
+        if task["options"]
+        else {"label": best, "option": line["options"][best]}
+    )
+    return chosen | {"probability": float(1 / np.exp(scores - scores[best]).sum())}
 
 
 def span_scores(task: Task, row: Row, x: dict[str, np.ndarray]) -> np.ndarray:

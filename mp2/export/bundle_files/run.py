@@ -4,6 +4,7 @@ Needs onnxruntime, tokenizers and numpy, and reading.py beside it. Tasks may dif
 """
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -38,10 +39,9 @@ def main() -> None:
                 found.setdefault(n, []).append((row, dict(zip(names, (x[k] for x in outputs), strict=True))))
     for number, line in enumerate(lines):
         rows, outputs = zip(*found[number], strict=True)
-        try:
-            answer = reading.answer(tasks[line["task"]], line, list(rows), list(outputs))
-        except ValueError as error:
-            sys.exit(f"line {number + 1}: {error}")
+        answer = reading.answer(tasks[line["task"]], line, list(rows), list(outputs))
+        if not math.isfinite(answer["probability"]):
+            sys.exit(f"line {number + 1}: its scores are no numbers")
         print(json.dumps(answer, ensure_ascii=False))
 
 

@@ -30,6 +30,7 @@ LEVELS = (
     (
         "errors",
         "files",
+        "injection",
         "lazy",
         "limits",
         "options",

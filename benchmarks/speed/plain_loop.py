@@ -82,7 +82,7 @@ class PlainLoop:
         """Mean of start and end cross-entropy under intrinsic prompts z [L, d]."""
         meta = self.prompts.meta
         flat = torch.einsum("ld,ldx->lx", torch.from_numpy(z).to(self.device), self.projection)
-        self.added = list(flat.view(-1, meta.prompt_tokens, meta.hidden))
+        self.added = list(flat.view(len(flat), meta.prompt_tokens, meta.hidden))
         hidden = self.model(input_ids=self.ids, attention_mask=self.mask).last_hidden_state
         logits = hidden.float() @ self.span[0].T + self.span[1]
         logits = logits.masked_fill(~self.real[..., None], -torch.inf)

@@ -167,10 +167,10 @@ class Encoder(nn.Module):
         """Token ids [N, T] -> last hidden states of the tokens [N, T, H].
 
         ``prefixes`` holds one prefix a layer (deep prompts); ``inline`` [N or 1, m, H] are soft prompts that
-        enter the sequence itself after [CLS] (shallow prompts); ``added`` [L, m, H] are soft prompts of every
-        layer that are injected inline as the authors' code does it: the rows after [CLS] are m placeholder
-        tokens, and before layer l their hidden states h_1 .. h_m become h_j + added[l, j]. The rows are
-        dropped from the result.
+        enter the sequence itself after [CLS] (shallow prompts); ``added`` [L or 1, m, H] are soft prompts of
+        every layer, or of layer 0, that are injected as the authors' code does it: the rows after [CLS] are m
+        placeholder tokens, and before layer l their hidden states h_1 .. h_m become h_j + added[l, j]. The
+        rows are dropped from the result.
         """
         words = inline if added is None else self.placeholders(added.shape[1])
         m = 0 if words is None else words.shape[1]
@@ -181,7 +181,7 @@ class Encoder(nn.Module):
             if mask is not None:
                 mask = torch.cat([mask[:, :1], mask.new_ones(len(mask), m), mask[:, 1:]], dim=1)
         for i in range(self.config.n_layers):
-            if added is not None:
+            if added is not None and i < len(added):
                 hidden = add_to_rows(hidden, added[i])
             hidden = self.layer(i, hidden, mask, None if prefixes is None else prefixes[i])
         if m:

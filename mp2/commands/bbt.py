@@ -48,7 +48,11 @@ _STAGE_TWO = ("popsize", "cma", *_SIGMAS["deep"], *_SIGMAS["shallow"])
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (a list if several).")
 @click.pass_context
 def bbt(ctx: click.Context, /, as_json: bool, **typed: Any) -> None:
-    """Tune prompts for a task without gradients: search the router, then CMA-ES layer by layer."""
+    """Tune prompts for a task without gradients: search the router, then CMA-ES layer by layer.
+
+    --method bbt and bbtv2 are the published methods that MP2 is compared with: random projections, no router,
+    and the checkpoint's masked-language-model head read at label words.
+    """
     from mp2.commands.report import show_result, show_series
 
     if typed.pop("explain"):
@@ -130,6 +134,8 @@ def _configs(typed: dict[str, Any], given: set[str]) -> list[BbtConfig]:
     tasks, seeds = _tasks(typed["tasks"]), read_seeds(typed["seed"], typed["seeds"])
     if not tasks:
         raise UsageError("no task: give --task NAME ('mp2 tasks' lists them), a card, or --resume RUNDIR")
+    if typed["method"] != "mp2" and "keep" in given:
+        raise UsageError(f"method {typed['method']} has its own rule of what a layer keeps: drop --keep")
     if typed["router_only"] and typed["router_search"] == "none":
         raise UsageError("--router-only with --router-search none leaves nothing to search; drop one")
     config = build(BbtConfig, typed, task=tasks[0], seed=seeds[0])

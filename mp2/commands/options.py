@@ -91,7 +91,7 @@ def config_options(
 
     Args:
         config: the dataclass.
-        skip: fields for which this command has no option, or an option of its own.
+        skip: fields, or command-line names, for which this command has no option, or one of its own.
         only: help by field, of a command that has no others, and no defaults.
     """
 
@@ -100,7 +100,7 @@ def config_options(
             if only is not None and item.name in only:
                 found = replace(found, help=only[item.name], default_text=None)
                 command = _click_option(item.name, found, None, hint)(command)
-            elif only is None and item.name not in skip:
+            elif only is None and not {item.name, parameter(item.name, found)} & {*skip}:
                 command = _click_option(item.name, found, item.default, hint)(command)
         return command
 
@@ -136,9 +136,13 @@ def parameter(field: str, found: Option) -> str:
 
 def _fields(config: type[Any]) -> Iterator[tuple[Field[Any], Option, Any]]:
     hints = get_type_hints(config)
+    own = {
+        parameter(item.name, item.metadata["option"]) for item in fields(config) if "option" in item.metadata
+    }
     for item in fields(config):
         if is_dataclass(hints[item.name]):
-            yield from _fields(hints[item.name])  # type: ignore[arg-type]
+            inner = _fields(hints[item.name])  # type: ignore[arg-type]
+            yield from (x for x in inner if parameter(x[0].name, x[1]) not in own)  # which hides it
         elif "option" in item.metadata:
             yield item, item.metadata["option"], hints[item.name]
 

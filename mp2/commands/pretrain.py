@@ -22,6 +22,7 @@ from mp2.training.config import PretrainConfig
 )
 @click.argument("more", nargs=-1, metavar="", type=TASK)
 @click.option("--data", type=click.Path(), help="Folder with TASK/{train,dev}.jsonl; or MP2_DATA.")
+@click.option("--corpus", type=click.Path(), help="Of --method ppt: folder of *.txt or *.txt.xz.")
 @click.option(
     "--backbone",
     default="mini",
@@ -41,10 +42,14 @@ from mp2.training.config import PretrainConfig
 @quiet_option
 @click.pass_context
 def pretrain(ctx: click.Context, /, device: str, threads: int | None, quiet: bool, **options: Any) -> None:
-    """Pre-train modular prompts and routers on many tasks by gradient; restartable, alone or by torchrun."""
+    """Pre-train modular prompts and routers on many tasks by gradient; restartable, alone or by torchrun.
+
+    --method has the prompts that MP2 is compared with: spot (one soft prompt, same tasks), ppt (one soft
+    prompt, next-sentence selection on plain text), and head (a span head without prompts).
+    """
     from mp2.training.pretrain_run import asked_run, pretrain_command
 
-    names = ("names", "more", "data", "backbone", "revision", "out", "resume", "init")
+    names = ("names", "more", "data", "corpus", "backbone", "revision", "out", "resume", "init")
     asked = {name: options[name] for name in names} | field_values(PretrainConfig, options)
     inputs, config, out = asked_run(asked, given(ctx) - {"quiet"}, typed())
     pretrain_command(inputs, config, out, device, threads, log=notes(quiet), show=click.echo)

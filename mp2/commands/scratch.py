@@ -11,7 +11,7 @@ from mp2.commands.options import BACKBONE
 from mp2.errors import UsageError
 
 
-@click.command(short_help="Write untrained prompts (BBT, BBTv2).")
+@click.command(short_help="Write untrained prompts.")
 @click.option(
     "--backbone",
     default="mini",
@@ -23,6 +23,7 @@ from mp2.errors import UsageError
 @click.option("--like", help="Prompts whose shape and span head to take.  [default: mini-deep for mini]")
 @click.option("--deep", "kind", flag_value="deep", help="Without --like: prompts at every layer (BBTv2).")
 @click.option("--shallow", "kind", flag_value="shallow", help="Without --like: at the input only (BBT).")
+@click.option("--head", help="Prompts whose span head to take (mp2 pretrain --method head, mp2 tune).")
 @click.option("--seed", default=8, show_default=True, help="Draws the random projections.")
 @click.option("--out", required=True, type=click.Path(dir_okay=False), help="Prompt file to write.")
 def scratch(
@@ -30,15 +31,16 @@ def scratch(
     revision: str | None,
     like: str | None,
     kind: Literal["deep", "shallow"] | None,
+    head: str | None,
     seed: int,
     out: str,
 ) -> None:
-    """Write untrained prompts for any backbone; 'mp2 bbt' on them is BBTv2 (deep) or BBT (shallow)."""
+    """Write untrained prompts for any backbone, to search from ('mp2 bbt --method bbtv2' is BBTv2 itself)."""
     from mp2.runs.scratch import scratch_command
 
     if like and kind:
         raise UsageError(f"--like {like} says the kind of prompts: drop --{kind}")
     if like is None and kind is None and backbone == "mini":
         like = "mini-deep"
-    meta = scratch_command(backbone, like, kind or "deep", seed, Path(out), revision=revision).meta
+    meta = scratch_command(backbone, like, kind or "deep", seed, Path(out), revision=revision, head=head).meta
     click.echo(f"{out}: {meta.kind}, m = {meta.prompt_tokens}, d = {meta.intrinsic_dim}, random projections")

@@ -171,8 +171,8 @@ class ChainForward(Forward):
         """Raises UsageError for deep inline prompts where the backend has prefixes only."""
         super().__init__(backend, prompts, head, micro_batch_tokens, cache_bytes)
         self._stages = backend
-        self._added = prompts.kind == "deep" and not self.prefixed
-        if self._added and not backend.deep_inline:
+        self._added = prompts.meta.on_placeholders
+        if self._added and prompts.kind == "deep" and not backend.deep_inline:
             raise UsageError(
                 f"these deep prompts were trained with inline injection, runtime '{backend.name}' has "
                 "prefixes only: run them with --runtime torch, or give prompts trained with "
@@ -187,7 +187,7 @@ class ChainForward(Forward):
     def chunk_of_candidates(self) -> int:
         """See `Forward.chunk_of_candidates`; here by the memory of their keys and values."""
         meta = self.prompts.meta
-        return max(1, _PREFIX_BYTES // (8 * meta.n_layers * meta.prompt_tokens * meta.hidden))
+        return max(1, _PREFIX_BYTES // (8 * meta.n_layers * max(1, meta.prompt_tokens) * meta.hidden))
 
     def prefix(self, layer: int, z: torch.Tensor) -> Prefixes:
         """Return the keys and values [P, 1, h, m, d_h] of intrinsic prompts ``z`` [P, d] at ``layer``."""
@@ -297,7 +297,8 @@ class ChainForward(Forward):
         words = prompts[0]
         if self._added:
             words = self._encoder.placeholders(m).expand(len(population.z), -1, -1).to(place)
-        rows = self._stages.embed_inline(words)  # [P, 1, m, H]
+        # [P, 1, m, H]; without rows there is nothing to embed, and not every backend can
+        rows = self._stages.embed_inline(words) if m else words.new_empty(len(words), 1, 0, words.shape[-1])
 
         def states(batch: Bucket, candidates: slice) -> torch.Tensor:
             text = self._stages.embed(batch.input_ids, m)
@@ -309,7 +310,7 @@ class ChainForward(Forward):
             # [CLS] and the rows are always real, so that their order in the mask is moot
             seen = None if batch.mask is None else torch.cat([batch.mask.new_ones(n, m), batch.mask], 1)
             for i in range(last + 1):
-                if self._added:
+                if self._added and i < len(prompts):
                     added = population.part(prompts[i], candidates).to(hidden.dtype)
                     hidden = add_to_rows(hidden, added.unsqueeze(1))
                 if i < last:
@@ -317,6 +318,8 @@ class ChainForward(Forward):
             text = torch.cat([hidden[:, :, :1], hidden[:, :, m + 1 :]], 2)
             if last < 0:
                 return text
+            if not m:
+                return self._stages.layer(last, text, batch.mask, None)
             # nothing reads the rows' last hidden states: only their keys and values count, which is a prefix
             return self._stages.layer(last, text, batch.mask, self._rows_prefix(hidden[:, :, 1 : m + 1]))
 

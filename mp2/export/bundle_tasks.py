@@ -76,11 +76,11 @@ def read_run(run_dir: Path, backbone: Backbone, prompts: str | None) -> TunedTas
         )
     prompt_set = run_prompts(replace(config, prompts=prompts or config.prompts), backbone)
     check_fits(meta, backbone_sha256=backbone.sha256, prompts_sha256=prompt_set.sha256)
-    if prompt_set.kind == "deep" and prompt_set.meta.injection != "prefix":
+    if prompt_set.meta.on_placeholders:
         raise UsageError(
-            f"the deep prompts of {run_dir} were trained with inline injection, and graphs of whole "
-            "backbones have keys and values only; tune with prompts trained with --injection prefix, or "
-            "answer with 'mp2 predict'"
+            f"the {prompt_set.kind} prompts of {run_dir} were trained with {prompt_set.meta.injection} "
+            "injection, and graphs of whole backbones have keys and values, or word-embedding rows; tune "
+            "with prompts trained with the default --injection, or answer with 'mp2 predict'"
         )
     card = load_card(run_dir / "card.toml")
     words = label_words(card, backbone.tokenizer) if meta.head["kind"] == "mlm" else ()

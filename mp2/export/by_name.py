@@ -74,10 +74,11 @@ def export_command(
         from mp2.prompts import load_prompts
 
         prompt_set = load_prompts(prompts, loaded)
-        if prompt_set.kind == "deep" and prompt_set.meta.injection != "prefix":
+        if prompt_set.meta.on_placeholders:
             raise UsageError(
-                f"the deep prompts in {prompts} were trained with inline injection, the graphs have prefixes "
-                "only: export without --prompts, or give prompts trained with --injection prefix"
+                f"the {prompt_set.kind} prompts in {prompts} were trained with {prompt_set.meta.injection} "
+                "injection, the graphs have prefixes and word-embedding rows only: export without --prompts, "
+                "or give prompts trained with the default --injection"
             )
     comparisons, report = _reporter(show)
     summary: dict[str, object] = {}

@@ -5,9 +5,10 @@ population 20. Layers are visited in turn, a visit is one generation, and the la
 offset it has found.
 
 Where this differs from BBTv2 (Sun et al. 2022), which it follows otherwise: there, a layer keeps the best
-of *all* its generations, though a loss measured while other layers held older prompts says nothing about
-now. Here a generation's best is taken only if it beats the incumbent, whose loss in the present context is
-known exactly. The training loss therefore never rises. The CMA-ES update itself needs no such care: it uses
+of *all* its own generations (``--keep ever``; their code: ``es.result.xbest``), the first one's even if it is
+worse than no prompt, though a loss measured while other layers held older prompts says little about now. Here
+(``incumbent``) a generation's best is taken only if it beats the incumbent, whose loss in the present context
+is known exactly: the training loss never rises. The CMA-ES update itself needs no such care: it uses
 ranks within one generation, which share one context. Its stopping rules are ignored: the budget stops it.
 """
 

@@ -58,6 +58,11 @@ class LayerConfig:
         what="CMA-ES variant",
         choices=("full", "diagonal"),
     )
+    keep: Literal["incumbent", "ever"] = option(
+        "incumbent",
+        "What a layer keeps: the best of the present prompt and its generation, or its best ever (BBTv2).",
+        choices=("incumbent", "ever"),
+    )
     sigma_input: float = option(5e-2, "First step size, layer 0, deep.", **_STEP)  # appendix A.2
     sigma_deep: float = option(1e-2, "First step size, other layers, deep.", **_STEP)  # appendix A.2
     sigma_shallow: float = option(0.1, "First step size, shallow.", **_STEP)  # appendix A.2

@@ -286,6 +286,7 @@ class TwoStage:
         incumbent = _Incumbent(fused, self._objective)
         last_dev = evaluations.iteration
         tell_s = 0.0  # of the last generation; the next one pays for it
+        best_ever = [math.inf] * n_layers  # of each layer's own generations, whatever the others held
         layer = 0
         while (left := config.iters - evaluations.iteration) > 0:
             start = time.perf_counter()
@@ -304,8 +305,9 @@ class TwoStage:
             )
             self._count(losses)
             best = int(np.argmin(losses))
-            if losses[best] < self._loss:
-                self._loss = float(losses[best])
+            bar = self._loss if config.layers.keep == "incumbent" else best_ever[layer]
+            if losses[best] < bar:  # then this is the incumbent's loss: it has just been measured
+                self._loss = best_ever[layer] = float(losses[best])
                 incumbent.commit(layer, candidates[best])
             start = time.perf_counter()
             if len(offsets) == len(population):

@@ -41,7 +41,7 @@ class ModularPrompts(nn.Module):
             return nn.Parameter((torch.rand(shapes[name], generator=generator) * 2 - 1) * bound)
 
         self.z = uniform("z", 1e-3)
-        self.projection = uniform("projection", (meta.prompt_tokens * meta.hidden) ** -0.5)
+        self.projection = uniform("projection", max(1, meta.prompt_tokens * meta.hidden) ** -0.5)
         self.routers = uniform("routers", 1e-3)
         self.span_weight = uniform("span_weight", meta.hidden**-0.5)
         self.span_bias = nn.Parameter(torch.zeros(2))
@@ -49,8 +49,13 @@ class ModularPrompts(nn.Module):
     def router_weights(
         self, task: int, *, temperature: float = 1.0, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Router weights [L', K] of a task: a relaxed sample with a generator, else hard."""
+        """Router weights [L', K] of a task: a relaxed sample with a generator, else as at inference.
+
+        Those of a single soft prompt are 1: divided by its own weight it is itself, whatever the weight.
+        """
         logits = self.routers[task]
+        if self.meta.is_single:
+            return torch.ones_like(logits)
         if generator is not None:
             return relaxed_bernoulli(logits, temperature, generator)
         return inference_weights(logits, self.meta.router_inference)
@@ -63,7 +68,7 @@ class ModularPrompts(nn.Module):
         with _full_precision(weights):
             z = fuse(self.z, weights, self.meta.router_normalisation)  # eq. 1
             flat = torch.einsum("ld,ldx->lx", z, self.projection)  # p = z A, section 3.2
-        return flat.view(-1, self.meta.prompt_tokens, self.meta.hidden)
+        return flat.view(len(flat), self.meta.prompt_tokens, self.meta.hidden)
 
     def forward(
         self, encoder: Encoder, input_ids: Tensor, mask: Tensor, weights: Tensor
@@ -72,11 +77,16 @@ class ModularPrompts(nn.Module):
 
         Autocast is for the encoder alone: prompts and span head keep the parameters' precision.
         """
-        prompts = self.prompts(weights)
+        return self.logits(encoder, input_ids, mask, self.prompts(weights))
+
+    def logits(
+        self, encoder: Encoder, input_ids: Tensor, mask: Tensor, prompts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Start and end logits [N, T] each, under soft prompts [L', m, H]."""
         if self.meta.injection == "prefix":
             prefixes = [prefix_of(encoder, i, p[None]) for i, p in enumerate(prompts)]
             hidden = encoder(input_ids, mask, prefixes=prefixes)
-        elif self.meta.kind == "deep":
+        elif self.meta.on_placeholders:
             hidden = encoder(input_ids, mask, added=prompts)
         else:
             hidden = encoder(input_ids, mask, inline=prompts)

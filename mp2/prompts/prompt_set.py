@@ -19,6 +19,7 @@ from torch import Tensor
 from mp2.backbone.load import Backbone
 from mp2.errors import FormatError, MismatchError, UnknownNameError, UsageError
 from mp2.files import write_tensors
+from mp2.injection import INJECTIONS, Injection
 from mp2.prompts.bernoulli import inference_weights
 from mp2.tensor_files import float_tensor, open_safetensors
 
@@ -45,19 +46,19 @@ class PromptMeta:
     intrinsic_dim: int = 300  # d, paper Table 3 (BBT: 300 tunable parameters)
     router_inference: Literal["hard", "soft"] = "hard"
     router_normalisation: Literal["count", "sum"] = "count"
-    injection: Literal["prefix", "inline"] | None = None  # None: prefix if deep; shallow is always inline
+    injection: Injection | None = None  # None: prefix if deep, inline if shallow
     tasks: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
         if self.injection is None:
-            object.__setattr__(self, "injection", "prefix" if self.kind == "deep" else "inline")
+            object.__setattr__(self, "injection", INJECTIONS.get(self.kind, ("inline",))[0])
         choices = {
             "kind": ("deep", "shallow"),
             "router_inference": ("hard", "soft"),
             "router_normalisation": ("count", "sum"),
-            "injection": ("prefix", "inline") if self.kind == "deep" else ("inline",),
+            "injection": INJECTIONS.get(self.kind, ()),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -66,7 +67,8 @@ class PromptMeta:
                 )
         for name in ("n_layers", "hidden", "n_heads", "n_modules", "prompt_tokens", "intrinsic_dim"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            least = 0 if name == "prompt_tokens" and self.injection == "inline" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise FormatError(f"is {value!r}, expected a positive integer", field=name)
 
     @property
@@ -77,7 +79,21 @@ class PromptMeta:
     @property
     def n_inline(self) -> int:
         """Rows that the prompts take in the sequence itself: m, or none where they enter as prefixes."""
-        return self.prompt_tokens if self.injection == "inline" else 0
+        return 0 if self.injection == "prefix" else self.prompt_tokens
+
+    @property
+    def on_placeholders(self) -> bool:
+        """Whether the prompts are added to the hidden states of placeholder rows, before L' layers."""
+        return self.injection == "added" or (self.kind == "deep" and self.injection == "inline")
+
+    @property
+    def is_single(self) -> bool:
+        """Whether this is one soft prompt p = A that no router scales: K = d = 1, divided by its own weight.
+
+        Without rows (m = 0, shallow) it is a span head alone.
+        """
+        shape = (self.n_modules, self.intrinsic_dim)
+        return shape == (1, 1) and self.router_normalisation == "sum"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor of the file."""
@@ -124,10 +140,10 @@ class PromptSet:
 
     @property
     def sha256(self) -> str:
-        """Hash of all tensors (float32 bytes), of the router convention and of deep inline injection."""
+        """Hash of all tensors (float32 bytes), the router convention, an injection at placeholders."""
         how = f"{self.meta.router_inference}/{self.meta.router_normalisation}"
-        if self.kind == "deep" and self.meta.injection == "inline":
-            how += "/inline"
+        if self.meta.on_placeholders:
+            how += f"/{self.meta.injection}"
         digest = hashlib.sha256(how.encode())
         for name, shape in self.meta.shapes().items():
             digest.update(f"{name}{shape}".encode())

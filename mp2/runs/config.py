@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,16 +15,23 @@ from mp2.options import option
 
 SCHEMA_VERSION = 1
 KINDS = ("auto", "deep", "shallow")
+METHODS = ("mp2", "bbt", "bbtv2")
 HEADS = ("auto", "span", "mlm", "ridge")
 RIDGE_FEATURES = ("states+ngrams", "states")
 RUNTIMES = ("auto", "torch", "onnxruntime", "onnxruntime-tensorrt", "tensorrt")  # those of mp2.engine
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "fp8", "int8")  # of any device
+
+PUBLISHED = {"bbt": "published-bbt", "bbtv2": "published-bbtv2"}
+"""What the prompts of a method without pre-trained ones are called; `mp2.runs.scratch` makes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BbtConfig(SearchConfig):
     """Everything that `mp2 bbt` needs to run, and to run again: the search, and what it searches."""
 
+    method: Literal["mp2", "bbt", "bbtv2"] = option(
+        "mp2", "mp2; or BBT, BBTv2 as published: nothing pre-trained, label words.", choices=METHODS
+    )
     task: str = option(help="A name of 'mp2 tasks', or your own card (a TOML file).", kind="task")
     data: str | None = option(
         None, "Folder with TASK/train.*, a training file, or hub:NAME; or MP2_DATA.", kind="path"
@@ -87,6 +94,8 @@ class BbtConfig(SearchConfig):
         """Refuse values that no run can have; open sets of names are checked where they are looked up."""
         super().__post_init__()
         object.__setattr__(self, "field", tuple(self.field))  # a list, where it was read back from JSON
+        if self.method != "mp2":
+            self._check_published()
         if self.ridge_features != "states+ngrams" and self.head not in ("auto", "ridge"):
             raise UsageError(
                 f"ridge_features is {self.ridge_features}, and head {self.head} has none: drop one of them"
@@ -96,9 +105,40 @@ class BbtConfig(SearchConfig):
                 f"test_limit is {self.test_limit}, and no test set is scored: drop --test-limit or --no-test"
             )
 
-    def method(self, kind: Kind) -> str:
-        """What the result calls this run: ``mp2-deep``, ``mp2-shallow-router``, ..."""
+    def label(self, kind: Kind) -> str:
+        """What the result calls this run: ``mp2-deep``, ``mp2-shallow-router``, ``bbtv2`` ..."""
+        if self.method != "mp2":
+            return self.method
         return f"mp2-{kind}" + ("-router" if self.router_only else "")
+
+    def _check_published(self) -> None:
+        """Refuse what BBT and BBTv2 as published do not have, and take what they do."""
+        made = PUBLISHED[self.method]
+        kind: Kind = "shallow" if self.method == "bbt" else "deep"
+        allowed = {
+            "prompts": (None, made),
+            "kind": ("auto", kind),
+            "head": ("auto", "mlm"),
+            "router_only": (False,),
+        }
+        for name, values in allowed.items():
+            if (got := getattr(self, name)) not in values:
+                flag = f"--{got}" if name == "kind" else f"--{name.replace('_', '-')}"
+                raise UsageError(
+                    f"{name} is {got}, and method {self.method} has random projections, no router and the "
+                    f"head of label words: drop {flag}"
+                )
+        if self.router.method not in (RouterConfig().method, "none") or self.router.iterations is not None:
+            raise UsageError(f"method {self.method} has no router to search: drop --router-search/-iters")
+        taken = {
+            "prompts": made,
+            "kind": kind,
+            "head": "mlm",
+            "router": RouterConfig(method="none"),
+            "layers": replace(self.layers, keep="ever"),
+        }
+        for name, value in taken.items():
+            object.__setattr__(self, name, value)
 
     def to_json(self) -> dict[str, Any]:
         """The config as plain JSON values."""
@@ -123,10 +163,13 @@ class BbtConfig(SearchConfig):
         for name, default in _LATER.items():
             if values[name] == default:
                 del values[name]
+        if values["layers"]["keep"] == LayerConfig.keep:
+            del values["layers"]["keep"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 _LATER: dict[str, Any] = {
+    "method": "mp2",
     "revision": None,
     "dev": "auto",
     "field": [],

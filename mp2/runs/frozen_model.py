@@ -15,7 +15,7 @@ from mp2.optimizers.config import Kind, RouterConfig
 from mp2.optimizers.router_search import Routers, check_method
 from mp2.optimizers.two_stage import Prompt, Space
 from mp2.runs.config import BbtConfig
-from mp2.runs.scratch import ON_THE_FLY, untrained_prompts
+from mp2.runs.scratch import ON_THE_FLY, made_on_the_fly
 
 if TYPE_CHECKING:
     from mp2.backbone import Backbone
@@ -121,8 +121,7 @@ def run_prompts(config: BbtConfig, backbone: Backbone) -> PromptSet:
     from mp2.prompts import load_prompts
 
     name = default_prompts(config)
-    made = ON_THE_FLY.get(name)
-    return load_prompts(name, backbone) if made is None else untrained_prompts(backbone, made)
+    return made_on_the_fly(backbone, name) if name in ON_THE_FLY else load_prompts(name, backbone)
 
 
 def load_model(config: BbtConfig) -> FrozenModel:

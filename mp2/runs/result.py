@@ -141,7 +141,7 @@ def run_result(
     final_test = next((tests[name] for name, c in stages.items() if c is final and tests), None)
     return {
         "task": problem.card.task,
-        "method": config.method(model.kind),
+        "method": config.label(model.kind),
         "seed": config.seed,
         "backbone": model.backbone.config.name,
         "backbone_revision": model.backbone.revision,

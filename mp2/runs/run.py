@@ -141,7 +141,7 @@ class Run:
         return RunStart(
             run_dir=self.run_dir,
             task=self._problem.card.task,
-            method=config.method(model.kind),
+            method=config.label(model.kind),
             seed=config.seed,
             backbone=model.backbone.config.name,
             config=config.to_json(),

@@ -13,6 +13,7 @@ from pathlib import Path
 from mp2.errors import FormatError, Mp2Error, RunLockedError, UsageError
 from mp2.runs.config import SCHEMA_VERSION, BbtConfig
 
+OWN_BACKBONE = "backbone"  # the folder of a backbone that a run tuned: that of model tuning
 OWN_PROMPTS = "prompts.safetensors"  # modular prompts that a run made itself: those of ``mp2 tune``
 
 
@@ -33,7 +34,9 @@ def read_config(run_dir: Path) -> BbtConfig:
     if not isinstance(values, dict) or values.get("schema_version") != SCHEMA_VERSION:
         raise FormatError(f"expected schema_version {SCHEMA_VERSION}", path=path, field="schema_version")
     config = BbtConfig.from_json(values.get("config", {}), path)
-    own = run_dir / OWN_PROMPTS
+    own, backbone = run_dir / OWN_PROMPTS, run_dir / OWN_BACKBONE
+    if backbone.is_dir():
+        config = replace(config, backbone=str(backbone.resolve()), revision=None)
     return replace(config, prompts=str(own.resolve())) if own.is_file() else config
 
 

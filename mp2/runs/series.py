@@ -76,7 +76,7 @@ def start_series(
     with ExitStack() as locks:
         runs = []
         for problem, agreement in zip(problems, agreements, strict=True):
-            method = problem.config.method(model.kind)
+            method = problem.config.label(model.kind)
             run_dir = new_folder(out, f"{problem.card.task}-{method}-seed{problem.config.seed}")
             locks.enter_context(locked(run_dir))
             runs.append(Run(run_dir, problem, logger(), started))

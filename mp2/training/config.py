@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from mp2.errors import UsageError
+from mp2.injection import INJECTIONS
 from mp2.limits import MAX_SEED
 from mp2.optimizers.config import Kind
 from mp2.options import check, option
@@ -16,21 +18,63 @@ from mp2.runs.config import BbtConfig
 _RATE: dict[str, Any] = {"at_least": 0, "below": 1, "expected": "0 <= rate < 1"}
 _RATE_ABOVE_0: dict[str, Any] = {"above": 0, "below": 1, "expected": "0 < rate < 1"}
 _POSITIVE: dict[str, Any] = {"above": 0, "expected": "a positive number"}
-_INJECTIONS = ("prefix", "inline")
+_INJECTIONS = ("prefix", "inline", "added")
+
+
+def check_injection(kind: str, injection: str | None) -> None:
+    """Raise ``UsageError`` for an injection that prompts of this kind cannot have."""
+    if injection not in (None, *INJECTIONS[kind]):
+        raise UsageError(
+            f"injection is '{injection}', expected {' or '.join(INJECTIONS[kind])} for {kind} prompts: "
+            "give one of these, or drop --injection"
+        )
+
+
+PRETRAIN_METHODS = ("mp2", "spot", "ppt", "head")
+PRETRAIN_STEPS = {
+    "mp2": 1_000_000,
+    "spot": 650_000,
+    "ppt": 400_000,
+    "head": 650_000,
+}  # appendix A.1; head: ours
+_SINGLE_RATES = {"spot": 3e-3, "ppt": 3e-2, "head": 1e-3}  # appendix A.1; head: ours
+# what the single prompts of spot and ppt, and a head alone, have in place of a router and modules
+_SINGLE: dict[str, Any] = {
+    "kind": "shallow",
+    "n_modules": 1,
+    "intrinsic_dim": 1,
+    "router_inference": "soft",
+    "router_normalisation": "sum",
+}
+_NOT_OF_SINGLE = (*_SINGLE, "router_lr", "temperature", "temperature_end", "backbone_lr", "rotated")
+_NOT_OF = {  # settings that a method does not read
+    "mp2": (),
+    "spot": _NOT_OF_SINGLE,
+    "ppt": (*_NOT_OF_SINGLE, "shuffle_options"),
+    "head": (*_NOT_OF_SINGLE, "prompt_tokens", "injection"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """Everything needed to run a pre-training again; defaults are the paper's (section 4.2, appendix A.1)."""
 
+    method: Literal["mp2", "spot", "ppt", "head"] = option(
+        "mp2",
+        "mp2; spot or ppt: one soft prompt, on tasks or on --corpus; head: a span head alone.",
+        choices=PRETRAIN_METHODS,
+    )
     kind: Literal["deep", "shallow"] = option(
         "deep",
         "Prompts at every layer, or at the input only.",
         what="kind of prompts",
         choices=("deep", "shallow"),
     )
-    injection: Literal["prefix", "inline"] | None = option(  # shallow is always inline
-        None, "Of deep prompts.", choices=_INJECTIONS, default_text="prefix"
+    injection: Literal["prefix", "inline", "added"] | None = option(
+        None,
+        "Deep: prefix or inline; shallow: inline, or added (after the embedding LayerNorm).",
+        choices=_INJECTIONS,
+        default_text="prefix deep, inline shallow",
     )
     router_inference: Literal["hard", "soft"] = option(  # w > 0 (paper), or sigmoid(w) (authors' code)
         "hard", "hard (w > 0), or soft.", choices=("hard", "soft")
@@ -41,13 +85,16 @@ class PretrainConfig:
     n_modules: int = option(8, "Modules K.", flag="modules", at_least=1)
     prompt_tokens: int = option(50, "Prompt tokens m.", at_least=1)
     intrinsic_dim: int = option(300, "Intrinsic dimensions d.", at_least=1)
-    steps: int = option(1_000_000, "Optimizer steps.", at_least=1)
+    steps: int = option(1_000_000, "Optimizer steps; spot 650,000, ppt 400,000.", at_least=1)
     batch_size: int = option(32, "Examples a step, all of one task.", at_least=1)  # of all processes together
     router_lr: float | None = option(  # fast and slow learning (section 3.3)
         None, "Rate of the routers.", default_text="5e-4 deep, 1e-3 shallow", **_RATE
     )
     prompt_lr: float | None = option(
-        None, "Rate of z, A, head.", default_text="1e-4 deep, 1e-3 shallow", **_RATE
+        None,
+        "Rate of z, A, head.",
+        default_text="1e-4 deep, 1e-3 shallow; spot 3e-3, ppt 3e-2",
+        **_RATE,
     )
     backbone_lr: float = option(0.0, "Above 0: train the backbone too.", **_RATE)
     schedule: Literal["constant", "linear"] = option(
@@ -72,8 +119,25 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         """Refuse values that no run can have."""
         check(self)
-        if self.kind == "shallow" and self.injection == "prefix":
-            raise UsageError("injection is 'prefix', but shallow prompts are always inline: drop --injection")
+        if self.method != "mp2":
+            self._become_single()
+        check_injection(self.kind, self.injection)
+
+    def _become_single(self) -> None:
+        """Take the shape of one soft prompt, or of none; refuse what it does not have."""
+        defaults = {item.name: item.default for item in fields(self)}
+        taken = _SINGLE | ({"prompt_tokens": 0} if self.method == "head" else {})
+        for name in _NOT_OF[self.method]:
+            if (got := getattr(self, name)) not in (defaults[name], taken.get(name, defaults[name])):
+                raise UsageError(f"{name} is {got}, and method {self.method} has none: drop it")
+        for name, value in taken.items():
+            object.__setattr__(self, name, value)
+
+    @staticmethod
+    def not_of(method: str, given: Collection[str]) -> str | None:
+        """The first of the ``given`` settings or flags that ``method`` does not read; None: it reads all."""
+        names = {"modules": "n_modules", "deep": "kind", "shallow": "kind"}
+        return next((name for name in sorted(given) if names.get(name, name) in _NOT_OF[method]), None)
 
     @property
     def n_inline(self) -> int:
@@ -84,6 +148,7 @@ class PretrainConfig:
     def rates(self) -> tuple[float, float]:
         """Learning rates (router, prompts): the paper's unless given."""
         router, prompts = (5e-4, 1e-4) if self.kind == "deep" else (1e-3, 1e-3)
+        prompts = _SINGLE_RATES.get(self.method, prompts)
         return (
             router if self.router_lr is None else self.router_lr,
             prompts if self.prompt_lr is None else self.prompt_lr,
@@ -110,15 +175,28 @@ class PretrainConfig:
         return float(self.temperature * (self.temperature_end / self.temperature) ** done)
 
 
+TUNE_METHODS = ("mp2", "model-tuning", "prompt-tuning", "p-tuning-v2", "head-tuning")
+_ONLY_MP2 = ("injection", "router_epochs", "router_lr", "prompt_lr")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
     """Gradient tuning of one task; defaults are the paper's (appendix A.2)."""
 
     run: BbtConfig  # what black-box tuning has too: task, data, prompts, seed ...; its search is not used
-    injection: Literal["prefix", "inline"] | None = option(
-        None, "Of deep prompts.", choices=_INJECTIONS, default_text="the file's"
+    method: str = option(  # those beside mp2: mp2.training.methods
+        "mp2",
+        "mp2, model-tuning, prompt-tuning (SPoT's and PPT's too, with --prompts), p-tuning-v2, head-tuning.",
+        choices=TUNE_METHODS,
     )
-    epochs: int = option(1000, "Both stages together.", at_least=2)
+    lr: tuple[float, ...] = ()  # rates that are tried, and dev chooses; empty: the method's. Not of mp2
+    prompt_tokens: int | None = option(
+        None, "Prompt tokens m of a prompt that begins here.", default_text="50", at_least=1
+    )
+    injection: Literal["prefix", "inline", "added"] | None = option(
+        None, "Of the prompts, see mp2 pretrain.", choices=_INJECTIONS, default_text="the file's"
+    )
+    epochs: int | None = option(None, "Epochs (a rate).", default_text="1000, model-tuning 200", at_least=2)
     router_epochs: int | None = option(
         None, "Of stage I; 0: every module on.", default_text="half of --epochs", at_least=0
     )
@@ -133,10 +211,19 @@ class TuneConfig:
     dev_every: int = 10  # epochs
 
     def __post_init__(self) -> None:
-        """Refuse values that no run can have."""
+        """Refuse values that no run can have, and settings that the method does not have."""
         check(self)
-        if self.router_epochs is not None and self.router_epochs > self.epochs:
-            raise UsageError(f"router_epochs is {self.router_epochs}, expected 0 to {self.epochs} (epochs)")
+        object.__setattr__(self, "lr", tuple(self.lr))
+        wrong = [x for x in self.lr if not 0 < x < 1]
+        if wrong:
+            raise UsageError(f"lr is {wrong[0]}, expected 0 < rate < 1")
+        for name, applies in self._applies().items():
+            if not applies:
+                raise UsageError(
+                    f"{name} was given, and method {self.method} has none: drop --{name.replace('_', '-')}"
+                )
+        if self.router_epochs is not None and self.router_epochs > self.n_epochs:
+            raise UsageError(f"router_epochs is {self.router_epochs}, expected 0 to {self.n_epochs} (epochs)")
         if self.router_epochs == 0 and self.run.router_only:
             raise UsageError("router_epochs is 0, expected at least 1 with --router-only")
         for rate, stage, absent in (
@@ -155,12 +242,40 @@ class TuneConfig:
         router, prompts = (3e-3, 2e-5) if kind == "deep" else (1e-2, 3e-4)
         return self.router_lr or router, self.prompt_lr or prompts
 
+    def _applies(self) -> dict[str, bool]:
+        """Of every setting that was given, whether the method reads it."""
+        mp2 = self.method == "mp2"
+        begins = self.method in ("prompt-tuning", "p-tuning-v2") and self.run.prompts is None
+        of_method = {
+            **dict.fromkeys(_ONLY_MP2, mp2),
+            "lr": not mp2,
+            "prompt_tokens": begins,
+        }
+        given = {name: ok for name, ok in of_method.items() if getattr(self, name) not in (None, ())}
+        if self.run.kind != "auto":
+            given[self.run.kind] = mp2
+        if self.run.router_only:
+            given["router_only"] = mp2
+        if self.run.prompts is not None:
+            given["prompts"] = self.method in ("mp2", "prompt-tuning")
+        return given
+
+    @property
+    def n_epochs(self) -> int:
+        """Epochs of a run, of each rate where several are tried."""
+        return self.epochs or (200 if self.method == "model-tuning" else 1000)
+
     def sha256(self) -> str:
         """Hash of all fields: two runs with the same hash, data and files give the same result."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
-    def method(self, kind: Kind) -> str:
-        """What the result calls this run: ``mp2-deep-gradient``, ``mp2-deep-gradient-router``, ..."""
+    def label(self, kind: Kind, started_by: str | None = None) -> str:
+        """What the result calls this run: ``mp2-deep-gradient``, ``prompt-tuning``, ``spot`` ...
+
+        ``started_by`` is the method of ``mp2 pretrain`` that made the prompts.
+        """
+        if self.method != "mp2":
+            return started_by or self.method
         return f"mp2-{kind}-gradient" + ("-router" if self.run.router_only else "")
 
 

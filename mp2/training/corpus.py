@@ -92,7 +92,7 @@ def pack(files: Sequence[Path], tokenizer: Tokenizer, length: int, cache: Path) 
     if not path.is_file():
         chunks: list[NDArray[np.uint16]] = []
         batch: list[str] = []
-        for line in _lines(files):
+        for line in document_lines(files):
             batch.append(line)
             if len(batch) == 20_000:
                 chunks.append(_encode(batch, tokenizer))
@@ -112,7 +112,7 @@ def pack(files: Sequence[Path], tokenizer: Tokenizer, length: int, cache: Path) 
     return loaded
 
 
-def _lines(files: Sequence[Path]) -> Iterator[str]:
+def document_lines(files: Sequence[Path]) -> Iterator[str]:
     """The paragraphs of all files, and an empty string after each document."""
     previous = ""
     for file in files:

@@ -63,6 +63,7 @@ def prompts_card(
         [
             f"# Modular prompts ({meta.kind}, {meta.injection}) for {result.backbone.name}",
             "",
+            f"Made by method {config.method}. "
             f"{meta.n_modules} modules of {meta.prompt_tokens} prompt tokens at "
             f"{'each of ' if meta.kind == 'deep' else 'the input of '}{shape.n_layers} layers "
             f"(hidden size {shape.hidden}), intrinsic dimension {meta.intrinsic_dim}, a router for each of "

@@ -19,8 +19,9 @@ from mp2.prompts import PromptSet, load_prompts
 from mp2.prompts.prompt_set import EMBEDDED as PROMPTS
 from mp2.tasks import TaskCard, list_cards, load_card
 from mp2.tasks.place import tasks_in
-from mp2.training.config import PretrainConfig
-from mp2.training.mixture import load_mixture
+from mp2.training.config import PRETRAIN_STEPS, PretrainConfig
+from mp2.training.mixture import MixtureTask, load_mixture
+from mp2.training.next_sentence import next_sentence_task
 from mp2.training.outputs import PretrainResult
 from mp2.training.pretrainer import Pretrainer, differences
 from mp2.training.prompted import table
@@ -35,6 +36,7 @@ class PretrainInputs:
     backbone: str
     revision: str | None = None
     data: str | None = None
+    corpus: str | None = None
     init: str | None = None
     command: str | None = None
 
@@ -53,6 +55,7 @@ class PretrainInputs:
             backbone=full(self.backbone, BACKBONES),
             revision=self.revision,
             data=full(data) if data else None,
+            corpus=full(self.corpus) if self.corpus else None,
             init=full(self.init, PROMPTS) if self.init else None,
             command=self.command,
         )
@@ -65,6 +68,7 @@ def pretrain(
     out: str | Path,
     *,
     data: str | Path | None = None,
+    corpus: str | Path | None = None,
     init: PromptSet | None = None,
     device: str = "cpu",
     log: Callable[[str], None] = lambda _: None,
@@ -72,8 +76,10 @@ def pretrain(
 ) -> PretrainResult:
     """Pre-train prompts for ``cards`` over ``backbone`` in the folder ``out`` (section 3.3 of the paper).
 
-    A run in ``out`` goes on. ``data`` (or MP2_DATA) has TASK/{train,dev}.jsonl; ``init`` are prompts to start
-    from. Under ``torchrun`` all its processes share the work. ``inputs`` is kept in ``config.json``.
+    A run in ``out`` goes on. ``data`` (or MP2_DATA) has TASK/{train,dev}.jsonl; for method ppt ``corpus`` has
+    plain text (*.txt, *.txt.xz, a blank line after each document), and there are no cards. ``init`` are
+    prompts to start from. Under ``torchrun`` all its processes share the work. ``inputs`` is kept in
+    ``config.json``.
 
     Raises:
         UsageError: bad data or settings.
@@ -94,17 +100,32 @@ def pretrain(
     with joined(device) as ranks:
         _check_memory(backbone, config, ranks.device)
         say = log if ranks.main else lambda _: None
-        tasks = load_mixture(
-            cards,
-            Path(data) if data is not None else None,
-            backbone.tokenizer,
-            limit,
-            dev_limit=config.dev_limit,
-            rotated=config.rotated,
-            shuffle_options=config.shuffle_options,
-            seed=config.seed,
-            log=say,
-        )
+        if config.method == "ppt":
+            if corpus is None:
+                raise UsageError("no text for method ppt: give --corpus DIR (*.txt or *.txt.xz)")
+            with ranks.main_first():  # it writes what the others read
+                tasks: Sequence[MixtureTask] = [
+                    next_sentence_task(
+                        Path(corpus),
+                        backbone.tokenizer,
+                        limit,
+                        dev_limit=config.dev_limit,
+                        seed=config.seed,
+                        cache=Path(out) / "corpus",
+                    )
+                ]
+        else:
+            tasks = load_mixture(
+                cards,
+                Path(data) if data is not None else None,
+                backbone.tokenizer,
+                limit,
+                dev_limit=config.dev_limit,
+                rotated=config.rotated,
+                shuffle_options=config.shuffle_options,
+                seed=config.seed,
+                log=say,
+            )
         n_train = sum(len(t.train) for t in tasks)
         say(f"{len(tasks)} tasks, {n_train:,} training sequences")
         run = Pretrainer(
@@ -160,7 +181,7 @@ def pretrain_command(
     backbone = load_backbone(inputs.backbone, revision=inputs.revision)
     root = Path(inputs.data) if inputs.data else None
     cards = [load_card(name) for name in inputs.tasks]
-    if not cards:
+    if not cards and config.method != "ppt":
         names = tasks_in(root)
         cards = [card for card in list_cards() if card.task in names]
         if not cards:
@@ -175,6 +196,7 @@ def pretrain_command(
         config,
         Path(out),
         data=root,
+        corpus=inputs.corpus,
         init=prompts,
         device=device,
         log=log,
@@ -195,7 +217,7 @@ def asked_run(
     """
     options = dict(options)
     tasks = (*options.pop("names"), *options.pop("more"))
-    names = ("backbone", "revision", "data", "init")
+    names = ("backbone", "revision", "data", "corpus", "init")
     inputs = PretrainInputs(tasks=tasks, command=typed, **{name: options.pop(name) for name in names})
     out, resume = options.pop("out"), options.pop("resume")
     if resume:
@@ -206,6 +228,16 @@ def asked_run(
                 f"drop '{others[0].replace('_', '-')}'"
             )
         return (*saved_run(resume), resume)
+    method = options["method"]
+    wrong = PretrainConfig.not_of(method, given)
+    of_tasks = given & {"names", "tasks", "more", "data"}
+    wrong = sorted(of_tasks)[0] if method == "ppt" and of_tasks else wrong
+    wrong = "corpus" if method != "ppt" and "corpus" in given else wrong
+    if wrong is not None:
+        flag = {"names": "tasks", "more": "tasks"}.get(wrong, wrong).replace("_", "-")
+        raise UsageError(f"--{flag} was given, and method {method} has none: drop it")
+    if "steps" not in given:
+        options["steps"] = PRETRAIN_STEPS[method]
     if not out:
         raise UsageError("no folder: give --out DIR to write to, or --resume DIR to go on with a run")
     return inputs, PretrainConfig(**options), out

@@ -32,6 +32,7 @@ from mp2.training.mixture import Batch, MixtureTask, sample_batch
 from mp2.training.outputs import PretrainResult, write_outputs
 from mp2.training.prompted import PromptedEncoder, dev_scores, table
 from mp2.training.ranks import Ranks
+from mp2.training.single_prompt import begin_single
 from mp2.training.trainer import Trainer
 
 
@@ -68,6 +69,8 @@ class Pretrainer(Trainer[Batch]):
         self.pad_id = backbone.tokenizer.pad_id
         prompts = ModularPrompts(self._meta(init), torch.Generator().manual_seed(config.seed))
         self._init = None if init is None else [init.sha256, *init.meta.tasks]
+        if config.method != "mp2":
+            begin_single(prompts, backbone, config.seed)
         if init is not None:
             start_from(prompts, init)
         encoder = backbone.encoder
@@ -77,10 +80,11 @@ class Pretrainer(Trainer[Batch]):
         self.model = PromptedEncoder(encoder, prompts).to(self.ranks.device)
         self.model.encoder.requires_grad_(config.backbone_lr > 0)
         slow = [prompts.z, prompts.projection, prompts.span_weight, prompts.span_bias]
-        groups: list[dict[str, Any]] = [
-            {"name": "router", "params": [prompts.routers]},
-            {"name": "prompts", "params": slow},
-        ]
+        parts = (("router", [prompts.routers]), ("prompts", slow))
+        groups: list[dict[str, Any]] = []
+        for name, parameters in parts:
+            if trained := [p for p in parameters if p.requires_grad]:  # one soft prompt has no router
+                groups.append({"name": name, "params": trained})
         if config.backbone_lr > 0:
             groups.append({"name": "backbone", "params": list(self.model.encoder.parameters())})
         self.optimizer = torch.optim.Adam(groups, lr=1e-3, fused=True)
@@ -105,13 +109,19 @@ class Pretrainer(Trainer[Batch]):
             router_inference=config.router_inference,
             router_normalisation=config.router_normalisation,
             tasks=names,
-            provenance={"made_by": "mp2 pretrain", "config": asdict(config)},
+            provenance={
+                "made_by": "mp2 pretrain",
+                "config": asdict(config),
+                **({} if config.method == "mp2" else {"method": config.method}),
+            },
         )
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be resumed; how often one is written does not matter."""
         settings = asdict(self.config)
         del settings["checkpoint_minutes"]
+        if self.config.method == "mp2":
+            del settings["method"]  # which came later: older checkpoints can be resumed
         tasks = [task.card.task for task in self.tasks]
         return {
             **settings,
@@ -166,8 +176,9 @@ class Pretrainer(Trainer[Batch]):
     def rates(self) -> list[float]:
         """Learning rates of routers, prompts and, if it is trained, the backbone."""
         share = self.config.rate_share(self.step)
-        rates = [*self.config.rates, self.config.backbone_lr]
-        return [share * rate for rate in rates[: len(self.optimizer.param_groups)]]
+        router, prompts = self.config.rates
+        rates = {"router": router, "prompts": prompts, "backbone": self.config.backbone_lr}
+        return [share * rates[group["name"]] for group in self.optimizer.param_groups]
 
     def notes(self, batch: Batch) -> dict[str, Any]:
         """The batch's task."""

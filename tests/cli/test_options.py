@@ -23,6 +23,7 @@ from mp2.training.config import MlmConfig, PretrainConfig, TuneConfig
 CONFIGS = {"bbt": BbtConfig, "pretrain": PretrainConfig, "pretrain-backbone": MlmConfig, "tune": TuneConfig}
 OF_TORCH = {"iters", "router_search", "router_iters", "popsize", "cma", "engine", "runtime", "precision"}
 LEFT_OUT = {"tune": OF_TORCH | {"sigma_input", "sigma_deep", "sigma_shallow", "head", "ridge_features"}}
+LEFT_OUT["tune"] |= {"keep"}
 
 
 def options(config: type[Any]) -> dict[str, Any]:
@@ -45,6 +46,12 @@ def test_every_field_is_an_option_with_the_same_default(command: str) -> None:
         if name in LEFT_OUT.get(command, set()) | {"task", "seed", "kind", "no_test", "no_baselines"}:
             continue
         assert typed[name] == default, name
+
+
+def test_tune_offers_nothing_that_only_a_search_reads() -> None:
+    offered = main.commands["tune"].make_context("tune", ["--task", "t"]).params
+    assert not LEFT_OUT["tune"] & set(offered)
+    assert {"method", "lr", "prompt_tokens", "epochs"} <= set(offered)
 
 
 @pytest.mark.parametrize("config", [PretrainConfig, MlmConfig])

@@ -155,6 +155,47 @@ def test_training_loss_of_the_incumbent_never_rises_and_is_its_exact_loss(tmp_pa
     assert outcome.incumbent_loss < 0.1 * losses[0]
 
 
+class Watched(HiddenPrompt):
+    """Also lists every generation of stage II and every commit, with the incumbent's loss just then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[tuple[int, float, float | None]] = []  # layer, generation's best, committed loss
+
+    def layer_losses(self, layer: int, z: np.ndarray) -> np.ndarray:
+        losses = super().layer_losses(layer, z)
+        self.events.append((layer, float(losses.min()), None))
+        return losses
+
+    def commit(self, layer: int, z: np.ndarray) -> None:
+        super().commit(layer, z)
+        assert self.incumbent is not None
+        at, best, _ = self.events[-1]
+        self.events[-1] = (at, best, float(self._losses(self.incumbent[None])[0]))
+
+
+def test_keep_ever_is_bbtv2s_rule_and_the_loss_is_still_the_incumbents(tmp_path: Path) -> None:
+    """A layer takes its generation's best exactly where that is its own best so far, better now or not."""
+    objective = Watched()
+    layers = LayerConfig(popsize=6, sigma_input=0.5, sigma_deep=0.5, keep="ever")
+    outcome = tune(tmp_path / "journal.jsonl", config(iters=400, layers=layers), objective)
+    best = [math.inf] * 3
+    for layer, loss, committed in objective.events[:-1]:  # the last generation may be cut short
+        assert (committed is not None) == (loss < best[layer])
+        if committed is not None:
+            assert committed == pytest.approx(loss)
+        best[layer] = min(best[layer], loss)
+    curve = [loss for _, loss in outcome.loss_curve]
+    assert curve != sorted(curve, reverse=True)  # it may rise, and did
+    assert objective.incumbent is not None
+    assert objective._losses(objective.incumbent[None])[0] == outcome.incumbent_loss
+    whole = bits(outcome)
+    assert bits(tune(tmp_path / "journal.jsonl", config(iters=400, layers=layers))) == whole
+    data = (tmp_path / "journal.jsonl").read_bytes()
+    (tmp_path / "torn.jsonl").write_bytes(data[: len(data) // 2])
+    assert bits(tune(tmp_path / "torn.jsonl", config(iters=400, layers=layers))) == whole
+
+
 def test_final_is_never_worse_on_dev_than_untuned_or_stage_one(tmp_path: Path) -> None:
     for seed in range(4):
         outcome = tune(tmp_path / f"{seed}.jsonl", config(seed=seed), HiddenPrompt(seed))

@@ -124,7 +124,7 @@ def test_inline_rows_take_positions(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "shallow", "injection": "prefix"}, "shallow prompts are always inline"),
+        ({"kind": "shallow", "injection": "prefix"}, "expected inline or added for shallow prompts"),
         ({"injection": "infix"}, "unknown injection 'infix'. Did you mean 'prefix' or 'inline'"),
         ({"router_inference": "firm"}, "unknown router inference 'firm'. Known: hard, soft"),
         ({"router_normalisation": "max"}, "unknown router normalisation 'max'.* Known: count, sum"),
@@ -207,7 +207,7 @@ def test_shallow_prompts_cannot_be_tuned_as_a_prefix(tuned: tuple[Any, dict[str,
     small, _, _ = tuned
     done = mp2("tune", *small.tune_options(kind="shallow"), "--injection", "prefix")
     assert done.exit_code == 2
-    assert "shallow prompts are always inline" in done.stderr
+    assert "expected inline or added for shallow prompts" in done.stderr
 
 
 def test_export_with_inline_prompts_is_refused(
@@ -218,5 +218,5 @@ def test_export_with_inline_prompts_is_refused(
     asked = ["--runtime", "tensorrt", "--graphs-only", "--backbone", small.backbone, "--prompts", file]
     done = mp2("export", *asked, "--out", tmp_path / "e")
     assert done.exit_code == 2
-    assert "the graphs have prefixes only" in done.stderr
+    assert "the graphs have prefixes and word-embedding rows only" in done.stderr
     assert not (tmp_path / "e").exists()

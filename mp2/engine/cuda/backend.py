@@ -234,8 +234,13 @@ class CudaBackend:
         return self._spans[key]
 
     @torch.inference_mode()
-    def embed_pack(self, pack: Pack, prompts: torch.Tensor | None = None) -> torch.Tensor:
-        """Return what enters layer 0, [1 or P, S, H], with inline ``prompts`` [P, m, H] in their slots."""
+    def embed_pack(
+        self, pack: Pack, prompts: torch.Tensor | None = None, placeholders: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return what enters layer 0, [1 or P, S, H], with inline ``prompts`` [P, m, H] in their slots.
+
+        With ``placeholders`` [1, m, H], word embeddings, the prompts are added to theirs after the norm.
+        """
         words, positions, token_types, _ = self._tables
         token_type = token_types[self._token_type]
         text = self._embedding_norm(words[pack.input_ids] + positions[pack.positions] + token_type)
@@ -244,7 +249,10 @@ class CudaBackend:
         hidden[:, pack.text_slots] = text
         if prompts is not None:
             m = prompts.shape[1]
-            rows = self._embedding_norm(prompts.to(self._place) + positions[1 : m + 1] + token_type)
+            own = prompts.to(self._place)
+            inner = own if placeholders is None else placeholders
+            rows = self._embedding_norm(inner + positions[1 : m + 1] + token_type)
+            rows = rows if placeholders is None else rows + own
             hidden[:, pack.prompt_slots] = rows.repeat(1, len(pack.lengths), 1)
         return hidden.to(self.dtype)
 

@@ -60,6 +60,10 @@ class PackedForward(Forward):
             )
         self.graphs = Graphs(None)
         self.project = backend.projector(prompts)
+        self._placeholders: torch.Tensor | None = None  # word embeddings [1, m, H] that prompts are added to
+        if prompts.meta.on_placeholders:
+            words = backend.backbone.encoder.placeholders(prompts.meta.prompt_tokens).detach()
+            self._placeholders = words.to(backend.device, torch.float32)
         self._packed = backend
         self._lane: Lane | None = None  # taken with the first work
         self._proven = False  # an evaluation has been looked at
@@ -80,7 +84,7 @@ class PackedForward(Forward):
 
         def work(pack: Pack, z: torch.Tensor) -> torch.Tensor:
             inline = None if self.prefixed else self.project.inline(z[:, 0])
-            hidden = self._packed.embed_pack(pack, inline)
+            hidden = self._packed.embed_pack(pack, inline, self._placeholders)
             for i in range(self.n_layers):
                 own = self.project.keys_values(i, z[:, i]) if self.prefixed else None
                 hidden = self._packed.packed_layer(i, hidden, pack, own)

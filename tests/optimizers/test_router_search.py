@@ -306,3 +306,20 @@ def test_relevance_climbs_the_likelihood_by_its_gradient() -> None:
     found = fit_relevance(points, losses, None, 100)
     for step in (*np.eye(3), *-np.eye(3)):
         assert posterior(found) > posterior(found + 0.2 * step)
+
+
+@pytest.mark.parametrize("name", ["DiscreteOnePlusOne", "NGOpt", "CMA"])
+def test_nevergrad_never_asks_for_a_router_twice_until_all_are_known(name: str) -> None:
+    """Many points of its box are one router: only new ones are evaluated, and so counted."""
+    problem = HiddenBits((1, 5), 3)
+    suggest = create_router_search(
+        f"nevergrad:{name}", (1, 5), 40, np.zeros((0, 1, 5), bool), np.random.default_rng(0)
+    )
+    untuned = np.ones((1, 1, 5), bool)
+    suggest.tell(untuned, problem(untuned))
+    seen = {untuned.tobytes()}
+    while len(routers := suggest.ask(1)):
+        assert routers.tobytes() not in seen
+        seen.add(routers.tobytes())
+        suggest.tell(routers, problem(routers))
+    assert len(seen) == 32

@@ -17,7 +17,12 @@ times their number. Measured minutes include suggestions, CMA-ES and dev evaluat
 evaluations only; neither has the test set. The plain loop is always extrapolated: from evaluations at 1 and 3
 layers on at most 32 of the examples, padded to the longest of all.
 
-    python -m benchmarks.speed.table4 --data DIR [--budget-minutes 10] [--runtime torch] [--threads N]
+The paper searches the router by Bayesian optimisation, ours by ``bits``: a row of its own has our forwards
+with the suggestions of ``bo`` (``benchmarks/speed/suggestions.py``; ``--bo-minutes`` a kind, then
+extrapolated).
+``--bo-only`` measures these alone and puts them into the JSON that is there.
+
+    python -m benchmarks.paper table4 --data DIR [--budget-minutes 10] [--runtime torch] [--threads N]
 
 DIR holds thucnews/, bq/, tnews/ and lcqmc/. Cells are kept in --work as they are done; started again, it goes
 on with what is left. Needs 10 GB of memory. Two cores: 10 minutes.
@@ -43,13 +48,15 @@ import numpy as np
 import torch
 
 from benchmarks.command import one_line_errors
-from benchmarks.provenance import provenance, save
+from benchmarks.provenance import RESULTS, provenance, save
 from benchmarks.speed.full_shape import HEADS, HIDDEN, POSITIONS, VOCAB, vocabulary
 from benchmarks.speed.plain_loop import PlainLoop
+from benchmarks.speed.suggestions import suggestion_cost
 from benchmarks.speed.table4_render import KINDS, PAPER, PUBLISHED, STATED, TASKS, table
 from mp2.backbone import Backbone, BackboneConfig, random_backbone
 from mp2.engine import Objective, Scorer, create_backend
 from mp2.heads import SpanHead
+from mp2.optimizers.router_search import stage_one_iterations
 from mp2.prompts import PromptSet, random_prompts
 from mp2.runs.config import BbtConfig
 from mp2.runs.few_shot_problem import FewShotProblem
@@ -241,9 +248,32 @@ def paper(kind: str, task: str) -> dict[str, Any]:
     }
 
 
+def bo_row(kind: str, n_layers: int, iters: int, budget_s: float) -> dict[str, Any]:
+    """What the paper's search of stage I takes beside the forwards; one row for all tasks of a kind."""
+    shape = (n_layers if kind == "deep" else 1, 8)
+    iterations = stage_one_iterations("bo", None, kind, shape, iters)
+    return {"task": "bo", "kind": kind, **suggestion_cost("bo", shape, iterations, budget_s)}
+
+
+def _only_bo(args: argparse.Namespace) -> None:
+    path = RESULTS / f"{args.name}.json"
+    found = json.loads(path.read_text("utf-8"))
+    found["rows"] = [row for row in found["rows"] if row["task"] != "bo"]
+    for kind in args.kind:
+        row = bo_row(kind, args.layers, args.iters, 60 * args.bo_minutes)
+        print(f"{kind:8} {row}", flush=True)
+        found["rows"].append(row | {"provenance": provenance()})
+    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
 @one_line_errors(goes_on=True)
 def main() -> None:
     """Do what is left of the cells, print the table, write the JSON."""
+    run()
+
+
+def run(words: Sequence[str] | None = None) -> None:
+    """See `main`; ``words`` are the command's (None: what was typed)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("MP2_DATA"))
     parser.add_argument("--task", nargs="+", default=TASKS, choices=TASKS)
@@ -255,10 +285,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--engine", type=Path, help="engine folder, for runtimes that need one")
     parser.add_argument("--budget-minutes", type=float, default=10.0)
+    parser.add_argument("--bo-minutes", type=float, default=2.0)
+    parser.add_argument("--bo-only", action="store_true", help="only the suggestions, into the JSON there is")
     parser.add_argument("--iters", type=int, default=8000)
     parser.add_argument("--work", type=Path, default=Path("runs/table4"), help="cells that are done")
     parser.add_argument("--name", default="table4", help="of the JSON in benchmarks/results")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
+    if args.bo_only:
+        _only_bo(args)
+        return
     if args.data is None:
         parser.error("the four tasks are needed: give --data DIR or set MP2_DATA")
     settings = {
@@ -280,6 +315,11 @@ def main() -> None:
             threads=args.threads,
             precision=args.precision,
         )
+    bo_files = {kind: args.work / f"{tag}-{kind}-bo.json" for kind in args.kind}
+    for kind, file in bo_files.items():
+        if not file.is_file():
+            row = bo_row(kind, args.layers, args.iters, 60 * args.bo_minutes) | {"provenance": provenance()}
+            file.write_text(json.dumps(row, ensure_ascii=False, indent=1) + "\n", "utf-8")
     for kind in args.kind:
         tasks = [task for k, task in todo if k == kind]
         if not tasks:
@@ -310,7 +350,7 @@ def main() -> None:
             )
         del model, prompts
         gc.collect()
-    cells = [json.loads(file.read_text("utf-8")) for file in files.values()]
+    cells = [json.loads(file.read_text("utf-8")) for file in (*files.values(), *bo_files.values())]
     print(table(cells))
     print("written:", save(args.name, cells))
 

@@ -51,11 +51,21 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
                 texts = [f" {_number(x)}{mark} |" for x, mark in zip(found, marks, strict=True)]
                 lines.append(f"| {title} | {whose} |" + "".join(texts))
                 title = ""
+            if "bo" in row and name == "stage1_minutes":
+                lines.append(_with_bo(row["bo"], [row[t]["ours"][name] for t in tasks]))
         ratios = [row[t]["plain"]["evaluation_ms"] / row[t]["ours"]["evaluation_ms"] for t in tasks]
         lines.append("| plain / ours, an evaluation | |" + "".join(f" {x:.2f} |" for x in ratios))
         lines.append("")
     lines.append("\\* extrapolated from timed iterations")
     return "\n".join(lines)
+
+
+def _with_bo(bo: dict[str, Any], stage1_minutes: Sequence[float]) -> str:
+    """Stage I with the suggestions of Bayesian optimisation on top of what stage I took with ours."""
+    mark = " *" if bo["how"] == "extrapolated" else ""
+    minutes = bo["suggest_s"] / 60
+    texts = [f" {_number(x + minutes)}{mark} |" for x in stage1_minutes]
+    return f"| | ours, router search `bo` ({_number(minutes)} of it suggestions) |" + "".join(texts)
 
 
 def _number(x: float) -> str:

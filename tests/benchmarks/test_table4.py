@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.speed import table4
 from benchmarks.speed.plain_loop import PlainLoop
+from benchmarks.speed.suggestions import suggestion_cost
 from mp2.backbone import Backbone, BackboneConfig, random_backbone
 from mp2.engine.cpu.backend import CpuBackend
 from mp2.prompts import random_prompts
@@ -25,6 +26,24 @@ def test_deep_and_shallow_minutes_of_the_paper_are_the_same_time_an_evaluation()
     }.items():
         found = [table4.paper(kind, task)["evaluation_ms"] for kind in ("shallow", "deep")]
         assert found == pytest.approx([shallow, deep], abs=0.6)
+
+
+def test_bayesian_optimisation_has_a_row_of_its_own() -> None:
+    now = iter(range(1000))
+    cost = suggestion_cost("random", (2, 8), 100, 1e9)
+    assert (cost["how"], cost["made"], cost["dimensions"]) == ("measured", 100, 16)
+    short = suggestion_cost("random", (2, 8), 100, 5.0, clock=lambda: float(next(now)))
+    assert (short["how"], short["made"]) == ("extrapolated", 40)  # a population of 20 takes a second here
+    assert short["suggest_s"] == pytest.approx(100 / 20)
+    ours = {"evaluation_ms": 1.0, "stage1_minutes": 2.0, "two_stage_minutes": 3.0, "stated_minutes": 4.0}
+    cell = {
+        **{"task": "tnews", "kind": "deep", "device": "cpu", "runtime": "torch", "precision": "fp32"},
+        **{"n_layers": 24, "n_examples": 32, "mean_tokens": 9.0, "ours": ours, "plain": ours, "paper": ours},
+    }
+    row = {**cost, "task": "bo", "kind": "deep", "suggest_s": 90.0}
+    text = table4.table([cell, row])
+    assert "| | ours, router search `bo` (1.50 of it suggestions) | 3.50 |" in text
+    assert "bo |" not in table4.table([cell])
 
 
 @pytest.fixture(scope="module")

@@ -134,7 +134,7 @@ def _no_kernels() -> str | None:
         from mp2.engine.cpu import native
     except ImportError as error:
         return f"not tried ({error})"
-    return f"none: {problem}; CPUs are slower without" if (problem := native.problem()) else None
+    return f"none: {unfit}; CPUs are slower without" if (unfit := native.unfit()) else None
 
 
 def _onnxruntime() -> dict[str, Any]:

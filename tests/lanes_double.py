@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from mp2.engine.cuda.graphs import Graph, Recorder
+from mp2.engine.cuda.graphs import Graph, Capture
 from mp2.engine.cuda.lanes import Arrival, Lane, Lanes
 
 
@@ -64,7 +64,7 @@ class DoubleLane:
 
     def __init__(self, device: Device, number: int) -> None:
         self.device, self.number = device, number
-        self.record: Recorder | None = self._record if device.records else None
+        self.record: Capture | None = self._record if device.records else None
 
     def _record(self, work: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
         assert self.device.check() is self

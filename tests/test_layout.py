@@ -95,8 +95,8 @@ def test_backends_are_told_apart_in_one_place_only() -> None:
         "CpuBackend",
         "DifferenceBackend",
         "CudaBackend",
-        "OnnxRuntime",
-        "TensorRTRuntime",
+        "OnnxBackend",
+        "TensorRTBackend",
         "ChainBackend",
     )
     for path in ROOT.rglob("*.py"):

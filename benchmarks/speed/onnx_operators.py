@@ -40,8 +40,8 @@ from mp2.engine import Objective
 from mp2.engine.chain import ChainBackend
 from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.folder import layer_file
+from mp2.engine.onnx.backend import OnnxBackend
 from mp2.engine.onnx.library import load_onnxruntime
-from mp2.engine.onnx.runtime import OnnxRuntime
 from mp2.export import export_engine
 from mp2.prompts import random_prompts
 
@@ -70,7 +70,7 @@ def compare(shape: str, task: str, data: Path | None, rounds: int, folder: Path)
     )
     inputs = task_inputs(task, backbone, data, None if shape == "mini" else FEW)
     torch_runtime = CpuBackend(backbone)
-    onnx_runtime = OnnxRuntime(backbone, engine, threads=1)
+    onnx_runtime = OnnxBackend(backbone, engine, threads=1)
     tokens = torch_runtime.usual_tokens()
     made: dict[str, tuple[ChainBackend, int]] = {
         "torch": (torch_runtime, tokens),

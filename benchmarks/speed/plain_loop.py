@@ -84,7 +84,7 @@ class PlainLoop:
         flat = torch.einsum("ld,ldx->lx", torch.from_numpy(z).to(self.device), self.projection)
         self.added = list(flat.view(len(flat), meta.prompt_tokens, meta.hidden))
         hidden = self.model(input_ids=self.ids, attention_mask=self.mask).last_hidden_state
-        logits = hidden.float() @ self.span[0].T + self.span[1]
+        logits = hidden.to(self.span[0].dtype) @ self.span[0].T + self.span[1]
         logits = logits.masked_fill(~self.real[..., None], -torch.inf)
         logp = logits.log_softmax(1)
         rows = torch.arange(len(logp), device=logp.device)

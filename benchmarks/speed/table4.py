@@ -112,7 +112,7 @@ def extrapolate(seconds: dict[float, float], x: float) -> float:
 
 def our_seconds(model: FrozenModel, problem: FewShotProblem) -> dict[str, float]:
     """Seconds of one evaluation in stage I and in stage II (mean of all layers), and of the dev set."""
-    on_gpu, n_layers = str(model.runtime.device).startswith("cuda"), model.backbone.config.n_layers
+    on_gpu, n_layers = str(model.backend.device).startswith("cuda"), model.backbone.config.n_layers
     p = problem.config.layers.popsize if on_gpu else POPULATION
     found: dict[str, dict[float, float]] = {"stage1": {}, "stage2": {}, "dev": {}}
     prompts = model.prompts
@@ -120,7 +120,7 @@ def our_seconds(model: FrozenModel, problem: FewShotProblem) -> dict[str, float]
     routers = np.ones((p, *prompts.z.shape[:2]), dtype=bool)
     for depth in sorted({1, min(3, n_layers)}):
         head = SpanHead(prompts.span_weight, prompts.span_bias, depth)  # runs the layers below it
-        forward = model.runtime.forward(prompts, head)
+        forward = model.backend.forward(prompts, head)
         objective, scorer = Objective(forward, problem.train_inputs), Scorer(forward)
         n_searched = min(depth, len(z))
 
@@ -173,7 +173,7 @@ def run_cell(model: FrozenModel, config: BbtConfig, budget_s: float) -> dict[str
     started = time.perf_counter()
     problem = make_problem(config, model)
     lengths = [x.n_tokens for x in problem.train_inputs]
-    device = str(model.runtime.device)
+    device = str(model.backend.device)
     plain_s = plain_seconds(model, problem.train_inputs, device)
     stage1, stage2 = iterations_of(problem)
     seconds = our_seconds(model, problem)
@@ -191,9 +191,9 @@ def run_cell(model: FrozenModel, config: BbtConfig, budget_s: float) -> dict[str
         "task": config.task,
         "kind": model.kind,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-        "runtime": model.runtime.name,
-        "precision": model.runtime.precision,
-        "reason": model.runtime.reason,
+        "runtime": model.backend.name,
+        "precision": model.backend.precision,
+        "reason": model.backend.reason,
         "n_layers": model.backbone.config.n_layers,
         "n_examples": len(lengths),
         "mean_tokens": round(float(np.mean(lengths)), 1),

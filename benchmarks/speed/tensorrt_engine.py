@@ -32,7 +32,7 @@ from mp2.engine.tensorrt.profiles import TaskShapes
 from mp2.errors import MissingDependencyError
 from mp2.export import build_plans, export_engine
 from mp2.export.calibration import task_inputs
-from mp2.export.emulated import EmulatedRuntime
+from mp2.export.emulated import EmulatedBackend
 from mp2.prompts import PromptSet, load_prompts, random_prompts
 from mp2.tasks import MrcInput
 
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace, precision: str) -> dict[str, Any]:
     export_engine(backbone, out, precision=precision, prompts=prompts, shapes=shapes)
     row["export_s"] = round(time.perf_counter() - started, 1)
     if args.emulate:
-        runtime = EmulatedRuntime(backbone, out, precision)
+        runtime = EmulatedBackend(backbone, out, precision)
         return row | ranks(runtime, backbone, prompts, inputs)
     started = time.perf_counter()
     runtime = build_plans(backbone, EngineFolder.open(out, backbone))  # raises if a stage differs from torch

@@ -67,7 +67,7 @@ def engine_figures(model: FrozenModel, configs: Sequence[BbtConfig], rounds: int
     """Visits of all layers by populations of 20, fetched one by one and after all were launched."""
     objectives = [make_problem(config, model).objective for config in configs]
     n_lanes = min(len(objectives), AT_ONCE, *(o.side_by_side() for o in objectives))
-    model.runtime.share(n_lanes)
+    model.backend.share(n_lanes)
     space = model.space()
     z = space.fuse(np.ones((space.n_layers, space.n_modules), dtype=bool))
     rng = np.random.default_rng(0)
@@ -146,13 +146,13 @@ def _comparable(result: dict[str, Any]) -> tuple[object, ...]:
 
 def compare(model: FrozenModel, configs: Sequence[BbtConfig], rounds: int) -> dict[str, Any]:
     """Both figures of a task's seeds."""
-    device = str(model.runtime.device)
+    device = str(model.backend.device)
     return {
         "task": configs[0].task,
         "kind": model.kind,
         "backbone": model.backbone.name,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-        "precision": model.runtime.precision,
+        "precision": model.backend.precision,
         "seeds": [config.seed for config in configs],
         "iterations": configs[0].iters,
         "engine": engine_figures(model, configs, rounds),

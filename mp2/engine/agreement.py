@@ -80,7 +80,7 @@ def agreement(
             raise
         exact = None
     if torch.device(backend.device).type == "cuda":
-        torch.cuda.empty_cache()  # not every runtime allocates through torch
+        torch.cuda.empty_cache()  # not every backend allocates through torch
     if exact is None:
         exact = losses(exact_backend(backend.backbone, "cpu"))
     rough = losses(backend)

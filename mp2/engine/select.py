@@ -24,13 +24,13 @@ from mp2.engine.folder import (
     plain_layer_file,
     read_manifest,
 )
-from mp2.engine.onnx.runtime import OnnxRuntime
+from mp2.engine.onnx.backend import OnnxBackend
 from mp2.engine.tensorrt.plans import SHAPES, read_shapes
 from mp2.errors import FormatError, Mp2Error, UnknownNameError, UsageError
 from mp2.limits import check_threads
 
 if TYPE_CHECKING:
-    from mp2.engine.tensorrt.runtime import TensorRTRuntime
+    from mp2.engine.tensorrt.backend import TensorRTBackend
 
 RUNTIMES = ("auto", "torch", "onnxruntime", "onnxruntime-tensorrt", "tensorrt")
 _PROBE_TOKENS = 512  # of a candidate: enough to show a layer's rate
@@ -46,7 +46,7 @@ def create_backend(
     threads: int | None = None,
     precision: str = "fp32",
 ) -> Backend:
-    """Return runtime ``name``; ``auto`` times one layer on each that works here and takes the fastest.
+    """Return the backend of runtime ``name``; ``auto`` takes the one that runs a layer the fastest here.
 
     ``device`` ``auto`` is the GPU if torch sees one, for ``onnxruntime`` the CPU. ``precision`` ``auto`` is
     fp32 on a CPU, where losses then are exact, and fp16 on a GPU, which orders candidates better than bf16;
@@ -93,7 +93,7 @@ def create_backend(
 
 @dataclass(frozen=True)
 class _Asked:
-    """What `create_backend` was asked for, and the runtimes made from it."""
+    """What `create_backend` was asked for, and the backends made from it."""
 
     backbone: Backbone
     folder: Path | None
@@ -135,7 +135,7 @@ class _Asked:
                 f"run 'mp2 export --backbone {self.backbone.config.name} --out DIR' and pass --engine DIR"
             )
         provider = "tensorrt" if name == "onnxruntime-tensorrt" else None
-        return OnnxRuntime(
+        return OnnxBackend(
             self.backbone,
             self.folder,
             device="cuda" if provider and self.device == "cpu" else self.device,
@@ -144,9 +144,9 @@ class _Asked:
             precision=self._folder_precision(self.folder),
         )
 
-    def on_tensorrt(self, device: str) -> TensorRTRuntime:
+    def on_tensorrt(self, device: str) -> TensorRTBackend:
+        from mp2.engine.tensorrt.backend import TensorRTBackend
         from mp2.engine.tensorrt.library import load_tensorrt
-        from mp2.engine.tensorrt.runtime import TensorRTRuntime
 
         load_tensorrt()
         precision = "fp16" if self.folder is None else self._folder_precision(self.folder)
@@ -161,7 +161,7 @@ class _Asked:
                 f"--backbone {self.backbone.config.name} --precision {precision} --out DIR' and pass "
                 "--engine DIR"
             )
-        return TensorRTRuntime(self.backbone, self.folder, device=device, precision=precision)
+        return TensorRTBackend(self.backbone, self.folder, device=device, precision=precision)
 
     def _folder_precision(self, folder: Path) -> str:
         return self.precision if self.precision != "auto" else read_manifest(folder / MANIFEST).precision
@@ -195,13 +195,13 @@ def _fastest(asked: _Asked, folder: Path) -> Backend:
     if gpu and _is_for_tensorrt(folder):
         makers["tensorrt"] = lambda: _with_plans(asked, probe)
     seconds: dict[str, float] = {}
-    runtimes: dict[str, Backend] = {}
+    made: dict[str, Backend] = {}
     unusable: dict[str, str] = {}
     for name, make in makers.items():
         try:
-            runtime = make()
-            seconds[name] = layer_seconds(runtime, probe)
-            runtimes[name] = runtime
+            backend = make()
+            seconds[name] = layer_seconds(backend, probe)
+            made[name] = backend
         except Mp2Error as error:
             if name == "torch":
                 raise
@@ -211,9 +211,9 @@ def _fastest(asked: _Asked, folder: Path) -> Backend:
     reason = f"auto: {best}, the fastest for one layer of {probe} ({measured})"
     for name, why in unusable.items():
         reason += f"; not {name}: {why}"
-    chosen = runtimes[best]
-    chosen.reason = reason + chosen.reason.removeprefix("asked for")  # what a runtime could not do here
-    del runtimes, runtime
+    chosen = made[best]
+    chosen.reason = reason + chosen.reason.removeprefix("asked for")  # what a backend could not do here
+    del made, backend
     if gpu:
         torch.cuda.empty_cache()  # what the others held
     return chosen
@@ -248,13 +248,13 @@ def _is_for_tensorrt(folder: Path) -> bool:
 
 
 def _with_plans(asked: _Asked, probe: Probe) -> Backend:
-    runtime = asked.on_tensorrt(asked.device)
+    backend = asked.on_tensorrt(asked.device)
     index = asked.backbone.config.n_layers // 2
     graphs = ("embed.onnx", plain_layer_file(index) if probe.inline else layer_file(index, "onnx"))
     for graph in graphs:
-        if not runtime.has_plan(graph):
+        if not backend.has_plan(graph):
             raise UsageError(
                 f"there is no plan of {graph} for this GPU yet, and none is built to compare; "
                 "'mp2 export --runtime tensorrt' builds them, --runtime tensorrt as well"
             )
-    return runtime
+    return backend

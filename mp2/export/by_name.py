@@ -17,7 +17,7 @@ from mp2.errors import UnknownNameError, UsageError
 from mp2.export.bundle import build_bundle_plans, write_bundle
 from mp2.export.bundle_tasks import run_backbone
 from mp2.export.calibration import calibration_inputs, task_inputs
-from mp2.export.emulated import EmulatedRuntime
+from mp2.export.emulated import EmulatedBackend
 from mp2.export.engine_folder import build_plans, check_target, export_engine, precision_cost
 from mp2.export.parity import REPORT_HEADER, Comparison
 from mp2.export.triton import TRITON, write_triton
@@ -48,7 +48,7 @@ def export_command(
 
     ``precision`` is fp32 for onnxruntime and fp16 (default), bf16 or fp8 for tensorrt, whose plans are tuned
     for populations of ``popsize`` (None: 20) on the few-shot set of ``task``. With ``graphs_only`` no plan is
-    built: `TensorRTRuntime` builds what it misses.
+    built: `TensorRTBackend` builds what it misses.
     """
     if runtime not in EXPORT_RUNTIMES:
         raise UnknownNameError("runtime", runtime, EXPORT_RUNTIMES)
@@ -145,7 +145,7 @@ def _cost(
     """Show and return what the precision costs, emulated or, with plans, measured on the GPU."""
     precision = folder.manifest.precision
     if graphs_only:
-        cost = precision_cost(EmulatedRuntime(backbone, folder.path, precision), backbone, prompts, inputs)
+        cost = precision_cost(EmulatedBackend(backbone, folder.path, precision), backbone, prompts, inputs)
         show(f"{precision}, emulated on the CPU: {cost.line()}")
         show(f"graphs only: plans are built on the first use on a GPU. Note: {NOT_RUN}")
         return {"emulated_agreement": cost.as_dict()}

@@ -60,7 +60,7 @@ def emulated(path: Path) -> onnx.ModelProto:
     return model
 
 
-class EmulatedRuntime(GraphStages):
+class EmulatedBackend(GraphStages):
     """The chain of a ``folder`` of any precision on the CPU; for comparisons only.
 
     Hidden states are float32 with values of the precision's type.

@@ -34,7 +34,7 @@ from mp2.engine.tensorrt.profiles import TaskShapes
 from mp2.errors import Mp2Error, UnknownNameError, UsageError
 from mp2.export import graphs
 from mp2.export.calibration import calibration_inputs, input_maxima
-from mp2.export.emulated import EmulatedRuntime
+from mp2.export.emulated import EmulatedBackend
 from mp2.export.graph_builder import OPSET, GraphBuilder
 from mp2.export.parity import Comparison, check, compare_stages
 from mp2.export.weights import WeightStore, store_backbone
@@ -79,9 +79,9 @@ def export_engine(
         if precision != "fp32":
             text = json.dumps(asdict(shapes or TaskShapes()), indent=2) + "\n"
             (partial / SHAPES).write_text(text, encoding="utf-8")
-        runtime = EmulatedRuntime(backbone, partial, precision)
+        backend = EmulatedBackend(backbone, partial, precision)
         try:
-            check(compare_stages(runtime, backbone), report, f"runtime 'emulated' in {precision}")
+            check(compare_stages(backend, backbone), report, f"runtime 'emulated' in {precision}")
         except Mp2Error as error:
             raise Mp2Error(f"{error}; nothing was written to {out}") from error
         manifest = _manifest(backbone, partial, precision)
@@ -100,17 +100,17 @@ def build_plans(
 
     Raises MissingDependencyError (TensorRT, CUDA), Mp2Error (TensorRT's refusal, an output out of tolerance).
     """
-    from mp2.engine.tensorrt.runtime import TensorRTRuntime
+    from mp2.engine.tensorrt.backend import TensorRTBackend
 
     precision = folder.manifest.precision
-    runtime = TensorRTRuntime(backbone, folder.path, device=device, precision=precision)
-    runtime.prepare()
-    check(compare_stages(runtime, backbone), report, f"runtime 'tensorrt' in {precision}")
-    return runtime
+    backend = TensorRTBackend(backbone, folder.path, device=device, precision=precision)
+    backend.prepare()
+    check(compare_stages(backend, backbone), report, f"runtime 'tensorrt' in {precision}")
+    return backend
 
 
 def precision_cost(
-    runtime: ChainBackend, backbone: Backbone, prompts: PromptSet | None, inputs: Sequence[MrcInput]
+    backend: ChainBackend, backbone: Backbone, prompts: PromptSet | None, inputs: Sequence[MrcInput]
 ) -> Agreement:
     """Return how a population's losses in the middle of ``backbone`` agree with float32's.
 
@@ -122,7 +122,7 @@ def precision_cost(
     if prompts is None or prompts.kind != "deep":
         prompts = random_prompts(backbone, "deep", prompt_tokens=10, intrinsic_dim=20, scale=5.0)
     chosen = inputs[:_AGREEMENT_EXAMPLES]
-    return agreement(runtime, prompts, chosen, backbone.config.n_layers // 2)
+    return agreement(backend, prompts, chosen, backbone.config.n_layers // 2)
 
 
 def check_target(out: str | Path) -> Path:

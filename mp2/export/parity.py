@@ -106,24 +106,24 @@ class _Probe:
 
 
 @torch.inference_mode()
-def compare_stages(runtime: GraphStages, backbone: Backbone) -> Iterator[Comparison]:
-    """Yield a comparison with the encoder for every stage of ``runtime`` and kind of input.
+def compare_stages(backend: GraphStages, backbone: Backbone) -> Iterator[Comparison]:
+    """Yield a comparison with the encoder for every stage of ``backend`` and kind of input.
 
     Each layer gets the reference's own input; the last comparison is of the logits of the whole chain.
     """
     probe = _Probe(backbone)
     encoder, ids, mask = probe.encoder, probe.ids, probe.mask
-    tolerance = STAGE_TOLERANCE[runtime.precision]
+    tolerance = STAGE_TOLERANCE[backend.precision]
 
     def on(x: torch.Tensor) -> torch.Tensor:
-        return x.to(runtime.device)
+        return x.to(backend.device)
 
     for n_inline in (0, _M):
-        got = runtime.embed(on(ids), n_inline)[0]
+        got = backend.embed(on(ids), n_inline)[0]
         yield _compare(f"embed, {n_inline} inline rows", got, encoder.embed(ids, n_inline), tolerance)
-    got = runtime.embed_inline(on(probe.rows))[:, 0]
+    got = backend.embed_inline(on(probe.rows))[:, 0]
     yield _compare("embed_inline", got, encoder.embed_inline(probe.rows), tolerance)
-    text, chained = encoder.embed(ids)[None], runtime.embed(on(ids))
+    text, chained = encoder.embed(ids)[None], backend.embed(on(ids))
     for i in range(probe.config.n_layers):
         two = text if len(text) == _P else torch.cat([text, text.flip(1)])
         prefixes = (probe.keys[i].unsqueeze(1), probe.values[i].unsqueeze(1))
@@ -137,16 +137,16 @@ def compare_stages(runtime: GraphStages, backbone: Backbone) -> Iterator[Compari
         }
         for case, (hidden, real, prefix) in cases.items():
             fed = None if prefix is None else (on(prefix[0]), on(prefix[1]))
-            got = runtime.layer(i, on(hidden), None if real is None else on(real), fed)
+            got = backend.layer(i, on(hidden), None if real is None else on(real), fed)
             expected = probe.layer(i, hidden, real, prefix)
             yield _compare(f"layer_{i:02d}, {case}", got, expected, tolerance, real)
-        chained = runtime.layer(i, chained, on(mask), (on(prefixes[0]), on(prefixes[1])))
+        chained = backend.layer(i, chained, on(mask), (on(prefixes[0]), on(prefixes[1])))
         text = probe.layer(i, text, mask, prefixes)
     weight, bias = probe.weight[0], probe.bias[0]
     logits = text @ weight.T + bias
-    yield _compare("head", runtime.head(on(text), on(weight), on(bias)), logits, tolerance)
-    got = runtime.head(chained, on(weight), on(bias))
-    yield _compare("whole chain: logits", got, logits, WHOLE_TOLERANCE[runtime.precision], mask)
+    yield _compare("head", backend.head(on(text), on(weight), on(bias)), logits, tolerance)
+    got = backend.head(chained, on(weight), on(bias))
+    yield _compare("whole chain: logits", got, logits, WHOLE_TOLERANCE[backend.precision], mask)
 
 
 RunGraph = Callable[[Mapping[str, torch.Tensor], Mapping[str, Sequence[int]]], Sequence[torch.Tensor]]

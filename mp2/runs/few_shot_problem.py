@@ -52,7 +52,7 @@ class FewShotProblem:
         split = self.split
         self._dev = split.dev
         chooser = HeadChooser(
-            card, model.runtime, model.prompts, self.data.formatter, split.train, config.ridge_features
+            card, model.backend, model.prompts, self.data.formatter, split.train, config.ridge_features
         )
         self.head = chooser.choose(config.head)
         self.train_inputs = self.head.train_inputs
@@ -61,7 +61,7 @@ class FewShotProblem:
         if config.test:
             _ = self.data.fitting_tests  # what is wrong with them is said now, not when all is tuned
         self.data_sha256 = _inputs_sha256([*self.train_inputs, *self.dev_inputs])
-        forward = model.runtime.forward(model.prompts, self.head.head)
+        forward = model.backend.forward(model.prompts, self.head.head)
         self.objective = Objective(forward, self.train_inputs)
         self.scorer = Scorer(forward)
 

@@ -1,4 +1,4 @@
-"""What stays as it is while prompts are tuned: backbone, modular prompts and the runtime, found by name."""
+"""What stays as it is while prompts are tuned: backbone, modular prompts and the backend, found by name."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FrozenModel:
-    """Backbone, modular prompts and the runtime that runs them; shared by the seeds of a series."""
+    """Backbone, modular prompts and the backend that runs them; shared by the seeds of a series."""
 
     backbone: Backbone
     prompts: PromptSet
-    runtime: Backend
+    backend: Backend
 
     @property
     def kind(self) -> Kind:
@@ -145,7 +145,7 @@ def load_model(config: BbtConfig) -> FrozenModel:
             f"the prompts of {default_prompts(config)} are {prompts.kind}, expected {config.kind}: "
             f"drop --{config.kind} or give other --prompts"
         )
-    runtime = create_backend(
+    backend = create_backend(
         config.runtime,
         backbone,
         engine_dir=Path(config.engine) if config.engine else None,
@@ -153,4 +153,4 @@ def load_model(config: BbtConfig) -> FrozenModel:
         threads=config.threads,
         precision=config.precision,
     )
-    return FrozenModel(backbone, prompts, runtime)
+    return FrozenModel(backbone, prompts, backend)

@@ -42,11 +42,11 @@ def run_plan(problem: FewShotProblem) -> dict[str, Any]:
         "prompts": str(config.prompts),
         "head": problem.head.as_dict(),
         "engine": {
-            "runtime": model.runtime.name,
-            "precision": model.runtime.precision,
-            "device": str(model.runtime.device),
-            "threads": config.threads if str(model.runtime.device) == "cpu" else None,
-            "reason": model.runtime.reason,
+            "runtime": model.backend.name,
+            "precision": model.backend.precision,
+            "device": str(model.backend.device),
+            "threads": config.threads if str(model.backend.device) == "cpu" else None,
+            "reason": model.backend.reason,
         },
         "examples": {
             "train": problem.n_train,
@@ -134,7 +134,7 @@ def opening_lines(problems: Sequence[FewShotProblem], agreements: Sequence[Agree
     said: set[str] = set()
     for problem, found in zip(problems, agreements, strict=True):
         if found is not None and problem.card.task not in said:
-            line = agreement_line(problem.model.runtime.precision, found, problem.n_train)
+            line = agreement_line(problem.model.backend.precision, found, problem.n_train)
             lines.append(line if n_tasks == 1 else f"{problem.card.task}: {line}")
         of_task = [] if problem.card.task in said else problem.data.lines()
         of_seed = [f"seed {problem.config.seed}: {remark}" for remark in problem.split.remarks]

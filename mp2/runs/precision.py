@@ -20,7 +20,7 @@ def precision_agreement(problem: FewShotProblem) -> Agreement | None:
     streams, counts and objective are not touched, and every call finds the same.
     """
     model, config = problem.model, problem.config
-    if model.runtime.precision == "fp32":
+    if model.backend.precision == "fp32":
         return None
     space = problem.space
     layer = (space.n_moved or space.n_layers) // 2
@@ -28,7 +28,7 @@ def precision_agreement(problem: FewShotProblem) -> Agreement | None:
     whole = problem.head.kind != "span"
     chosen = range(len(problem.train_inputs)) if whole else _chosen(problem, layer)
     return agreement(
-        model.runtime,
+        model.backend,
         model.prompts,
         [problem.train_inputs[i] for i in chosen],
         layer,
@@ -53,7 +53,7 @@ def _chosen(problem: FewShotProblem, layer: int) -> list[int]:
     n_layers = config.n_layers - layer if meta.injection == "prefix" else config.n_layers
     a_token = 2 * n_layers * (4 * config.hidden**2 + 2 * config.hidden * config.ffn)
     mean = sum(x.n_tokens + meta.n_inline for x in inputs) / len(inputs)
-    flops = _FLOPS["cuda" if str(problem.model.runtime.device).startswith("cuda") else "cpu"]
+    flops = _FLOPS["cuda" if str(problem.model.backend.device).startswith("cuda") else "cpu"]
     affordable = int(flops / (problem.config.layers.popsize * mean * a_token))
     n = min(len(inputs), _MOST_EXAMPLES, max(_LEAST_EXAMPLES, affordable))
     order = sorted(range(len(inputs)), key=lambda i: (inputs[i].n_tokens, i))

@@ -92,7 +92,7 @@ class Predictor:
         words = getattr(self._formatter, "words", ())
         head = tuned_head(run_dir / "prompt.safetensors", meta, model.backbone, model.prompts, words)
         self._temperature = meta.temperature
-        self._scorer = Scorer(model.runtime.forward(model.prompts, head))
+        self._scorer = Scorer(model.backend.forward(model.prompts, head))
         self._scorer.prepare(self._z)
 
     def predict_lines(
@@ -241,7 +241,7 @@ def _load_here(config: BbtConfig, note: Callable[[str], None]) -> FrozenModel:
         return load_model(config)
     except MissingDependencyError as error:
         model = load_model(_computed_with(config, "torch", "auto", "auto"))
-        here = f"{model.runtime.name}, {model.runtime.precision}, {model.runtime.device}"
+        here = f"{model.backend.name}, {model.backend.precision}, {model.backend.device}"
         note(f"the run computed with {config.runtime}, {config.precision}, {config.device}: {error}")
         note(f"labelling with {here} instead; probabilities may differ in their last digits")
         return model

@@ -63,6 +63,6 @@ def config_file(config: BbtConfig, model: FrozenModel) -> dict[str, Any]:
         "config": config.to_json(),
         "config_sha256": config.sha256(),
         "backbone_revision": model.backbone.revision,  # the commit that a hub's revision was
-        "runtime_reason": model.runtime.reason,
+        "runtime_reason": model.backend.reason,
         "versions": versions(),
     }

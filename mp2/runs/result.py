@@ -183,7 +183,7 @@ def run_seconds(seconds: dict[str, float]) -> dict[str, float]:
 
 def engine_facts(model: FrozenModel) -> dict[str, str]:
     """What computed the losses."""
-    runtime = model.runtime
+    runtime = model.backend
     return {"runtime": runtime.name, "precision": runtime.precision, "device": str(runtime.device)}
 
 

@@ -49,7 +49,7 @@ def make_problem(
     card = data.card if data else load_card(config.task)
     config = resolve_paths(config)
     model = model or load_model(config)
-    runtime = model.runtime
+    runtime = model.backend
     config = replace(config, runtime=runtime.name, precision=runtime.precision, device=str(runtime.device))
     problem = FewShotProblem(config, card, model, data)
     _check_popsize(problem)

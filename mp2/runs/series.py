@@ -70,7 +70,7 @@ def start_series(
     problems = _problems(configs, model)
     agreements = [precision_agreement(problem) for problem in problems]
     for problem in problems:  # a first evaluation that overflows has changed the precision
-        problem.config = replace(problem.config, precision=model.runtime.precision)
+        problem.config = replace(problem.config, precision=model.backend.precision)
     for line in opening_lines(problems, agreements):
         say(f"mp2: {line}")
     with ExitStack() as locks:

@@ -54,4 +54,4 @@ def test_two_seeds_are_the_same_together_and_alone(launches: bool, monkeypatch: 
 
 def test_a_shape_comes_with_prompts_of_the_kind() -> None:
     model = together.load("mini", "shallow", "cpu", "auto")
-    assert (model.kind, model.runtime.precision, model.space().n_layers) == ("shallow", "fp32", 1)
+    assert (model.kind, model.backend.precision, model.space().n_layers) == ("shallow", "fp32", 1)

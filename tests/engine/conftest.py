@@ -12,7 +12,7 @@ from mp2.backbone import Backbone, freeze
 from mp2.engine import Objective
 from mp2.engine.chain import ChainBackend
 from mp2.engine.cpu.backend import CpuBackend
-from mp2.engine.onnx.runtime import OnnxRuntime
+from mp2.engine.onnx.backend import OnnxBackend
 from mp2.export import export_engine
 from mp2.prompts import PromptSet, random_prompts
 from mp2.tasks import MrcInput
@@ -62,7 +62,7 @@ def runtime(
         if request.param == "torch without C":
             monkeypatch.setattr("mp2.engine.cpu.native.load", lambda: None)
         return CpuBackend(tiny_backbone)
-    return OnnxRuntime(tiny_backbone, engine_dir, threads=1)
+    return OnnxBackend(tiny_backbone, engine_dir, threads=1)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from mp2.engine import Objective, create_backend
 from mp2.engine.agreement import Agreement, agreement, spearman
 from mp2.engine.backend import Backend
 from mp2.engine.cpu.backend import CpuBackend
-from mp2.engine.cpu.difference_steps import int8_problem
+from mp2.engine.cpu.difference_steps import int8_unfit
 from mp2.engine.cuda.backend import CudaBackend
 from mp2.engine.select import exact_backend
 from mp2.prompts import PromptSet
@@ -44,7 +44,7 @@ def test_float32_agrees_with_itself(
 def test_a_low_precisions_error_is_that_of_the_losses(
     tiny_backbone: Backbone, deep: PromptSet, train: list[MrcInput], precision: str
 ) -> None:
-    if precision == "int8" and int8_problem():
+    if precision == "int8" and int8_unfit():
         pytest.skip("no int8 products on this CPU")
     runtime = create_backend("torch", tiny_backbone, precision=precision)
     found = agreement(runtime, deep, train, 2, sigma=0.1, n_candidates=8)

@@ -16,7 +16,7 @@ from mp2.backbone.mlm_head import MlmHead, MlmTransform
 from mp2.engine import Backend, Objective, Scorer
 from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.cuda.backend import CudaBackend
-from mp2.engine.onnx.runtime import OnnxRuntime
+from mp2.engine.onnx.backend import OnnxBackend
 from mp2.heads import Head, LabelWordHead, RidgeHead, RidgeSettings
 from mp2.prompts import PromptSet
 from mp2.tasks import MrcInput
@@ -33,7 +33,7 @@ def backend(request: pytest.FixtureRequest, tiny_backbone: Backbone, engine_dir:
         return CudaBackend(tiny_backbone, device="cpu", precision="fp32")
     if request.param == "torch":
         return CpuBackend(tiny_backbone)
-    return OnnxRuntime(tiny_backbone, engine_dir, threads=1)
+    return OnnxBackend(tiny_backbone, engine_dir, threads=1)
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,7 @@ from mp2.engine.backend import Prefixes
 from mp2.engine.chain import ChainBackend
 from mp2.engine.cpu import native
 from mp2.engine.cpu.attention import attend, attend_shared_text
-from mp2.engine.cpu.linear import FastLinear
-from mp2.engine.cpu.second_half import SecondHalf, make_second_half
+from mp2.engine.cpu.linear import FastLinear, SecondHalf, make_second_half
 from mp2.engine.forward import check_positions
 
 
@@ -41,8 +40,8 @@ class CpuBackend(ChainBackend):
         self.backbone = backbone
         self.precision = "fp32"
         self.reason = reason or "asked for"
-        if problem := native.problem():
-            self.reason += f"; no C kernels: {problem}"
+        if unfit := native.unfit():
+            self.reason += f"; no C kernels: {unfit}"
         self._config = backbone.config
         self._heads = (backbone.config.n_heads, backbone.config.head_size)
         self._encoder = backbone.encoder

@@ -85,7 +85,7 @@ def make_linear(precision: str, weight: torch.Tensor) -> DifferenceLinear:
     return Int8Linear(weight) if precision == "int8" else Bf16Linear(weight)
 
 
-def bf16_problem() -> str:
+def bf16_unfit() -> str:
     """Tell in a line why bfloat16 products do not pay on this processor; "" where they do."""
     if torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported():
         return ""
@@ -93,7 +93,7 @@ def bf16_problem() -> str:
 
 
 @functools.cache
-def int8_problem() -> str:
+def int8_unfit() -> str:
     """Tell in a line why int8 matrix products cannot be had on this processor; "" where they are exact.
 
     ``torch._int_mm`` has no public name, and on an x86 processor without VNNI or AMX it returns wrong sums

@@ -25,8 +25,8 @@ from mp2.engine.cpu.attention import attend, attend_shared_text
 from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.cpu.difference_steps import (
     DifferenceLinear,
-    bf16_problem,
-    int8_problem,
+    bf16_unfit,
+    int8_unfit,
     make_linear,
     make_steps,
 )
@@ -68,10 +68,10 @@ class DifferenceBackend(CpuBackend):
         Raises UsageError for int8 on a processor whose int8 products are not exact, and for rows too long.
         """
         super().__init__(backbone, reason=reason)
-        if precision == "int8" and (problem := int8_problem()):
-            raise UsageError(f"precision int8: {problem}; use --precision fp32")
-        if precision == "bf16" and (problem := bf16_problem()):
-            self.reason += f"; {problem}"
+        if precision == "int8" and (unfit := int8_unfit()):
+            raise UsageError(f"precision int8: {unfit}; use --precision fp32")
+        if precision == "bf16" and (unfit := bf16_unfit()):
+            self.reason += f"; {unfit}"
         if backbone.config.ffn > MAX_ROW:
             raise UsageError(
                 f"feed-forward of {backbone.config.ffn}, precision {precision} takes at most {MAX_ROW}"

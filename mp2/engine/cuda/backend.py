@@ -262,7 +262,7 @@ class CudaBackend:
     ) -> torch.Tensor:
         """Return layer ``index``'s output [P, S, H].
 
-        ``hidden`` is [B, S, H], ``prefix`` keys and values [C, h, m, d_h] in the runtime's type; B = C = P,
+        ``hidden`` is [B, S, H], ``prefix`` keys and values [C, h, m, d_h] in the backend's type; B = C = P,
         or one of both is 1.
         """
         layer = self._packed.get(index) or self._prepare_packed(index)

@@ -32,7 +32,7 @@ class Graph(Protocol):
         ...
 
 
-class Recorder(Protocol):
+class Capture(Protocol):
     """Records work on fixed buffers."""
 
     def __call__(self, work: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
@@ -51,7 +51,7 @@ class _Kept:
         self.graph.replay()
 
 
-class CudaRecorder:
+class CudaCapture:
     """Records CUDA graphs on one stream; they share a memory pool, as only one of them runs at a time.
 
     A pool ends with its last graph and cannot be taken up again, so that graphs after that get a new one.
@@ -66,7 +66,7 @@ class CudaRecorder:
         self._broken: list[_Kept] = []
 
     def __call__(self, work: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
-        """See `Recorder`. Other threads may wait for other streams meanwhile."""
+        """See `Capture`. Other threads may wait for other streams meanwhile."""
         alive = list(self._alive)  # held, so that the pool lives as long as this takes
         if not alive:
             self._pool = torch.cuda.graph_pool_handle()
@@ -104,7 +104,7 @@ class Graphs:
     that took; ``note`` hears once of what could not be.
     """
 
-    def __init__(self, record: Recorder | None, note: Callable[[str], None] = say) -> None:
+    def __init__(self, record: Capture | None, note: Callable[[str], None] = say) -> None:
         self._record, self._note = record, note
         self._seen: set[Hashable] = set()
         self._refused: set[Hashable] = set()
@@ -136,7 +136,7 @@ class Graphs:
         graph.replay()
         return output
 
-    def _made(self, key: Hashable, inputs: Sequence[torch.Tensor], work: Work, record: Recorder) -> bool:
+    def _made(self, key: Hashable, inputs: Sequence[torch.Tensor], work: Work, record: Capture) -> bool:
         """Record ``key``; False where that failed.
 
         Not even memory that ran out is passed on: the work has run plainly before, within the memory, and if
@@ -156,7 +156,7 @@ class Graphs:
         self.record_s += time.perf_counter() - started
         return True
 
-    def restart(self, record: Recorder | None) -> None:
+    def restart(self, record: Capture | None) -> None:
         """Forget everything, which frees its memory, and go on with ``record``."""
         self._record = record
         self._refused.clear()

@@ -24,7 +24,7 @@ from weakref import WeakSet
 import numpy as np
 import torch
 
-from mp2.engine.cuda.graphs import CudaRecorder, Recorder
+from mp2.engine.cuda.graphs import Capture, CudaCapture
 
 Arrival = Callable[[], "np.ndarray"]
 """Waits for a tensor that is on its way to the host, and returns a copy of it; callable from any thread."""
@@ -35,7 +35,7 @@ _SMALLEST_BLOCK = 1 << 12  # bytes of pinned memory
 class Lane(Protocol):
     """A queue of the device. All but what `send` returns is called in one thread."""
 
-    record: Recorder | None  # None: nothing is recorded
+    record: Capture | None  # None: nothing is recorded
 
     def queue(self) -> AbstractContextManager[Any]:
         """Inside, work goes to this lane."""
@@ -53,7 +53,7 @@ class Lane(Protocol):
 class HostLane:
     """The CPU: everything is done at once."""
 
-    record: Recorder | None = None
+    record: Capture | None = None
 
     def queue(self) -> AbstractContextManager[Any]:
         """See `Lane.queue`."""
@@ -80,7 +80,7 @@ class CudaLane:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._blocks: list[torch.Tensor] = []  # pinned, not in use
-        self.record: Recorder | None = CudaRecorder(device, self._stream)
+        self.record: Capture | None = CudaCapture(device, self._stream)
 
     def queue(self) -> AbstractContextManager[Any]:
         """See `Lane.queue`."""
@@ -130,7 +130,7 @@ def say(line: str) -> None:
 
 
 class Lanes:
-    """The lanes of a runtime; one, unless `spread` allows more. Used by one thread."""
+    """The lanes of a backend; one, unless `spread` allows more. Used by one thread."""
 
     def __init__(
         self, make: Callable[[], Lane], free_memory: Callable[[], None], note: Callable[[str], None] = say

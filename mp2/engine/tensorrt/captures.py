@@ -19,7 +19,7 @@ IDLE_CALLS = 16 * KEPT  # rounds of visits through all layers: what was not call
 
 
 class Captures:
-    """The captured calls of all engines of a runtime, at most ``kept``.
+    """The captured calls of all engines of a backend, at most ``kept``.
 
     When there is no room, calls run as they are: to make room for each new one by giving up the one used
     longest ago would, with more calls in a round than there is room for, capture every call every time. Only

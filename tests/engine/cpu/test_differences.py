@@ -18,8 +18,8 @@ from mp2.engine.cpu.difference_steps import (
     NativeSteps,
     Product,
     TorchSteps,
-    bf16_problem,
-    int8_problem,
+    bf16_unfit,
+    int8_unfit,
     make_linear,
     make_steps,
 )
@@ -46,8 +46,8 @@ def near(prompts: PromptSet, n: int, spread: float) -> np.ndarray:
 
 @pytest.fixture(params=["bf16", "int8"])
 def precision(request: pytest.FixtureRequest) -> str:
-    if request.param == "int8" and (problem := int8_problem()):
-        pytest.skip(problem)
+    if request.param == "int8" and (unfit := int8_unfit()):
+        pytest.skip(unfit)
     return str(request.param)
 
 
@@ -204,9 +204,9 @@ def test_a_candidate_that_is_not_finite_spoils_no_other(
 
 @pytest.fixture
 def fresh() -> Iterator[None]:
-    int8_problem.cache_clear()
+    int8_unfit.cache_clear()
     yield
-    int8_problem.cache_clear()
+    int8_unfit.cache_clear()
 
 
 def saturating(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -231,7 +231,7 @@ def test_without_exact_int8_products_it_is_refused(
 @pytest.mark.usefixtures("fresh")
 def test_exact_int8_products_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: a.int() @ b.int())
-    assert int8_problem() == ""
+    assert int8_unfit() == ""
 
 
 @pytest.mark.skipif(
@@ -239,7 +239,7 @@ def test_exact_int8_products_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.parametrize("level", ["AVX2", "AVX512_CORE"])
 def test_a_processor_without_vnni_is_told_apart(level: str) -> None:
-    code = "from mp2.engine.cpu.difference_steps import int8_problem; print(int8_problem())"
+    code = "from mp2.engine.cpu.difference_steps import int8_unfit; print(int8_unfit())"
     told = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "ONEDNN_MAX_CPU_ISA": level},
@@ -259,5 +259,5 @@ def test_both_are_had_by_name_on_the_cpu(tiny_backbone: Backbone, precision: str
 
 def test_slow_bfloat16_products_are_said(tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert bf16_problem()
-    assert bf16_problem() in DifferenceBackend(tiny_backbone, precision="bf16").reason
+    assert bf16_unfit()
+    assert bf16_unfit() in DifferenceBackend(tiny_backbone, precision="bf16").reason

@@ -98,7 +98,7 @@ def test_a_damaged_library_is_made_again(kept: Path, damage: str) -> None:
         path.unlink()
         path.write_bytes(b"" if damage == "empty" else whole[: len(whole) // 2])
     assert again()
-    assert native.problem() == ""
+    assert native.unfit() == ""
     assert library(kept).stat().st_size == len(whole)
     assert "C kernels" in dict(rows(examine()))
 
@@ -126,9 +126,9 @@ def test_a_compiler_whose_library_lacks_a_function_is_told_in_a_line(
     monkeypatch.setattr(native, "_SOURCES", ("empty.c",))
     monkeypatch.setattr(native, "_HEADERS", ())
     assert native.load() is None
-    assert "cannot be used" in native.problem()
-    assert "mp2_" in native.problem()
-    assert "\n" not in native.problem()
+    assert "cannot be used" in native.unfit()
+    assert "mp2_" in native.unfit()
+    assert "\n" not in native.unfit()
     assert not list(kept.iterdir())
 
 
@@ -143,8 +143,8 @@ def test_a_library_planted_where_others_can_write_is_never_loaded(
     opened.chmod(0o777)
     assert not again()
     assert not sign.exists()
-    assert str(opened) in native.problem()
-    assert "mode 777" in native.problem()
+    assert str(opened) in native.unfit()
+    assert "mode 777" in native.unfit()
 
 
 @needs_compiler
@@ -221,9 +221,9 @@ def test_without_a_compiler_there_is_no_library_and_no_error(
         "compiler fails": "false",
         "no command": "expected a command",
     }[way]
-    assert said in native.problem()
-    assert f"; no C kernels: {native.problem()}" in CpuBackend(tiny_backbone).reason
-    assert f"none: {native.problem()}" in dict(rows(examine()))["C kernels"]
+    assert said in native.unfit()
+    assert f"; no C kernels: {native.unfit()}" in CpuBackend(tiny_backbone).reason
+    assert f"none: {native.unfit()}" in dict(rows(examine()))["C kernels"]
 
 
 def test_without_a_home_there_is_no_library_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,8 +233,8 @@ def test_without_a_home_there_is_no_library_and_no_error(monkeypatch: pytest.Mon
     monkeypatch.setattr(Path, "home", nowhere)
     assert native.load() is None
     if native.compiler():
-        assert "there is no home" in native.problem()
-        assert "set XDG_CACHE_HOME" in native.problem()
+        assert "there is no home" in native.unfit()
+        assert "set XDG_CACHE_HOME" in native.unfit()
 
 
 @needs_compiler
@@ -247,5 +247,5 @@ def test_a_compiler_can_have_arguments_and_a_front(
     front.chmod(0o700)
     for number, command in enumerate((plain, f"{plain} -O2", f"'{front}' {plain}"), 1):
         monkeypatch.setenv("CC", command)
-        assert again(), native.problem()
+        assert again(), native.unfit()
         assert len(list(kept.glob("*.so"))) == number

@@ -15,7 +15,7 @@ from mp2.backbone.encoder import activate
 from mp2.engine import Objective
 from mp2.engine.cpu import native
 from mp2.engine.cpu.backend import CpuBackend
-from mp2.engine.cpu.second_half import SecondHalf, make_second_half
+from mp2.engine.cpu.linear import SecondHalf, make_second_half
 from mp2.prompts import random_prompts
 
 from ..slow_reference import D, M, SlowReference, make_inputs

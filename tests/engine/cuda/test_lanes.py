@@ -17,7 +17,7 @@ from mp2.engine import Objective, Scorer
 from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.cuda.backend import CudaBackend
 from mp2.engine.cuda.forward import PackedForward
-from mp2.engine.cuda.graphs import CudaRecorder, Graphs
+from mp2.engine.cuda.graphs import CudaCapture, Graphs
 from mp2.engine.cuda.lanes import CudaLane, HostLane
 from mp2.errors import OutOfMemoryError
 from mp2.prompts import PromptSet
@@ -393,7 +393,7 @@ def test_graphs_are_captured_on_their_lanes_own_stream_and_pool(monkeypatch: pyt
 
 def test_a_pool_ends_with_its_last_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
-    record = CudaRecorder(torch.device("cpu"), CudaLane(torch.device("cpu"))._stream)
+    record = CudaCapture(torch.device("cpu"), CudaLane(torch.device("cpu"))._stream)
     kept = [record(lambda: torch.ones(1))[0] for _ in range(2)]
     del kept[0]
     kept.append(record(lambda: torch.ones(1))[0])
@@ -407,7 +407,7 @@ def test_a_capture_that_runs_out_of_memory_says_so_whatever_ending_it_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cuda = FakeCuda(monkeypatch)
-    record = CudaRecorder(torch.device("cpu"), CudaLane(torch.device("cpu"))._stream)
+    record = CudaCapture(torch.device("cpu"), CudaLane(torch.device("cpu"))._stream)
 
     def work() -> torch.Tensor:
         cuda.calls.append("broken")

@@ -11,8 +11,8 @@ import torch
 
 from mp2.backbone import Backbone
 from mp2.engine import create_backend
+from mp2.engine.onnx.backend import OnnxBackend
 from mp2.engine.onnx.providers import PROVIDERS, Provider
-from mp2.engine.onnx.runtime import OnnxRuntime
 from mp2.engine.tensorrt.profiles import Profile, TaskShapes, stretched
 from mp2.errors import MismatchError, MissingDependencyError, Mp2Error
 from mp2.export import compare_stages, export_engine
@@ -93,7 +93,7 @@ def test_a_chain_hands_its_activations_on_where_they_lie(
         real(self, name, device, index, element, shape, at)
 
     monkeypatch.setattr(ort.IOBinding, "bind_input", bind)
-    runtime = OnnxRuntime(tiny_backbone, half_dir, precision="fp16", threads=1)
+    runtime = OnnxBackend(tiny_backbone, half_dir, precision="fp16", threads=1)
     config = tiny_backbone.config
     hidden = runtime.embed(torch.arange(10, 32).view(2, 11))
     assert hidden.dtype == torch.float16
@@ -112,7 +112,7 @@ def test_a_chain_hands_its_activations_on_where_they_lie(
 def test_a_typed_folder_runs_on_onnxruntime_within_its_precision(
     tiny_backbone: Backbone, half_dir: Path
 ) -> None:
-    runtime = OnnxRuntime(tiny_backbone, half_dir, precision="fp16", threads=1)
+    runtime = OnnxBackend(tiny_backbone, half_dir, precision="fp16", threads=1)
     assert [c.line() for c in compare_stages(runtime, tiny_backbone) if not c.ok] == []
 
 
@@ -149,20 +149,20 @@ def test_the_tensorrt_provider_may_choose_a_type_for_a_float32_folder(
     precision: str,
     flags: str,
 ) -> None:
-    runtime = OnnxRuntime(tiny_backbone, engine_dir, provider="tensorrt", precision=precision)
+    runtime = OnnxBackend(tiny_backbone, engine_dir, provider="tensorrt", precision=precision)
     runtime.embed(torch.arange(10, 32).view(2, 11))
     options = opened[0][0][1]
     assert options["trt_fp16_enable"][0] + options["trt_bf16_enable"][0] == flags
     assert "trt_profile_min_shapes" not in options
     assert options["trt_engine_cache_path"] == str(engine_dir / "onnxruntime")
     with pytest.raises(MismatchError, match="holds fp32, expected fp8"):
-        OnnxRuntime(tiny_backbone, engine_dir, provider="tensorrt", precision="fp8")
+        OnnxBackend(tiny_backbone, engine_dir, provider="tensorrt", precision="fp8")
 
 
 def test_a_typed_folder_needs_no_flag_and_brings_its_profiles(
     tiny_backbone: Backbone, half_dir: Path, opened: list[list[tuple[str, dict[str, str]]]]
 ) -> None:
-    runtime = OnnxRuntime(tiny_backbone, half_dir, provider="tensorrt", precision="fp16")
+    runtime = OnnxBackend(tiny_backbone, half_dir, provider="tensorrt", precision="fp16")
     runtime.layer(0, runtime.embed(torch.arange(10, 32).view(2, 11)), None, None)
     options = opened[1][0][1]
     assert (options["trt_fp16_enable"], options["trt_bf16_enable"]) == ("False", "False")
@@ -178,7 +178,7 @@ def test_without_a_precision_the_folders_own_is_taken(tiny_backbone: Backbone, h
 def test_a_missing_provider_says_what_to_install(tiny_backbone: Backbone, engine_dir: Path) -> None:
     for kind, extra in (("cuda", ""), ("tensorrt", " tensorrt")):
         with pytest.raises(MissingDependencyError, match=f"pip install onnxruntime-gpu{extra}"):
-            OnnxRuntime(tiny_backbone, engine_dir, provider=kind)
+            OnnxBackend(tiny_backbone, engine_dir, provider=kind)
 
 
 def test_a_provider_that_onnxruntime_leaves_out_is_an_error_when_the_runtime_is_made(
@@ -196,7 +196,7 @@ def test_a_provider_that_onnxruntime_leaves_out_is_an_error_when_the_runtime_is_
 
     monkeypatch.setattr(ort, "InferenceSession", without_libraries)
     with pytest.raises(MissingDependencyError, match=r"left TensorrtExecutionProvider out .*CPUExec.* cuDNN"):
-        OnnxRuntime(tiny_backbone, half_dir, provider="tensorrt", precision="fp16")
+        OnnxBackend(tiny_backbone, half_dir, provider="tensorrt", precision="fp16")
 
 
 def test_what_onnxruntime_refuses_says_so_and_what_to_do(
@@ -213,23 +213,23 @@ def test_what_onnxruntime_refuses_says_so_and_what_to_do(
     with pytest.raises(
         Mp2Error, match=r"cannot load embed\.onnx .*failure 35: driver version is insufficient; use --runtime"
     ):
-        OnnxRuntime(tiny_backbone, engine_dir, provider="tensorrt")
+        OnnxBackend(tiny_backbone, engine_dir, provider="tensorrt")
     assert capsys.readouterr().out == ""
 
 
 def test_the_tensorrt_provider_has_the_name_by_which_it_is_made_again(
     tiny_backbone: Backbone, half_dir: Path, opened: list[list[tuple[str, dict[str, str]]]]
 ) -> None:
-    runtime = OnnxRuntime(tiny_backbone, half_dir, provider="tensorrt", precision="fp16")
+    runtime = OnnxBackend(tiny_backbone, half_dir, provider="tensorrt", precision="fp16")
     assert runtime.name == "onnxruntime-tensorrt"
-    assert OnnxRuntime(tiny_backbone, half_dir, precision="fp16").name == "onnxruntime"
+    assert OnnxBackend(tiny_backbone, half_dir, precision="fp16").name == "onnxruntime"
 
 
 def test_batches_beyond_the_profile_open_the_graph_again_with_a_larger_one(
     tiny_backbone: Backbone, half_dir: Path, opened: list[list[tuple[str, dict[str, str]]]]
 ) -> None:
     lines: list[str] = []
-    runtime = OnnxRuntime(tiny_backbone, half_dir, provider="tensorrt", precision="fp16", note=lines.append)
+    runtime = OnnxBackend(tiny_backbone, half_dir, provider="tensorrt", precision="fp16", note=lines.append)
     small = runtime.embed(torch.arange(10, 32).view(2, 11))
     (own,) = opened
     assert lines == []

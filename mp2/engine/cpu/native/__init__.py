@@ -1,7 +1,7 @@
 """Compile the package's C kernels with the machine's own compiler, once, for exactly its processor.
 
 Without a compiler (or with ``MP2_NATIVE=0``) the callers do the same in torch, more slowly, and `mp2 doctor`
-and the runtime's reason say so. The library is kept in a folder that is ours alone, under a name made from
+and the backend's reason say so. The library is kept in a folder that is ours alone, under a name made from
 source, flags, compiler and processor, so that none of these can change unnoticed, beside a file with its
 sha256. What does not match that, does not load or lacks a function is compiled again.
 """
@@ -34,31 +34,29 @@ _HERE = Path(__file__).parent
 _SOURCES = ("attention.c", "dense.c", "differences.c")
 _HEADERS = ("difference_passes.h", "vector_math.h")
 
-_problem = ""  # why `load` returned None
+_unfit = ""  # why `load` returned None
 
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """Return the library made from this folder's C files; None where it cannot be made (see `problem`)."""
-    global _problem
+    """Return the library made from this folder's C files; None where it cannot be made (see `unfit`)."""
+    global _unfit
     try:
-        library, _problem = _load(), ""
+        library, _unfit = _load(), ""
         return library
     except (_UnavailableError, NoPrivateFolderError) as error:
-        _problem = str(error)
+        _unfit = str(error)
     except subprocess.CalledProcessError as error:
         told = (error.stderr or b"").decode(errors="replace").strip().splitlines()
-        _problem = (
-            f"the compiler failed: {next((x for x in told if 'error' in x), told[0] if told else error)}"
-        )
+        _unfit = f"the compiler failed: {next((x for x in told if 'error' in x), told[0] if told else error)}"
     except (OSError, subprocess.SubprocessError) as error:
-        _problem = str(error)
+        _unfit = str(error)
     return None
 
 
-def problem() -> str:
+def unfit() -> str:
     """Tell why there are no C kernels, in a line; "" where there are."""
-    return "" if load() is not None else _problem
+    return "" if load() is not None else _unfit
 
 
 def compiler() -> list[str]:

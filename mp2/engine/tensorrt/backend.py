@@ -1,4 +1,4 @@
-"""The TensorRT runtime: the chain graphs of an engine folder as plans, activations resident on the GPU."""
+"""The TensorRT backend: the chain graphs of an engine folder as plans, activations resident on the GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TYPES = dict.fromkeys(
 )
 
 
-class TensorRTRuntime(GraphStages):
+class TensorRTBackend(GraphStages):
     """The stages on TensorRT; a graph's plan is loaded on first use, and built if missing or stale."""
 
     name = "tensorrt"

@@ -20,10 +20,10 @@ from mp2.engine.cuda.backend import CudaBackend
 from mp2.engine.folder import EngineFolder
 from mp2.engine.select import layer_seconds
 from mp2.engine.tensorrt import runtime as runtime_module
+from mp2.engine.tensorrt.backend import TensorRTBackend
 from mp2.engine.tensorrt.captures import Captures
 from mp2.engine.tensorrt.plans import Gpu
 from mp2.engine.tensorrt.profiles import TaskShapes
-from mp2.engine.tensorrt.runtime import TensorRTRuntime
 from mp2.errors import (
     FormatError,
     MismatchError,
@@ -73,8 +73,8 @@ def folders(tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -
 
 def open_runtime(
     backbone: Backbone, folder: Path, precision: str = "fp16", **options: object
-) -> TensorRTRuntime:
-    return TensorRTRuntime(
+) -> TensorRTBackend:
+    return TensorRTBackend(
         backbone, folder, device="cpu", precision=precision, note=lambda line: None, **options
     )  # type: ignore[arg-type]
 
@@ -468,4 +468,4 @@ def test_folders_that_do_not_fit_are_refused(
 
 def test_without_tensorrt_the_error_says_what_to_install(tiny_backbone: Backbone, tmp_path: Path) -> None:
     with pytest.raises(MissingDependencyError, match=r"pip install 'mp2\[gpu\]'"):
-        TensorRTRuntime(tiny_backbone, tmp_path)
+        TensorRTBackend(tiny_backbone, tmp_path)

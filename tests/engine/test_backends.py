@@ -17,7 +17,7 @@ from mp2.engine.chain import ChainBackend
 from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.cpu.linear import FastLinear, onednn_works
 from mp2.engine.cuda.backend import CudaBackend
-from mp2.engine.onnx.runtime import OnnxRuntime
+from mp2.engine.onnx.backend import OnnxBackend
 from mp2.engine.select import layer_seconds
 from mp2.errors import MismatchError, MissingDependencyError, UnknownNameError, UsageError
 from mp2.export import export_engine
@@ -101,7 +101,7 @@ def test_every_backend_adds_the_backbones_token_type(
         for backend in (
             CpuBackend(backbone),
             CudaBackend(backbone, device="cpu", precision="fp32"),
-            OnnxRuntime(backbone, tmp_path / "engine", threads=1),
+            OnnxBackend(backbone, tmp_path / "engine", threads=1),
         ):
             found = Objective(backend.forward(prompts), train).full_losses(z).fetch()
             np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -176,7 +176,7 @@ def test_threads_are_checked_whatever_the_runtime(tiny_backbone: Backbone) -> No
 
 def test_a_layer_is_timed_on_every_backend(tiny_backbone: Backbone, engine_dir: Path) -> None:
     packed = CudaBackend(tiny_backbone, device="cpu", precision="fp32")
-    plain = OnnxRuntime(tiny_backbone, engine_dir, threads=1)
+    plain = OnnxBackend(tiny_backbone, engine_dir, threads=1)
     for inline in (False, True):
         probe = Probe(n_candidates=3, n_examples=5, n_tokens=20, prompt_tokens=4, inline=inline)
         assert str(probe) == "3 candidates x 5 x 20 tokens"
@@ -210,7 +210,7 @@ def test_runtimes_that_cannot_be_had_say_what_to_do(tiny_backbone: Backbone, eng
 
 
 def test_too_long_sequences_are_refused_by_name(tiny_backbone: Backbone, engine_dir: Path) -> None:
-    for runtime in (OnnxRuntime(tiny_backbone, engine_dir, threads=1), CpuBackend(tiny_backbone)):
+    for runtime in (OnnxBackend(tiny_backbone, engine_dir, threads=1), CpuBackend(tiny_backbone)):
         with pytest.raises(UsageError, match="90 tokens and 10 inline"):
             runtime.embed(torch.zeros(1, 90, dtype=torch.long), 10)
 

@@ -1,4 +1,4 @@
-"""The ONNX Runtime runtime: the chain graphs of an engine folder, one session a stage."""
+"""The ONNX Runtime backend: the chain graphs of an engine folder, one session a stage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CACHE = "onnxruntime"  # of the TensorRT provider, inside the engine folder
 _CHOSEN_BY_TENSORRT = ("fp16", "bf16")  # precisions that its provider can run a float32 graph in
 
 
-class OnnxRuntime(GraphStages):
+class OnnxBackend(GraphStages):
     """The stages on one of ONNX Runtime's providers; a stage's session is opened when it is first used.
 
     Activations stay on the provider's device from one graph of the chain to the next.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from mp2.engine.cuda.graphs import Graph, Capture
+from mp2.engine.cuda.graphs import Capture, Graph
 from mp2.engine.cuda.lanes import Arrival, Lane, Lanes
 
 

@@ -19,7 +19,7 @@ from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.cuda.backend import CudaBackend
 from mp2.engine.folder import EngineFolder
 from mp2.engine.select import layer_seconds
-from mp2.engine.tensorrt import runtime as runtime_module
+from mp2.engine.tensorrt import backend as backend_module
 from mp2.engine.tensorrt.backend import TensorRTBackend
 from mp2.engine.tensorrt.captures import Captures
 from mp2.engine.tensorrt.plans import Gpu
@@ -47,9 +47,9 @@ APART = 20.0  # standard deviation of candidates: prompts matter
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
     """The double in TensorRT's place, and a CPU "GPU"."""
     library = FakeLibrary(request.param)
-    monkeypatch.setattr(runtime_module, "load_tensorrt", lambda: library)
-    monkeypatch.setattr(runtime_module, "resolve_device", torch.device)
-    monkeypatch.setattr(runtime_module, "CudaDevice", lambda name: FakeDevice(name, library))
+    monkeypatch.setattr(backend_module, "load_tensorrt", lambda: library)
+    monkeypatch.setattr(backend_module, "resolve_device", torch.device)
+    monkeypatch.setattr(backend_module, "CudaDevice", lambda name: FakeDevice(name, library))
     monkeypatch.setattr(Gpu, "current", classmethod(lambda cls, device: cls("NVIDIA H100", "9.0")))
     return library
 

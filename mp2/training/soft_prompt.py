@@ -74,7 +74,7 @@ class SoftPromptTuner(Tuner):
 
     def runtime(self, trained: bool) -> Backend:
         """See `Tuner.runtime`; a new one over the weights as they are now."""
-        runtime = self.problem.model.runtime
+        runtime = self.problem.model.backend
         if not (trained and self.method.trains_backbone):
             return runtime
         config = self.problem.config

@@ -63,7 +63,7 @@ def start_tune(
     card = load_card(config.run.task)
     run = resolve_paths(replace(config.run, router=RouterConfig(method="none"), head="span"))
     model = _of_method(model or _load(config), config)
-    run = replace(run, runtime=model.runtime.name, precision=model.runtime.precision)
+    run = replace(run, runtime=model.backend.name, precision=model.backend.precision)
     own = config.method != "mp2" and config.run.prompts is None  # prompts that the method makes
     config = replace(config, run=replace(run, prompts=None) if own else run)
     problem = FewShotProblem(run, card, model)

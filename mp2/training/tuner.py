@@ -64,7 +64,7 @@ class Tuner(ABC):
         ``observer`` is told of every epoch, and of every prompt that is scored.
         """
         self.config, self.problem, self._observer = config, problem, observer or Observer()
-        self._device = torch.device(problem.model.runtime.device)
+        self._device = torch.device(problem.model.backend.device)
         self._start = start
         generator = torch.Generator().manual_seed(config.run.seed)
         self._model = ModularPrompts(start.meta, generator)  # a random router, U(+-1e-3)
@@ -87,7 +87,7 @@ class Tuner(ABC):
 
     def runtime(self, trained: bool) -> Backend:
         """What scores: over the backbone as it is loaded, or as it is ``trained``, where that differs."""
-        return self.problem.model.runtime
+        return self.problem.model.backend
 
     def n_epochs(self) -> int:
         """Epochs of the whole run."""

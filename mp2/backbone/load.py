@@ -83,12 +83,12 @@ def load_backbone(name: str | Path, *, revision: str | None = None) -> Backbone:
     return replace(freeze(config, encoder, tokenizer), mlm_head=head, revision=commit)
 
 
-def backbone_config(name: str | Path) -> BackboneConfig:
+def backbone_config(name: str | Path, *, revision: str | None = None) -> BackboneConfig:
     """The shape of a backbone by short name, local folder or hub id, without reading its weights.
 
     Raises as ``load_backbone`` does.
     """
-    folder, name_of_it, _ = _find(str(name), None)
+    folder, name_of_it, _ = _find(str(name), revision)
     return read_shape(read_config(folder), name_of_it, read_weights(folder))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mp2.commands.options import BACKBONE, TASK, field_option
+from mp2.commands.options import BACKBONE, TASK, field_option, revision_option
 from mp2.commands.printing import as_json_text, note, show, show_table
 
 
@@ -19,6 +19,7 @@ from mp2.commands.printing import as_json_text, note, show, show_table
 @click.option(
     "--backbone", default="mini", show_default=True, type=BACKBONE, help="Encoder of the linear probe."
 )
+@revision_option
 @click.option("--no-probe", is_flag=True, help="No linear probe: no backbone is loaded.")
 @click.option("--seed", default=8, show_default=True, help="Draws the few-shot split, as of 'mp2 bbt'.")
 @click.option("--shots", type=int, help="Examples a label (in all, if the task has no labels).")

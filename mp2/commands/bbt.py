@@ -40,7 +40,8 @@ _STAGE_TWO = ("popsize", "cma", *_SIGMAS["deep"], *_SIGMAS["shallow"])
     type=click.Path(),
     multiple=True,
     metavar="RUNDIR",
-    help="Go on with a run that was cut off; again for more, or a folder of runs.",
+    help="Go on with a run that was cut off; again for more, or a folder of runs. What it needs and has "
+    "moved: --backbone, --prompts, --engine, --data.",
 )
 @log_option
 @click.option("--explain", is_flag=True, help="Print what the run will do; tune nothing.")
@@ -75,17 +76,19 @@ def bbt(ctx: click.Context, /, as_json: bool, **typed: Any) -> None:
 def _results(typed: dict[str, Any], given: set[str]) -> Iterator[dict[str, Any]]:
     """Run or resume what was typed; each run's result as it comes."""
     from mp2.runs.loggers import create_loggers
+    from mp2.runs.needs import MOVED
     from mp2.runs.progress import ProgressLine
     from mp2.runs.series import find_runs, resume_series, start_series
 
     say, line = notes(quiet := typed.pop("quiet")), ProgressLine()
     logger = create_loggers(typed.pop("loggers"), None if quiet else line.logger)
     if typed["resume"]:
-        others = sorted(given - _WITH_RESUME)
+        moved = {name: typed[name] for name in MOVED if name in given}
+        others = sorted(given - _WITH_RESUME - set(moved))
         if others:
             raise UsageError(f"--resume takes everything from the run's config.json; drop {_flag(others[0])}")
         run_dirs = [run_dir for path in typed["resume"] for run_dir in find_runs(Path(path))]
-        results = resume_series(list(dict.fromkeys(run_dirs)), logger, say)
+        results = resume_series(list(dict.fromkeys(run_dirs)), logger, say, moved)
     else:
         out = Path(typed["out"])
         configs = _configs(typed, given)

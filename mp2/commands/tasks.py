@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mp2.commands.options import BACKBONE, TASK
+from mp2.commands.options import BACKBONE, TASK, revision_option
 from mp2.commands.printing import as_json_text, note, show, show_table
 from mp2.errors import UsageError
 
@@ -36,13 +36,16 @@ def tasks(ctx: click.Context, as_json: bool) -> None:
 @click.option(
     "--backbone", type=BACKBONE, help="Count tokens with this backbone's tokenizer.  [default: mini]"
 )
+@revision_option
 @click.option("--data", type=click.Path(), help="Folder with NAME/train.jsonl; or MP2_DATA.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def tasks_show(name: str, backbone: str | None, data: str | None, as_json: bool) -> None:
+def tasks_show(
+    name: str, backbone: str | None, revision: str | None, data: str | None, as_json: bool
+) -> None:
     """Show a task card (a name or a TOML file), an example written out, and token lengths."""
     from mp2.tasks.show import view_task
 
-    view = view_task(name, data, backbone)
+    view = view_task(name, data, backbone, revision)
     if as_json:
         click.echo(as_json_text(view.as_dict()))
     else:
@@ -55,6 +58,7 @@ def tasks_show(name: str, backbone: str | None, data: str | None, as_json: bool)
 @click.option(
     "--backbone", type=BACKBONE, help="Check lengths and label words for this backbone.  [default: mini]"
 )
+@revision_option
 @click.option("--max-tokens", type=int, help="Longest sequence.  [default: what the backbone allows]")
 @click.option("--shots", type=int, help="As of 'mp2 bbt'.")
 @click.option(
@@ -62,14 +66,21 @@ def tasks_show(name: str, backbone: str | None, data: str | None, as_json: bool)
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def tasks_check(
-    card: str, backbone: str | None, max_tokens: int | None, as_json: bool, **options: Any
+    card: str,
+    backbone: str | None,
+    revision: str | None,
+    max_tokens: int | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Check a card (a TOML file or a name) and its data as 'mp2 bbt' does; exit 2 for what it refuses."""
     from mp2.tasks.check import check_task
     from mp2.tasks.show import backbone_positions, backbone_tokenizer
 
-    n_tokens = max_tokens or backbone_positions(backbone)
-    report = check_task(card, tokenizer=backbone_tokenizer(backbone), max_tokens=n_tokens, **options)
+    n_tokens = max_tokens or backbone_positions(backbone, revision)
+    report = check_task(
+        card, tokenizer=backbone_tokenizer(backbone, revision), max_tokens=n_tokens, **options
+    )
     click.echo(as_json_text(report.as_dict()) if as_json else str(report))
     sys.exit(0 if report.ok else 2)
 

@@ -16,6 +16,7 @@ from mp2.export.graphs import INLINE_GRAPH, PREFIX_GRAPH
 from mp2.heads import RidgeSettings, SpanHead
 from mp2.prompts import PrefixProjector
 from mp2.runs.frozen_model import run_prompts
+from mp2.runs.needs import located
 from mp2.runs.run_folder import how_to_end, read_config
 from mp2.runs.tuned import TunedMeta, check_fits, head_tensors, load_tuned, tuned_head
 from mp2.tasks import ClozeFormatter, FieldFormatter, MrcFormatter, TaskCard, label_words, load_card
@@ -52,9 +53,9 @@ class TunedTask:
 
 def run_backbone(run: Path, backbone: str | None, revision: str | None) -> Backbone:
     """Return the run's backbone, or the one that is named in its place."""
-    config = read_config(run)
-    revision = revision if backbone or revision else config.revision
-    return load_backbone(backbone or config.backbone, revision=revision)
+    moved = {"backbone": backbone, "revision": revision}
+    config = located(run, read_config(run), moved, ("backbone",))
+    return load_backbone(config.backbone, revision=config.revision)
 
 
 def read_run(run_dir: Path, backbone: Backbone, prompts: str | None) -> TunedTask:
@@ -74,7 +75,8 @@ def read_run(run_dir: Path, backbone: Backbone, prompts: str | None) -> TunedTas
             f"expected '{backbone.config.name}' (weights {backbone.sha256[:12]}): a bundle has one backbone; "
             "make one bundle for each, or name with --backbone where the runs' backbone is now"
         )
-    prompt_set = run_prompts(replace(config, prompts=prompts or config.prompts), backbone)
+    config = located(run_dir, config, {"prompts": prompts}, ("prompts",))
+    prompt_set = run_prompts(config, backbone)
     check_fits(meta, backbone_sha256=backbone.sha256, prompts_sha256=prompt_set.sha256)
     if prompt_set.meta.on_placeholders:
         raise UsageError(

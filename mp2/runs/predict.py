@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mp2.errors import FormatError, LossError, MissingDependencyError, UsageError
 from mp2.runs.config import BbtConfig
 from mp2.runs.frozen_model import FrozenModel, load_model
+from mp2.runs.needs import located
 from mp2.runs.run_folder import how_to_end, read_config
 from mp2.runs.tuned import check_fits, load_tuned, tuned_head
 from mp2.tasks.problems import FirstProblem
@@ -72,13 +73,10 @@ class Predictor:
         except FormatError as error:
             raise FormatError(f"{error}; {how_to_end(run_dir)}") from error
         self.card: TaskCard = load_card(run_dir / "card.toml")
-        config = replace(
-            config,
-            backbone=backbone or config.backbone,
-            revision=revision if backbone or revision else config.revision,
-            prompts=prompts or config.prompts,
-            engine=engine or config.engine,
-        )
+        moved = {"backbone": backbone, "revision": revision, "prompts": prompts, "engine": engine}
+        if runtime == "torch":
+            config = replace(config, engine=None)  # that one needs none, wherever it is now
+        config = located(run_dir, config, moved)
         if runtime or precision or device:
             config = _computed_with(config, runtime or "auto", precision or "auto", device or "auto")
             model = load_model(config)
@@ -231,7 +229,7 @@ def _is_blank(value: Any) -> bool:
 
 
 def _computed_with(config: BbtConfig, runtime: str, precision: str, device: str) -> BbtConfig:
-    engine = None if runtime == "torch" else config.engine  # that one needs none, wherever it is now
+    engine = None if runtime == "torch" else config.engine
     return replace(config, runtime=runtime, precision=precision, device=device, engine=engine)
 
 

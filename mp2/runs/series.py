@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import groupby
@@ -19,6 +19,7 @@ from mp2.runs.config import BbtConfig
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.runs.frozen_model import FrozenModel, load_model, resolve_paths
 from mp2.runs.loggers.logger import Logger
+from mp2.runs.needs import NEEDS, located
 from mp2.runs.recorder import timed
 from mp2.runs.result import read_result
 from mp2.runs.run import Run, make_problem
@@ -85,8 +86,12 @@ def start_series(
         yield from _tune(runs, say)
 
 
-def resume_run(run_dir: str | Path, logger: Logger | None = None) -> dict[str, Any]:
+def resume_run(
+    run_dir: str | Path, logger: Logger | None = None, moved: Mapping[str, str | None] | None = None
+) -> dict[str, Any]:
     """Go on with a run that was cut off; the result of one that has ended is read back.
+
+    ``moved`` says where what it needs is now: ``backbone``, ``revision``, ``prompts``, ``engine``, ``data``.
 
     A run has ended if its result and its tuned prompt are there and readable: what is missing or damaged is
     written again from the journal.
@@ -94,7 +99,7 @@ def resume_run(run_dir: str | Path, logger: Logger | None = None) -> dict[str, A
     Raises:
         UsageError: no run there, another process works on it, or what it depends on has changed.
     """
-    (result,) = resume_series([Path(run_dir)], lambda: logger or Logger())
+    (result,) = resume_series([Path(run_dir)], lambda: logger or Logger(), moved=moved)
     return result
 
 
@@ -102,8 +107,12 @@ def resume_series(
     run_dirs: Sequence[Path],
     logger: Callable[[], Logger] = Logger,
     say: Callable[[str], None] = lambda line: None,
+    moved: Mapping[str, str | None] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Go on with several runs as one; neighbours in the list share the engine where they have the same."""
+    """Go on with several runs as one; neighbours in the list share the engine where they have the same.
+
+    ``moved`` says where what they need is now (`mp2.runs.needs`).
+    """
 
     def engine(pair: tuple[Path, BbtConfig]) -> tuple[Any, ...]:
         return tuple(getattr(pair[1], name) for name in _MODEL_FIELDS)
@@ -116,7 +125,7 @@ def resume_series(
                 locks.enter_context(locked(run_dir))
             found = {run_dir: _ended(run_dir) for run_dir in members}
             open_dirs = [run_dir for run_dir, result in found.items() if result is None]
-            going_on = _go_on({run_dir: members[run_dir] for run_dir in open_dirs}, logger, say)
+            going_on = _go_on({run_dir: members[run_dir] for run_dir in open_dirs}, logger, say, moved or {})
             for result in found.values():
                 yield next(going_on) if result is None else result
 
@@ -153,17 +162,22 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def _go_on(
-    configs: dict[Path, BbtConfig], logger: Callable[[], Logger], say: Callable[[str], None]
+    configs: dict[Path, BbtConfig],
+    logger: Callable[[], Logger],
+    say: Callable[[str], None],
+    moved: Mapping[str, str | None],
 ) -> Iterator[dict[str, Any]]:
     from mp2.tasks import load_card
 
     if not configs:
         return
     started = time.perf_counter()
-    model = load_model(next(iter(configs.values())))
+    here = {run_dir: located(run_dir, config, moved, NEEDS) for run_dir, config in configs.items()}
+    model = load_model(next(iter(here.values())))
     runs = []
-    for run_dir, config in configs.items():
-        problem = FewShotProblem(config, load_card(run_dir / "card.toml"), model)
+    for run_dir, config in configs.items():  # as it was: its hash says that it is the same run
+        card = load_card(run_dir / "card.toml")
+        problem = FewShotProblem(config, card, model, TaskData(here[run_dir], card, model))
         runs.append(Run(run_dir, problem, logger(), started))
     yield from _tune(runs, say)
 

@@ -99,12 +99,18 @@ class TaskView:
         return [*rows, *(("note", note) for note in self.notes)]
 
 
-def view_task(name_or_path: str, data: str | Path | None = None, backbone: str | None = None) -> TaskView:
+def view_task(
+    name_or_path: str,
+    data: str | Path | None = None,
+    backbone: str | None = None,
+    revision: str | None = None,
+) -> TaskView:
     """Return a task's view; without local data the example has placeholders (the hub is not asked).
 
-    Tokens are counted with the tokenizer of ``backbone``, or of the embedded one where none is given.
+    Tokens are counted with the tokenizer of ``backbone`` (with ``revision``), or of the embedded one where
+    none is given.
     """
-    tokenizer = backbone_tokenizer(backbone)
+    tokenizer = backbone_tokenizer(backbone, revision)
     card = load_card(name_or_path)
     notes: list[str] = []
     examples: list[Example] = []
@@ -130,21 +136,24 @@ def view_task(name_or_path: str, data: str | Path | None = None, backbone: str |
     )
 
 
-def backbone_tokenizer(backbone: str | None) -> Tokenizer:
+def backbone_tokenizer(backbone: str | None, revision: str | None = None) -> Tokenizer:
     """Return the tokenizer of a backbone (None: the embedded one), of a local one without its weights."""
-    from mp2.backbone.load import EMBEDDED, load_backbone
+    from mp2.backbone import load_backbone
+    from mp2.backbone.load import EMBEDDED
     from mp2.backbone.tokenizer import Tokenizer
 
     name = backbone or "mini"
     folder = EMBEDDED.get(name, Path(name))
-    return Tokenizer.from_folder(folder) if folder.is_dir() else load_backbone(name).tokenizer
+    if folder.is_dir() and revision is None:
+        return Tokenizer.from_folder(folder)
+    return load_backbone(name, revision=revision).tokenizer
 
 
-def backbone_positions(backbone: str | None) -> int:
+def backbone_positions(backbone: str | None, revision: str | None = None) -> int:
     """Return the longest sequence of a backbone (None: the embedded one)."""
     from mp2.backbone.load import backbone_config
 
-    return backbone_config(backbone or "mini").max_positions
+    return backbone_config(backbone or "mini", revision=revision).max_positions
 
 
 def token_percentiles(lengths: Sequence[int]) -> dict[str, int]:

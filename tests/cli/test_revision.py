@@ -43,6 +43,8 @@ COMMANDS: dict[str, Callable[[str], tuple[str, ...]]] = {
     "export": lambda out: ("export", *HUB, "--out", out),
     "scratch": lambda out: ("scratch", *HUB, "--out", out),
     "pretrain": lambda out: ("pretrain", *HUB, "--out", out, "--tasks", "nothing-like-it"),
+    "baselines": lambda out: ("baselines", *HUB, "--task", "demo_sentiment"),
+    "tasks show": lambda out: ("tasks", "show", "demo_sentiment", *HUB),
 }
 
 
@@ -76,10 +78,16 @@ def test_runs_keep_the_revision_and_the_commit_and_predict_asks_for_it(
 
 
 @pytest.mark.parametrize(
-    "command", ["bbt --task demo_sentiment", "tune --task demo_sentiment", "export", "scratch", "pretrain"]
+    "command",
+    [
+        *("bbt --task demo_sentiment --out", "tune --task demo_sentiment --out"),
+        *("export --out", "scratch --out", "pretrain --out"),
+        *("tasks check demo_sentiment", "tasks show demo_sentiment", "baselines --task demo_sentiment"),
+    ],
 )
 def test_a_revision_of_a_local_backbone_is_refused(tmp_path: Path, command: str) -> None:
-    done = mp2(*command.split(), "--backbone", "mini", "--revision", "v1", "--out", str(tmp_path / "out"))
+    out = [str(tmp_path / "out")] if command.endswith("--out") else []
+    done = mp2(*command.split(), *out, "--backbone", "mini", "--revision", "v1")
     assert done.exit_code == 2
     assert "revision 'v1' was given, and backbone 'mini' is not from the hub" in done.output
 

@@ -1,0 +1,58 @@
+"""What a run needs beside its folder: backbone, modular prompts, an engine folder; to be resumed, its data.
+
+They are not copied: prompts of a large backbone take a gigabyte. ``config.json`` says where the run found
+them, of a hub backbone the commit; hashes say whether what is found now is the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from mp2.errors import UsageError
+from mp2.runs.config import BbtConfig
+
+NEEDS = {
+    "backbone": "the backbone",
+    "prompts": "the modular prompts",
+    "engine": "the engine folder",
+    "data": "the data",
+}
+MOVED = (*NEEDS, "revision")
+"""Options that say where it is now."""
+
+
+def located(
+    run_dir: Path,
+    config: BbtConfig,
+    moved: Mapping[str, str | None],
+    needed: Collection[str] = ("backbone", "prompts", "engine"),
+) -> BbtConfig:
+    """The run's config with what is ``needed`` where it is now: as ``moved`` says, else where the run had it.
+
+    A hub backbone is the commit that the run found, unless ``moved`` has another backbone or a revision.
+
+    Raises:
+        UsageError: something is not there; the message names it, and the option that says where it is.
+    """
+    given = {name: value for name, value in moved.items() if value is not None}
+    for name in needed:
+        value = getattr(config, name)
+        is_path = value is not None and Path(value).is_absolute()
+        if name not in given and is_path and not Path(value).exists():
+            raise UsageError(
+                f"{run_dir} needs {NEEDS[name]} {value}, and there is nothing there now; say with --{name} "
+                "where it is"
+            )
+    revision = given.get("revision")
+    if revision is None and "backbone" not in given:
+        revision = config.revision or _commit(run_dir)
+    return replace(config, **{**given, "revision": revision})
+
+
+def _commit(run_dir: Path) -> str | None:
+    """The commit of the hub backbone that the run had; None for a local one."""
+    commit = json.loads((run_dir / "config.json").read_text(encoding="utf-8")).get("backbone_revision")
+    return commit if isinstance(commit, str) else None

@@ -75,12 +75,12 @@ def tasks_check(
 ) -> None:
     """Check a card (a TOML file or a name) and its data as 'mp2 bbt' does; exit 2 for what it refuses."""
     from mp2.tasks.check import check_task
+    from mp2.tasks.lengths import tokens_allowed
     from mp2.tasks.show import backbone_positions, backbone_tokenizer
 
-    n_tokens = max_tokens or backbone_positions(backbone, revision)
-    report = check_task(
-        card, tokenizer=backbone_tokenizer(backbone, revision), max_tokens=n_tokens, **options
-    )
+    max_tokens = tokens_allowed(max_tokens, backbone_positions(backbone, revision))
+    tokenizer = backbone_tokenizer(backbone, revision)
+    report = check_task(card, tokenizer=tokenizer, max_tokens=max_tokens, **options)
     click.echo(as_json_text(report.as_dict()) if as_json else str(report))
     sys.exit(0 if report.ok else 2)
 

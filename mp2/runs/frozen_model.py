@@ -38,12 +38,12 @@ class FrozenModel:
 
     def max_tokens(self, requested: int | None) -> int:
         """Tokens that a sequence may have; inline prompts take positions of their own."""
+        from mp2.tasks.lengths import tokens_allowed
+
         meta = self.prompts.meta
+        kind = f"{self.kind} inline" if self.kind == "deep" and meta.n_inline else self.kind
         room = self.backbone.config.max_positions - meta.n_inline
-        if requested is not None and requested > room:
-            kind = f"{self.kind} inline" if self.kind == "deep" and meta.n_inline else self.kind
-            raise UsageError(f"max_tokens is {requested}, expected at most {room} with {kind} prompts")
-        return requested or room
+        return tokens_allowed(requested, room, f" with {kind} prompts")
 
     def fuse(self, router: Routers) -> Prompt:
         """Fused intrinsic prompts [L', d] of a router [L', K] (eq. 1)."""

@@ -49,7 +49,14 @@ def located(
     revision = given.get("revision")
     if revision is None and "backbone" not in given:
         revision = config.revision or _commit(run_dir)
-    return replace(config, **{**given, "revision": revision})
+    return replace(
+        config,
+        revision=revision,
+        backbone=given.get("backbone", config.backbone),
+        prompts=given.get("prompts", config.prompts),
+        engine=given.get("engine", config.engine),
+        data=given.get("data", config.data),
+    )
 
 
 def _commit(run_dir: Path) -> str | None:

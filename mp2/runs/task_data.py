@@ -77,9 +77,11 @@ class TaskData:
     @cached_property
     def fitting_tests(self) -> list[Example]:
         """Those of :attr:`tests` that fit; raises ``UsageError`` if none does."""
+        from mp2.tasks.lengths import none_fits
+
         fitting = [e for e in self.tests if self._fits(e)]
         if not fitting:
-            raise UsageError(f"no test example of '{self.card.task}' fits {self.max_tokens} tokens")
+            raise UsageError(none_fits(self.card, self.max_tokens))
         return fitting
 
     def test_inputs(self, head: str) -> list[MrcInput]:

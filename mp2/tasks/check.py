@@ -17,7 +17,7 @@ from mp2.tasks.card import TaskCard, find_card, read_card
 from mp2.tasks.data import parse_records, read_examples
 from mp2.tasks.example import Example
 from mp2.tasks.fewshot import few_shot_split
-from mp2.tasks.lengths import lengths
+from mp2.tasks.lengths import lengths, none_fits
 from mp2.tasks.mrc import MrcFormatter
 from mp2.tasks.place import DataSet, Files, find_place
 from mp2.tasks.problems import AllProblems, Problem, grouped
@@ -176,6 +176,8 @@ def _as_tuning_does(
             measured = lengths(card, formatter.tokenizer, formatter.max_tokens, fitting[split])
             if measured is not None and (line := measured.line(f"{split} texts")):
                 remarks.append(line)
+        if "test" in splits and not fitting["test"]:
+            problems.add(none_fits(card, formatter.max_tokens), card.path)
     try:
         drawn = few_shot_split(card, fitting["train"], 8, shots, dev_examples=fitting.get("dev", ()))
         remarks += drawn.remarks

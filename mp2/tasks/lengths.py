@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mp2.errors import UsageError
 from mp2.tasks.card import TaskCard
 from mp2.tasks.example import Example
 from mp2.tasks.mrc import MrcFormatter
@@ -16,6 +17,18 @@ if TYPE_CHECKING:
     from mp2.backbone.tokenizer import Tokenizer
 
 UNCUT = 1_000_000  # tokens: more than any example has
+
+
+def tokens_allowed(requested: int | None, room: int, where: str = "") -> int:
+    """Return the longest sequence: what was asked for, or all the ``room``; ``where`` that is the room."""
+    if requested is not None and requested > room:
+        raise UsageError(f"max_tokens is {requested}, expected at most {room}{where}")
+    return requested or room
+
+
+def none_fits(card: TaskCard, max_tokens: int) -> str:
+    """Return what to say where no test example has room for its text beside its options."""
+    return f"no test example of '{card.task}' fits {max_tokens} tokens"
 
 
 @dataclass(frozen=True)

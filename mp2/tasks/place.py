@@ -2,12 +2,10 @@
 
 ``--data`` (or MP2_DATA) is one of
 
-======================  =====================================================================================
-a folder                with ``<task>/train.*``, or with ``train.*`` itself; ``dev.*`` and ``test.*`` beside
-it a training file         any name; where it has ``train`` in it, dev and test are the files named alike a
-saved data set        a folder that ``datasets`` wrote (``save_to_disk``) ``hub:NAME[:CONFIG]``   a data set
-of the hub, or a folder, that ``datasets.load_dataset`` loads
-======================  =====================================================================================
+- a folder with ``<task>/train.*``, or with ``train.*`` itself; ``dev.*`` and ``test.*`` beside it
+- a training file of any name; where it has ``train`` in it, dev and test are the files named alike
+- a folder that ``datasets`` wrote (``save_to_disk``)
+- ``hub:NAME[:CONFIG]``: a data set of the hub, or a folder, that ``datasets.load_dataset`` loads
 
 Files end in .jsonl, .json, .csv, .tsv or .parquet. FewCLUE's folders work as they are: ``train_0.json`` and
 ``dev_0.json`` are taken, with ``test_public.json``; give ``--data .../train_3.json`` for another of its five

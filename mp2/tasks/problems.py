@@ -74,11 +74,25 @@ def grouped(problems: Sequence[Problem]) -> list[str]:
     """Return a line for each kind of problem: its first one, their number and the first three places."""
     kinds: dict[tuple[str, str | None, str], list[Problem]] = {}
     for problem in problems:
-        shape = re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "", problem.message)
-        kinds.setdefault((problem.path, problem.field, shape), []).append(problem)
+        kinds.setdefault((problem.path, problem.field, _kind(problem.message)), []).append(problem)
     lines = []
     for members in kinds.values():
         places = ", ".join(str(p.line) for p in members[:3])
         more = f" ({len(members)} such lines, first {places})" if len(members) > 1 else ""
         lines.append(f"{members[0]}{more}")
     return lines
+
+
+# what `shown` has made: a text, whole or cut off; a list or dictionary without texts in it; another value
+_TEXT = re.compile(r"""(?<!\w)'(?:\\.|[^'\\…])*(?:'|…)|(?<!\w)"(?:\\.|[^"\\…])*(?:"|…)""")
+_INNERMOST = re.compile(r"\[[^\[\]{}]*\]|\{[^\[\]{}]*\}")
+_CUT_OFF = re.compile(r"[\[{].*", re.DOTALL)
+_VALUE = re.compile(r"\b(?:None|True|False)\b|-?\d[\d.e+-]*")
+
+
+def _kind(message: str) -> str:
+    """Return a message without the values that it shows."""
+    kind = _TEXT.sub("", message)
+    while (less := _INNERMOST.sub("", kind)) != kind:
+        kind = less
+    return _VALUE.sub("", _CUT_OFF.sub("", kind))

@@ -45,8 +45,9 @@ class Columns:
             except KeyError:
                 continue  # reported as missing by the validator
         for key in self.card.fields:
-            if isinstance(record.get(key), list | tuple):
-                record[key] = self._join.join(map(str, record[key]))
+            parts = record.get(key)
+            if isinstance(parts, list | tuple) and all(isinstance(part, str) for part in parts):
+                record[key] = self._join.join(parts)
         if self.card.type == "classification" and "label" in record:
             record["label"] = self._label(record["label"])
         if self.card.type == "multiple_choice" and "options" in record:
@@ -175,10 +176,11 @@ class RecordParser:
 
     def _text(self, record: dict[str, Any], name: str) -> str:
         if name not in record:
-            keys = ", ".join(map(str, record)) or "nothing"
             hint = f"; --field {name}=NAME gives its name there" if record else ""
             self._report(
-                f"missing; the card's template shows {{{name}}}, the line has {keys[:200]}{hint}", name
+                f"missing; the card's template shows {{{name}}}, the line has "
+                f"{shown(list(record), 200)}{hint}",
+                name,
             )
             return ""
         value = record[name]

@@ -45,7 +45,7 @@ def json_lines(lines: Iterable[bytes | str], path: str, problems: Problems, firs
             if text.strip():
                 yield number, json.loads(text)
         except UnicodeDecodeError as error:
-            where = f" ({error.reason} at byte {error.start})"
+            where = f" (byte {error.start})"
             problems.add(not_utf8(error.object, path, where), path, line=number)
         except json.JSONDecodeError as error:
             message = f"not JSON: {error.msg} at column {error.colno}; expected one object a line"
@@ -72,7 +72,7 @@ def _text(path: Path, problems: Problems) -> str | None:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        problems.add(not_utf8(data, path, f" ({error.reason})"), path, line=line)
+        problems.add(not_utf8(data, path), path, line=line)
         return None
 
 

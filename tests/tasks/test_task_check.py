@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,3 +184,40 @@ def test_an_unknown_card_exits_2_with_the_nearest_name() -> None:
     done = CliRunner().invoke(main, ["tasks", "check", "tnew"])
     assert done.exit_code == 2
     assert "Did you mean 'tnews'" in done.output
+
+
+def test_problems_of_one_kind_are_one_line_whatever_they_show(
+    tmp_path: Path, card_toml: dict[str, str], write_jsonl: Write
+) -> None:
+    (tmp_path / "fruit.toml").write_text(card_toml["classification"], encoding="utf-8")
+    odd: list[Any] = ['it\'s "odd"', "x" * 99, 3, 2.5, None, True, ["a", {"k": "v'"}], {"k": ["…"]}, "'"]
+    lines: list[dict[str, Any]] = []
+    for i, value in enumerate(10 * odd):
+        varied = f"{value}{i}" * 9 if isinstance(value, str) else value
+        lines += [{"text": "今天", "label": varied}, {"text": value if value != "'" else 4, "label": "a"}]
+        lines += [{f"key{'abcdefgh'[i % 8]}": varied, "label": "a"}]
+    write_jsonl(tmp_path / "fruit" / "train.jsonl", lines)
+    shown = str(check_task(str(tmp_path / "fruit.toml"), tmp_path)).splitlines()
+    counts = [int(n) for line in shown for n in re.findall(r"\((\d+) such lines", line)]
+    # unknown labels, missing texts, values that are no texts, values that are no labels
+    assert counts == [50, 90, 70, 40]
+    assert shown[-1] == f"{sum(counts)} problems of {len(counts)} kinds"
+    assert all(len(line) < 300 for line in shown)
+
+
+def test_options_that_leave_no_room_in_any_test_example_are_refused_as_bbt_does(
+    tmp_path: Path, card_toml: dict[str, str], write_jsonl: Write
+) -> None:
+    (tmp_path / "pick.toml").write_text(card_toml["multiple_choice"], encoding="utf-8")
+    short = {"context": "天", "question": "天", "options": ["今", "明"], "label": 0}
+    write_jsonl(tmp_path / "pick" / "train.jsonl", [short | {"context": "天" * i} for i in range(1, 80)])
+    write_jsonl(tmp_path / "pick" / "test.jsonl", [short | {"options": ["今" * 60, "明" * 60]}])
+    vocab = Tokenizer.from_vocab(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"今明天选项：；。，？“”"])
+    report = check_task(str(tmp_path / "pick.toml"), tmp_path, tokenizer=vocab, max_tokens=90)
+    assert [problem.message for problem in report.problems] == ["no test example of 'pick' fits 90 tokens"]
+
+
+def test_more_tokens_than_the_backbone_has_are_refused() -> None:
+    done = CliRunner().invoke(main, ["tasks", "check", "demo_topic", "--max-tokens", "9999"])
+    assert done.exit_code == 2
+    assert "max_tokens is 9999, expected at most 256" in done.output

@@ -56,7 +56,7 @@ BAD: list[tuple[str, Any, str | None, str]] = [
         "classification",
         {"label": "a"},
         "text",
-        r"missing; the card's template shows {text}, the line has label",
+        r"missing; the card's template shows {text}, the line has \['label'\]",
     ),
     ("classification", {"text": 3, "label": "a"}, "text", "got 3, expected a string"),
     ("classification", {"text": " ", "label": "a"}, "text", "empty"),

@@ -11,6 +11,10 @@ AVX512 := ONEDNN_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=avx512 MKL_ENABLE_I
 VNNI := ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI ATEN_CPU_CAPABILITY=avx512 MKL_ENABLE_INSTRUCTIONS=AVX512
 ON_CPUS := tests/engine tests/optimizers tests/runs
 
+# A file's tests stay in one process: they share what its fixtures made. Each process has one thread of its own.
+JOBS ?= 2
+PYTEST := python -m pytest --numprocesses $(JOBS) --dist loadfile
+
 .PHONY: demo test test-cpus test-avx2 test-newest check constraints bench
 .DEFAULT_GOAL := demo
 
@@ -24,22 +28,22 @@ demo: $(STAMP)  ## tune two embedded tasks on the embedded backbone, offline, ab
 	$(BIN)/mp2 bbt --task demo_topic --iters 400
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/$(PYTEST)
 
 test-cpus: $(STAMP)  ## what depends on the processor, as on processors without AMX, without VNNI, without AVX-512
-	$(BIN)/python -m pytest $(ON_CPUS)
-	$(VNNI) $(BIN)/python -m pytest $(ON_CPUS)
-	$(AVX512) $(BIN)/python -m pytest $(ON_CPUS)
-	$(AVX2) $(BIN)/python -m pytest $(ON_CPUS)
+	$(BIN)/$(PYTEST) $(ON_CPUS)
+	$(VNNI) $(BIN)/$(PYTEST) $(ON_CPUS)
+	$(AVX512) $(BIN)/$(PYTEST) $(ON_CPUS)
+	$(AVX2) $(BIN)/$(PYTEST) $(ON_CPUS)
 
 test-avx2: $(STAMP)  ## the part of test-cpus whose numbers come from the engine, on the lowest level
-	$(AVX2) $(BIN)/python -m pytest -m "not slow" tests/engine tests/runs
+	$(AVX2) $(BIN)/$(PYTEST) -m "not slow" tests/engine tests/runs
 
 test-newest:  ## on the newest permitted versions, their warnings shown: to be looked at, it blocks nothing
 	$(PYTHON) -m venv --clear $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --editable ".[dev]"
 	$(NEWEST)/bin/python -m pip freeze --exclude-editable | diff constraints.txt - || true
-	$(NEWEST)/bin/python -m pytest -W default
+	$(NEWEST)/bin/$(PYTEST) -W default
 
 constraints:  ## write constraints.txt anew from the newest permitted versions; run the tests before committing it
 	$(PYTHON) -m venv --clear $(NEWEST)

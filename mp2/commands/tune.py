@@ -16,7 +16,8 @@ from mp2.training.config import TuneConfig
 # of black-box tuning, which gradient tuning shares a config with
 _SKIPPED = (
     *("iters", "router_search", "router_iters", "engine", "runtime", "precision", "seed", "head"),
-    *("ridge_features", "popsize", "cma", "keep", "sigma_input", "sigma_deep", "sigma_shallow"),
+    *("endpoint", "endpoint_patience_s", "ridge_features", "popsize", "cma", "keep"),
+    *("sigma_input", "sigma_deep", "sigma_shallow"),
 )
 
 

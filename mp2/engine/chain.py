@@ -186,8 +186,7 @@ class ChainForward(Forward):
 
     def chunk_of_candidates(self) -> int:
         """See `Forward.chunk_of_candidates`; here by the memory of their keys and values."""
-        meta = self.prompts.meta
-        return max(1, _PREFIX_BYTES // (8 * meta.n_layers * max(1, meta.prompt_tokens) * meta.hidden))
+        return most_candidates(self.prompts)
 
     def prefix(self, layer: int, z: torch.Tensor) -> Prefixes:
         """Return the keys and values [P, 1, h, m, d_h] of intrinsic prompts ``z`` [P, d] at ``layer``."""
@@ -246,31 +245,7 @@ class ChainForward(Forward):
             torch.cuda.empty_cache()  # not every backend allocates through torch
 
     def _batches(self, inputs: Sequence[MrcInput], n_candidates: int) -> list[Bucket]:
-        lengths = [len(item.input_ids) for item in inputs]
-        rows = [length + self.n_inline for length in lengths]
-        targets = torch.from_numpy(self.head.targets(inputs))
-        buckets = []
-        for group in group_by_length(rows, n_candidates, self.micro_batch_tokens):
-            sizes = np.array([lengths[i] for i in group], dtype=np.int64)
-            longest = int(sizes.max())
-            ids = np.full((len(group), longest), self.backend.backbone.tokenizer.pad_id, dtype=np.int64)
-            for row, i in enumerate(group):
-                ids[row, : sizes[row]] = inputs[i].input_ids
-            mask = None
-            if int(sizes.min()) != longest:
-                real = torch.from_numpy(np.arange(longest)[None, :] < sizes[:, None])
-                mask = real.to(self.backend.device)
-            buckets.append(
-                Bucket(
-                    indices=np.array(group, dtype=np.int64),
-                    lengths=sizes,
-                    n_tokens=len(group) * (longest + self.n_inline),
-                    targets=targets[group].to(self.backend.device),
-                    input_ids=torch.from_numpy(ids).to(self.backend.device),
-                    mask=mask,
-                )
-            )
-        return buckets
+        return buckets_of(self, inputs, n_candidates)
 
     def _read(self, hidden: torch.Tensor, batch: Bucket, scoring: bool) -> Arrival:
         states = GridStates(hidden, batch)
@@ -336,6 +311,41 @@ class ChainForward(Forward):
         heads = (*rows.shape[:-1], self._config.n_heads, self._config.head_size)
         keys, values = (F.linear(rows, w, b).view(heads).transpose(2, 3) for w, b in self._rows_weights)
         return keys, values
+
+
+def most_candidates(prompts: PromptSet) -> int:
+    """Return how many candidates' keys and values are held at once."""
+    meta = prompts.meta
+    return max(1, _PREFIX_BYTES // (8 * meta.n_layers * max(1, meta.prompt_tokens) * meta.hidden))
+
+
+def buckets_of(forward: Forward, inputs: Sequence[MrcInput], n_candidates: int) -> list[Bucket]:
+    """Return batches of nearly one length that hold every input once, for ``n_candidates`` at a time."""
+    lengths = [len(item.input_ids) for item in inputs]
+    rows = [length + forward.n_inline for length in lengths]
+    targets = torch.from_numpy(forward.head.targets(inputs))
+    buckets = []
+    for group in group_by_length(rows, n_candidates, forward.micro_batch_tokens):
+        sizes = np.array([lengths[i] for i in group], dtype=np.int64)
+        longest = int(sizes.max())
+        ids = np.full((len(group), longest), forward.backend.backbone.tokenizer.pad_id, dtype=np.int64)
+        for row, i in enumerate(group):
+            ids[row, : sizes[row]] = inputs[i].input_ids
+        mask = None
+        if int(sizes.min()) != longest:
+            real = torch.from_numpy(np.arange(longest)[None, :] < sizes[:, None])
+            mask = real.to(forward.backend.device)
+        buckets.append(
+            Bucket(
+                indices=np.array(group, dtype=np.int64),
+                lengths=sizes,
+                n_tokens=len(group) * (longest + forward.n_inline),
+                targets=targets[group].to(forward.backend.device),
+                input_ids=torch.from_numpy(ids).to(forward.backend.device),
+                mask=mask,
+            )
+        )
+    return buckets
 
 
 def group_by_length(lengths: Sequence[int], n_candidates: int, limit_tokens: int) -> list[list[int]]:

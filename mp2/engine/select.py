@@ -26,13 +26,13 @@ from mp2.engine.folder import (
 )
 from mp2.engine.onnx.backend import OnnxBackend
 from mp2.engine.tensorrt.plans import SHAPES, read_shapes
-from mp2.errors import FormatError, Mp2Error, UnknownNameError, UsageError
+from mp2.errors import FormatError, MismatchError, Mp2Error, UnknownNameError, UsageError
 from mp2.limits import check_threads
 
 if TYPE_CHECKING:
     from mp2.engine.tensorrt.backend import TensorRTBackend
 
-RUNTIMES = ("auto", "torch", "onnxruntime", "onnxruntime-tensorrt", "tensorrt")
+RUNTIMES = ("auto", "torch", "onnxruntime", "onnxruntime-tensorrt", "tensorrt", "endpoint")
 _PROBE_TOKENS = 512  # of a candidate: enough to show a layer's rate
 _CANDIDATES = 20  # that runtimes are compared on where there is a GPU, which one alone would not fill
 
@@ -45,6 +45,8 @@ def create_backend(
     device: str = "cpu",
     threads: int | None = None,
     precision: str = "fp32",
+    endpoint: str | None = None,
+    endpoint_patience_s: float = 60.0,
 ) -> Backend:
     """Return the backend of runtime ``name``; ``auto`` takes the one that runs a layer the fastest here.
 
@@ -56,11 +58,15 @@ def create_backend(
     one, ``auto`` is torch. ``auto`` builds no TensorRT plan only to compare. ``threads`` sets torch's threads
     for the whole process, too. ``.reason`` of the result says why it was chosen.
 
+    ``endpoint`` names servers (URLs, with commas) that compute instead of this machine.
+
     Raises UnknownNameError (runtime or precision), MissingDependencyError (tensorrt, CUDA), UsageError (no
     engine folder), FormatError or MismatchError (an engine folder that is damaged or another backbone's).
     """
     if name not in RUNTIMES:
         raise UnknownNameError("runtime", name, RUNTIMES)
+    if endpoint is not None or name == "endpoint":
+        return _of_servers(name, backbone, endpoint, endpoint_patience_s, engine_dir, device, precision)
     folder = None if engine_dir is None else Path(engine_dir)
     if folder is not None and not folder.is_dir():
         raise UsageError(
@@ -89,6 +95,31 @@ def create_backend(
     if _is_gpu(device):
         return asked.on_torch(f"auto: torch on CUDA, {', '.join(why) or 'the device asked for'}")
     return asked.on_torch("auto: torch, the only runtime without an engine folder")
+
+
+def _of_servers(
+    name: str,
+    backbone: Backbone,
+    endpoint: str | None,
+    patience_s: float,
+    engine_dir: str | Path | None,
+    device: str,
+    precision: str,
+) -> Backend:
+    """Return the backend of servers; UsageError beside what only another runtime has."""
+    from mp2.engine.endpoint.backend import EndpointBackend
+
+    if endpoint is None:
+        raise UsageError("runtime 'endpoint' needs a server: start one with 'mp2 serve', give --endpoint URL")
+    if name not in ("auto", "endpoint") or engine_dir is not None or device not in ("auto", "cpu"):
+        raise UsageError("--endpoint has servers compute: drop --runtime, --engine and --device")
+    backend = EndpointBackend(backbone, endpoint, patience_s=patience_s)
+    if precision not in ("auto", backend.precision):
+        raise MismatchError(
+            f"{endpoint} computes in {backend.precision}, expected {precision}; drop --precision, or serve a "
+            f"folder exported with --precision {precision}"
+        )
+    return backend
 
 
 @dataclass(frozen=True)

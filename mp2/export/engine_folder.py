@@ -29,6 +29,7 @@ from mp2.engine.folder import (
     plain_layer_file,
 )
 from mp2.engine.onnx.library import load_onnxruntime
+from mp2.engine.onnx.session import OnnxSession
 from mp2.engine.tensorrt.plans import SHAPES
 from mp2.engine.tensorrt.profiles import TaskShapes
 from mp2.errors import Mp2Error, UnknownNameError, UsageError
@@ -36,7 +37,7 @@ from mp2.export import graphs
 from mp2.export.calibration import calibration_inputs, input_maxima
 from mp2.export.emulated import EmulatedBackend
 from mp2.export.graph_builder import OPSET, GraphBuilder
-from mp2.export.parity import Comparison, check, compare_stages
+from mp2.export.parity import Comparison, check, compare_stages, compare_whole
 from mp2.export.weights import WeightStore, store_backbone
 from mp2.limits import check_new_folder
 
@@ -76,12 +77,16 @@ def export_engine(
             maxima = input_maxima(backbone, calibration_inputs(backbone), prompts)
         store = store_backbone(backbone, partial, precision, maxima)
         _write_graphs(backbone, store, partial, precision)
+        whole = _write_whole_graphs(backbone, store, partial) if precision == "fp32" else []
         if precision != "fp32":
             text = json.dumps(asdict(shapes or TaskShapes()), indent=2) + "\n"
             (partial / SHAPES).write_text(text, encoding="utf-8")
         backend = EmulatedBackend(backbone, partial, precision)
         try:
             check(compare_stages(backend, backbone), report, f"runtime 'emulated' in {precision}")
+            for graph in whole:
+                compared = compare_whole(OnnxSession(partial / graph).run, backbone, precision, graph)
+                check(compared, report, f"{graph} in {precision}")
         except Mp2Error as error:
             raise Mp2Error(f"{error}; nothing was written to {out}") from error
         manifest = _manifest(backbone, partial, precision)
@@ -180,6 +185,14 @@ def _write_graphs(backbone: Backbone, store: WeightStore, folder: Path, precisio
         save_graph(graphs.layer_model(new(), i), folder / layer_file(i, "onnx"))
         save_graph(graphs.plain_layer_model(new(), i), folder / plain_layer_file(i))
     save_graph(graphs.head_model(new()), folder / "head.onnx")
+
+
+def _write_whole_graphs(backbone: Backbone, store: WeightStore, folder: Path) -> list[str]:
+    """Write the graphs that 'mp2 serve' runs for 'mp2 bbt --endpoint', over the same weights."""
+    writers = {graphs.PREFIX_GRAPH: graphs.backbone_model, graphs.INLINE_GRAPH: graphs.backbone_inline_model}
+    for name, write in writers.items():
+        save_graph(write(GraphBuilder(backbone.config, store, "fp32")), folder / name)
+    return list(writers)
 
 
 def backbone_entry(backbone: Backbone) -> BackboneEntry:

@@ -26,6 +26,11 @@ class SpanHead:
         self.layer = layer
         self._weight, self._bias = weight.detach().float(), bias.detach().float()
 
+    @property
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight [2, H] and bias [2], float32."""
+        return self._weight, self._bias
+
     def to(self, device: torch.device) -> SpanHead:
         """See `Head.to`."""
         return SpanHead(self._weight.to(device), self._bias.to(device), self.layer)

@@ -18,7 +18,14 @@ KINDS = ("auto", "deep", "shallow")
 METHODS = ("mp2", "bbt", "bbtv2")
 HEADS = ("auto", "span", "mlm", "ridge")
 RIDGE_FEATURES = ("states+ngrams", "states")
-RUNTIMES = ("auto", "torch", "onnxruntime", "onnxruntime-tensorrt", "tensorrt")  # those of mp2.engine
+RUNTIMES = (
+    "auto",
+    "torch",
+    "onnxruntime",
+    "onnxruntime-tensorrt",
+    "tensorrt",
+    "endpoint",
+)  # those of mp2.engine
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "fp8", "int8")  # of any device
 
 PUBLISHED = {"bbt": "published-bbt", "bbtv2": "published-bbtv2"}
@@ -86,6 +93,15 @@ class BbtConfig(SearchConfig):
         at_least=1,
         at_most=MAX_THREADS,
         expected=f"1 to {MAX_THREADS}",
+    )
+    endpoint: str | None = option(
+        None, "Servers of 'mp2 serve' that compute, with commas if several.", metavar="URL,..."
+    )
+    endpoint_patience_s: float = option(
+        60.0,
+        "How long a server may be silent before the run stops, its journal whole.",
+        above=0,
+        at_most=86_400,
     )
     test: bool = option(True, "Do not score the test set.", flag="no-test")
     test_limit: int | None = option(None, "Score the first N test examples only.", metavar="N", at_least=1)
@@ -171,6 +187,8 @@ class BbtConfig(SearchConfig):
 _LATER: dict[str, Any] = {
     "method": "mp2",
     "revision": None,
+    "endpoint": None,
+    "endpoint_patience_s": 60.0,
     "dev": "auto",
     "field": [],
     "baselines": True,

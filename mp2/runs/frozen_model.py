@@ -152,5 +152,7 @@ def load_model(config: BbtConfig) -> FrozenModel:
         device=config.device,
         threads=config.threads,
         precision=config.precision,
+        endpoint=config.endpoint,
+        endpoint_patience_s=config.endpoint_patience_s,
     )
     return FrozenModel(backbone, prompts, backend)

@@ -230,12 +230,14 @@ def _is_blank(value: Any) -> bool:
 
 def _computed_with(config: BbtConfig, runtime: str, precision: str, device: str) -> BbtConfig:
     engine = None if runtime == "torch" else config.engine
-    return replace(config, runtime=runtime, precision=precision, device=device, engine=engine)
+    return replace(config, runtime=runtime, precision=precision, device=device, engine=engine, endpoint=None)
 
 
 def _load_here(config: BbtConfig, note: Callable[[str], None]) -> FrozenModel:
     """The run's model, on what it was computed with or, where that is not here, on torch."""
     try:
+        if config.endpoint is not None:
+            raise MissingDependencyError(f"{config.endpoint} tunes; new text is labelled here")
         return load_model(config)
     except MissingDependencyError as error:
         model = load_model(_computed_with(config, "torch", "auto", "auto"))

@@ -27,7 +27,17 @@ from mp2.runs.run_folder import how_to_end, locked, new_folder, read_config, res
 from mp2.runs.task_data import TaskData
 from mp2.runs.together import AT_ONCE, Server
 
-_MODEL_FIELDS = ("backbone", "prompts", "kind", "runtime", "precision", "device", "threads", "engine")
+_MODEL_FIELDS = (
+    "backbone",
+    "prompts",
+    "kind",
+    "runtime",
+    "precision",
+    "device",
+    "threads",
+    "engine",
+    "endpoint",
+)
 
 
 def start_run(

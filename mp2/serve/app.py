@@ -132,11 +132,10 @@ def create_app(served: ServedBundle, config: ServeConfig) -> FastAPI:
             ]
             for side in ("inputs", "outputs")
         }
-        backbone = served.bundle.manifest["backbone"]
         parameters = {
-            "backbone": backbone["name"],
-            "backbone_sha256": backbone["sha256"],
-            "precision": served.bundle.precision,
+            "backbone": served.backbone,
+            "backbone_sha256": served.backbone_sha256,
+            "precision": served.precision,
             "max_tokens": limits.max_tokens,
             "max_body_bytes": config.max_body_bytes,
         }

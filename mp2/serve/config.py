@@ -12,7 +12,7 @@ from mp2.options import check, option
 class ServeConfig:
     """Options of ``mp2 serve``."""
 
-    bundle: str = option(help="Bundle of 'mp2 export --run'.", kind="path")
+    bundle: str = option(help="Bundle of 'mp2 export --run'; or an engine folder: tensors only.", kind="path")
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 is every network.")
     port: int = option(8000, "Port; 0 takes a free one.", at_least=0, at_most=65535)
     device: str = option("cpu", "What computes.", choices=("cpu", "cuda"))

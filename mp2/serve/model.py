@@ -1,39 +1,41 @@
-"""The graphs of a bundle in ONNX Runtime, and its tasks."""
+"""The graphs of a bundle or an engine folder in ONNX Runtime, and the bundle's tasks."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mp2.engine.bundle import Bundle
+from mp2.engine.bundle import BUNDLE_FORMAT, Bundle
+from mp2.engine.folder import MANIFEST, EngineFolder
 from mp2.engine.onnx.library import load_onnxruntime
 from mp2.errors import FormatError, MissingDependencyError, Mp2Error
 from mp2.export.bundle_files import reading
 from mp2.limits import usable_cores
 
+_TYPES = {"tensor(int64)": "int64", "tensor(float)": "float32"}
+WHOLE_GRAPHS = ("backbone.onnx", "backbone_inline.onnx")  # of an engine folder
+
 
 class ServedBundle:
-    """A verified bundle, its graphs loaded; forwards may be run from one thread at a time."""
+    """A verified folder, its graphs loaded; forwards may be run from one thread at a time.
+
+    ``graphs`` are name (without .onnx) -> inputs and outputs -> name -> dtype and shape. An engine folder has
+    graphs and no ``tasks``.
+    """
 
     def __init__(self, path: str | Path, *, device: str = "cpu", threads: int | None = None) -> None:
-        """Load every graph of the bundle.
+        """Load every graph of the bundle or engine folder at ``path``.
 
-        Raises FormatError (a bundle that is damaged), MissingDependencyError (no CUDA provider), Mp2Error (a
+        Raises FormatError (a folder that is damaged), MissingDependencyError (no CUDA provider), Mp2Error (a
         graph that ONNX Runtime refuses).
         """
-        self.bundle = Bundle.open(path)
-        manifest = self.bundle.manifest
-        self.graphs: Mapping[str, Any] = {Path(graph).stem: x for graph, x in manifest["graphs"].items()}
-        self.positions, self.vocab_size = (
-            int(manifest["limits"]["positions"]),
-            manifest["backbone"]["vocab_size"],
-        )
-        self.tokenizer, self.tasks = reading.load(self.bundle.path)
-        if not self.tasks:
-            raise FormatError("no tasks; write the bundle again", path=self.bundle.path, field="tasks")
+        self._path = Path(path)
+        self.tasks: dict[str, reading.Task] = {}
+        files = self._bundle() if _is_bundle(self._path) else self._engine_folder()
         ort = load_onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()
@@ -48,15 +50,16 @@ class ServedBundle:
                 )
             providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
         self._sessions = {}
-        for graph in manifest["graphs"]:
+        self.graphs: dict[str, Any] = {}
+        for graph in files:
             try:
                 session = ort.InferenceSession(
-                    self.bundle.file(graph), options, providers=providers, enable_fallback=0
+                    self._path / graph, options, providers=providers, enable_fallback=0
                 )
             except Exception as error:  # onnxruntime's have no common base
                 why = (str(error) or type(error).__name__).splitlines()[0]
                 raise Mp2Error(
-                    f"onnxruntime {ort.__version__} cannot load {graph} in {self.bundle.precision} on "
+                    f"onnxruntime {ort.__version__} cannot load {graph} in {self.precision} on "
                     f"{device}: {why}; export the runs with --precision fp32"
                 ) from error
             if device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
@@ -64,6 +67,37 @@ class ServedBundle:
                     "onnxruntime left CUDA out: install the CUDA and cuDNN that it was built for"
                 )
             self._sessions[Path(graph).stem] = session
+            sides = (("inputs", session.get_inputs()), ("outputs", session.get_outputs()))
+            self.graphs[Path(graph).stem] = {
+                side: {node.name: {"dtype": _TYPES[node.type], "shape": node.shape} for node in nodes}
+                for side, nodes in sides
+            }
+
+    def _bundle(self) -> list[str]:
+        """Take a bundle's tasks and limits; return its graphs' files."""
+        bundle = Bundle.open(self._path)
+        manifest = bundle.manifest
+        backbone = manifest["backbone"]
+        self.backbone, self.backbone_sha256 = str(backbone["name"]), str(backbone["sha256"])
+        self.positions, self.vocab_size = int(manifest["limits"]["positions"]), int(backbone["vocab_size"])
+        self.precision = bundle.precision
+        self.tokenizer, self.tasks = reading.load(self._path)
+        return list(manifest["graphs"])
+
+    def _engine_folder(self) -> list[str]:
+        folder = EngineFolder.open(self._path)
+        entry = folder.manifest.backbone
+        self.backbone, self.backbone_sha256 = entry.name, entry.sha256
+        self.positions, self.vocab_size = folder.manifest.max_tokens, entry.vocab_size
+        self.precision = folder.precision
+        files = [name for name in WHOLE_GRAPHS if name in folder.files]
+        if not files:
+            raise FormatError(
+                "an engine folder without whole graphs, which only those in fp32 have; export it again "
+                "without --runtime and --precision, or give a bundle of 'mp2 export --run'",
+                path=self._path,
+            )
+        return files
 
     def run(
         self, graph: str, feeds: Mapping[str, np.ndarray], outputs: Sequence[str]
@@ -84,3 +118,12 @@ class ServedBundle:
 def graph_of(task: reading.Task) -> str:
     """Return the name of the graph that a task runs on, without .onnx."""
     return Path(task["graph"]).stem
+
+
+def _is_bundle(path: Path) -> bool:
+    """Tell whether a folder is meant to be a bundle: what is neither is no bundle, in its words."""
+    try:
+        raw = json.loads((path / MANIFEST).read_text("utf-8"))
+    except (OSError, ValueError):
+        return True
+    return not isinstance(raw, dict) or raw.get("format") == BUNDLE_FORMAT or "runtime" not in raw

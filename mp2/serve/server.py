@@ -43,7 +43,8 @@ def serve(config: ServeConfig, say: Callable[[str], None]) -> None:
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         place = f"[{host}]" if ":" in host else host
-        say(f"serving {', '.join(served.tasks)} on http://{place}:{port}; Ctrl-C stops")
+        what = ", ".join(served.tasks) or f"backbone '{served.backbone}'"
+        say(f"serving {what} on http://{place}:{port}; Ctrl-C stops")
         server.run(sockets=[listener])
     finally:
         for number, handler in before.items():

@@ -18,12 +18,14 @@ from mp2.engine.cuda.backend import CUDA_PRECISIONS
 from mp2.errors import UnknownNameError, UsageError
 from mp2.options import check, option
 from mp2.runs.config import PRECISIONS, RUNTIMES, BbtConfig
+from mp2.serve.config import ServeConfig
 from mp2.training.config import MlmConfig, PretrainConfig, TuneConfig
 
 CONFIGS = {"bbt": BbtConfig, "pretrain": PretrainConfig, "pretrain-backbone": MlmConfig, "tune": TuneConfig}
+CONFIGS["serve"] = ServeConfig
 OF_TORCH = {"iters", "router_search", "router_iters", "popsize", "cma", "engine", "runtime", "precision"}
 LEFT_OUT = {"tune": OF_TORCH | {"sigma_input", "sigma_deep", "sigma_shallow", "head", "ridge_features"}}
-LEFT_OUT["tune"] |= {"keep"}
+LEFT_OUT["tune"] |= {"keep", "endpoint", "endpoint_patience_s"}
 
 
 def options(config: type[Any]) -> dict[str, Any]:
@@ -40,10 +42,22 @@ def options(config: type[Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("command", CONFIGS)
 def test_every_field_is_an_option_with_the_same_default(command: str) -> None:
-    words = {"tune": ["--task", "t"], "pretrain-backbone": ["--corpus", "c", "--out", "o"]}.get(command, [])
+    words = {
+        "tune": ["--task", "t"],
+        "serve": ["--bundle", "b"],
+        "pretrain-backbone": ["--corpus", "c", "--out", "o"],
+    }.get(command, [])
     typed = main.commands[command].make_context(command, words).params
     for name, default in options(CONFIGS[command]).items():
-        if name in LEFT_OUT.get(command, set()) | {"task", "seed", "kind", "no_test", "no_baselines"}:
+        if name in LEFT_OUT.get(command, set()) | {
+            "task",
+            "seed",
+            "kind",
+            "no_test",
+            "no_baselines",
+            "no_mix_tasks",
+            "bundle",
+        }:
             continue
         assert typed[name] == default, name
 

@@ -48,7 +48,7 @@ def tensors(body: bytes, json_length: int | None, side: str) -> dict[str, np.nda
         if n_bytes is None:
             values = np.array(tensor["data"], dtype)
         else:
-            values = np.frombuffer(body[at : at + n_bytes], dtype)
+            values = np.frombuffer(memoryview(body)[at : at + n_bytes], dtype).copy()
             at += n_bytes
         found[tensor["name"]] = values.reshape(tensor["shape"])
     return found

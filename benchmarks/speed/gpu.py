@@ -13,7 +13,7 @@ others. Steps, with their deadlines in seconds:
                       (gpu_reference.npz); that attention and steps are the fast ones
     large        70   share of the matrix rate, rank agreement with float32
     table4      120   2,880 evaluations of deep stage II over the lengths of lcqmc and tnews, with CMA-ES
-                      where cma is here; the plain loop in fp16 beside them, as it is and compiled
+                      where cma is here; then the plain loop and rivals A, B and C in fp16
     profile      40   the 25 longest kernels; milliseconds of each part of a layer
     flags        60   one kernel for attention, activation in the product: by turns, with and without
     mini         50   the embedded backbone: one run, and five by turns and side by side

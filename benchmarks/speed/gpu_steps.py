@@ -226,7 +226,7 @@ def large(bench: Bench) -> None:
 
 
 def table4(bench: Bench) -> None:
-    """Deep stage II as the published code does it, over texts of the tasks' lengths; and the plain loop."""
+    """Deep stage II as the published code does it, over texts of the tasks' lengths; then its rivals."""
     for precision in [p for p in ("fp16", "fp8") if p in bench.precisions()]:
         engine = bench.engine(precision)
         for task in TABLE4_TASKS:
@@ -236,7 +236,7 @@ def table4(bench: Bench) -> None:
             _stage_two(bench, engine, task)
     for task in TABLE4_TASKS:
         if f"lengths_{task}" in bench.reference:
-            _plain(bench, task)
+            _rivals(bench, task)
 
 
 def _stage_two(bench: Bench, engine: CudaBackend, task: str) -> None:
@@ -296,22 +296,39 @@ def _search(bench: Bench) -> tuple[Callable[[int], Any], Callable[..., None], st
     )
 
 
-def _plain(bench: Bench, task: str) -> None:
-    """The plain loop in fp16, as it is and compiled."""
-    from benchmarks.speed.plain_loop import PlainLoop
+def _rivals(bench: Bench, task: str) -> None:
+    """The plain loop and rivals A, B and C in fp16, and what compiling gains two of them.
 
-    lengths = bench.reference[f"lengths_{task}"].tolist()
-    inputs = make_inputs(lengths, bench.backbone.config.vocab_size)
-    loop = PlainLoop(bench.backbone, bench.prompts, inputs, bench.device, torch.float16)
-    z = bench.incumbent()
-    for name in ("eager", "compiled") if bench.on_gpu else ("eager",):
-        if name == "compiled":
-            loop.model.encoder = torch.compile(loop.model.encoder)
-        loop.loss(z)
-        times = [seconds(lambda: loop.loss(z)) for _ in range(bench.scale.rounds)]
-        bench.ledger(
-            task=task, rival=f"plain loop, fp16, {name}", evaluation_ms=round(1e3 * median(times), 3)
-        )
+    Rivals are timed at the first, the middle and the last layer: in a round of visits C runs half the layers.
+    """
+    from benchmarks.speed.plain_loop import PlainLoop
+    from benchmarks.speed.rivals import Rival
+
+    inputs = make_inputs(bench.reference[f"lengths_{task}"].tolist(), bench.backbone.config.vocab_size)
+    z, candidates = bench.incumbent(), bench.population(0)
+    shared = (bench.backbone, bench.prompts, inputs, bench.device, torch.float16)
+
+    def tell(rival: str, times: list[float], n: int = 1) -> None:
+        bench.ledger(task=task, rival=f"{rival}, fp16", evaluation_ms=round(1e3 * median(times) / n, 3))
+
+    loop = PlainLoop(*shared)
+    loop.loss(z)
+    tell("plain loop", [seconds(lambda: loop.loss(z)) for _ in range(bench.scale.rounds)])
+    del loop
+    for kind, compiled in (("C", False), ("B", False), ("A", False), ("C", True)):
+        if compiled and not bench.on_gpu:
+            continue
+        rival = Rival(kind, *shared, compiled=compiled)
+        visited = (0, len(z) // 2, len(z) - 1)
+
+        def visits(rival: Rival = rival, visited: Sequence[int] = visited) -> None:
+            rival.set_incumbent(z)
+            for layer in visited:
+                rival.layer_losses(layer, candidates[:, layer])
+
+        visits()
+        times = [seconds(visits) for _ in range(min(3, bench.scale.rounds))]
+        tell(kind + (" compiled" if compiled else ""), times, len(visited) * len(candidates))
 
 
 def profile(bench: Bench) -> None:

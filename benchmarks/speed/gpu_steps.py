@@ -314,7 +314,6 @@ def _rivals(bench: Bench, task: str) -> None:
     loop = PlainLoop(*shared)
     loop.loss(z)
     tell("plain loop", [seconds(lambda: loop.loss(z)) for _ in range(bench.scale.rounds)])
-    del loop
     for kind, compiled in (("C", False), ("B", False), ("A", False), ("C", True)):
         if compiled and not bench.on_gpu:
             continue

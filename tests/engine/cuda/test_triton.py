@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -128,6 +131,28 @@ def test_losses_through_the_kernels_equal_slow_float64(
     whole[:, 1] = z[:, 1]
     got = objective.layer_losses(1, z[:, 1]).fetch()
     np.testing.assert_allclose(got, slow_deep.losses(whole, inputs), rtol=1e-5)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernels_compile_for_gpus_that_are_not_here(capability: int, tmp_path: Path) -> None:
+    """With Triton's own assembler; Ampere has no e4m3. The interpreter must be off: a process of its own."""
+    pytest.importorskip("triton", reason="triton is not here; CPU builds of torch do not bring it")
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = Path(__file__).with_name("compile_kernels.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(capability)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [f"add_norm {own}" for own in ("fp16", "bf16", "fp32")]
+    lines += [f"attend {own} on tensor cores" for own in ("fp16", "bf16")]
+    if capability == 90:
+        lines += [f"quantize {name} cvt.rn" for name in ("as it is", "gelu", "gelu_tanh", "relu")]
+    assert done.stdout.splitlines() == lines
 
 
 class _Wrong(EagerSteps):

@@ -7,14 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from tuning_world import World, make_world
 
 from mp2.backbone import Backbone
 from mp2.cli import main
 from mp2.engine.cpu.backend import CpuBackend
+from mp2.engine.cuda.backend import CudaBackend
 from mp2.prompts import load_prompts, save_prompts
+from mp2.runs import series
+from mp2.runs.config import BbtConfig
+from mp2.runs.frozen_model import FrozenModel
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +149,29 @@ def test_a_low_precision_says_what_it_costs_and_changes_nothing(
     (folder / "result.json").unlink()
     resumed = CliRunner().invoke(main, ["bbt", "--resume", str(folder), "--json"])
     assert json.loads(resumed.stdout)["precision_agreement"] == found
+
+
+def test_a_precision_that_overflows_gives_way_before_the_run_begins_and_its_files_say_so(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflowing(config: BbtConfig) -> FrozenModel:
+        """As on a GPU under --precision auto, with a feed-forward bias that float16 cannot hold."""
+        model = load_model(config)
+        with torch.no_grad():
+            body = model.backbone.encoder.body(0)
+            body.intermediate.bias[0] = 1e5
+            body.output.weight[:, 0] *= 1e-4
+        runtime = CudaBackend(model.backbone, device="cpu", precision="fp16", wider="bf16")
+        return FrozenModel(model.backbone, model.prompts, runtime)
+
+    load_model = series.load_model
+    monkeypatch.setattr(series, "load_model", overflowing)
+    options = [*world.options(), *SHORT, "--no-test", "--out", str(tmp_path), "--json"]
+    done = CliRunner().invoke(main, ["bbt", *options])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "fp16 overflows over" in done.stderr
+    assert "mp2: precision bf16: losses differ by at most" in done.stderr
+    result = json.loads(done.stdout)
+    config = json.loads((Path(result["run_dir"]) / "config.json").read_text("utf-8"))
+    assert (result["engine"]["precision"], config["config"]["precision"]) == ("bf16", "bf16")
+    assert np.isfinite(result["train_loss"])

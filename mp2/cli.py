@@ -6,8 +6,11 @@ Results go to stdout (``--json`` for machines), progress and log to stderr.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import sys
+from typing import Any
 
 import click
 
@@ -20,6 +23,7 @@ from mp2.commands.export import export
 from mp2.commands.predict import predict
 from mp2.commands.pretrain import pretrain
 from mp2.commands.pretrain_backbone import pretrain_backbone
+from mp2.commands.printing import note, prepare_streams, shortened
 from mp2.commands.scratch import scratch
 from mp2.commands.serve import serve
 from mp2.commands.tasks import tasks
@@ -27,7 +31,31 @@ from mp2.commands.tune import tune
 from mp2.errors import Mp2Error
 
 # of a file: the machine's doing, for its owner to mend, and no mistake of ours
-_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO}
+_MACHINE = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EFBIG,
+    errno.ENOMEM,
+}
+_NO_MEMORY = (  # what libraries say, whose errors are of no kind of their own
+    "can't start new thread",
+    "can't allocate memory",
+    "annot allocate memory",
+    "failed to map segment",
+    "bad_alloc",
+)
+_NO_PATH = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}  # of a name that was typed
+
+
+def _forget_output(error: OSError) -> None:
+    """Let Python not try again at exit what a stream has just refused, with a message of its own."""
+    if error.filename is None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Group(click.Group):
@@ -37,17 +65,34 @@ class _Group(click.Group):
         """In the order of their use, not of the alphabet."""
         return list(self.commands)
 
+    def main(self, *args: Any, **settings: Any) -> Any:
+        """As click's, with streams that can spell everything."""
+        prepare_streams()
+        return super().main(*args, **settings)
+
     def invoke(self, ctx: click.Context) -> object:
         environment.prepare()
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            if (text := error.format_message()) == shortened(text):
+                raise
+            raise click.UsageError(shortened(text), error.ctx) from error
         except Mp2Error as error:
-            click.echo(f"mp2: {error}", err=True)
+            note(f"mp2: {error}")
             sys.exit(error.exit_code)
         except OSError as error:
-            if error.errno not in _MACHINE or error.filename is None:
+            if error.errno not in (*_MACHINE, *_NO_PATH):
                 raise
-            click.echo(f"mp2: {error.filename}: {error.strerror}", err=True)
+            where = "standard output" if error.filename is None else os.fsdecode(error.filename)
+            note(f"mp2: {where}: {error.strerror}")
+            _forget_output(error)
+            sys.exit(1 if error.errno in _MACHINE else 2)
+        except (MemoryError, RuntimeError, ImportError) as error:
+            if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in _NO_MEMORY):
+                raise
+            said = str(error).strip().splitlines()[:1] or ["no more was given"]
+            note(f"mp2: out of memory: {said[0]}; give it more, or ask for less")
             sys.exit(1)
         except KeyboardInterrupt:
             click.echo("mp2: stopped", err=True)

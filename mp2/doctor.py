@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -178,7 +177,9 @@ def _embedded() -> dict[str, str | None]:
 
 
 def _data() -> dict[str, Any]:
-    folder = os.environ.get("MP2_DATA")
+    from mp2.environment import data_folder
+
+    folder = data_folder()
     exists = bool(folder) and Path(str(folder)).is_dir()
     hint = (
         f"MP2_DATA names {folder}, which is no folder" if folder else "MP2_DATA is not set; give --data DIR"

@@ -21,7 +21,14 @@ from mp2.limits import usable_cores
 SPIN_COUNT = 1_000
 _SPIN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _THREADS = "OMP_NUM_THREADS"
+DATA = "MP2_DATA"
 VARIABLES = (*_SPIN, _THREADS)
+
+
+def data_folder() -> str | None:
+    """MP2_DATA with ``~`` written out; None where it is not set."""
+    named = os.environ.get(DATA)
+    return os.path.expanduser(named) if named else None
 
 
 def prepare(environment: MutableMapping[str, str] = os.environ, *, cores: int | None = None) -> None:

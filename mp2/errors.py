@@ -51,6 +51,7 @@ class UnknownNameError(UsageError):
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
         """Say which ``kind`` of thing ``name`` is not, and which ``known`` names come nearest."""
         names = list(known)
+        name = name if len(name) <= 80 else f"{name[:79]}…"
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         message = f"unknown {kind} '{name}'."
         if near:
@@ -91,3 +92,12 @@ class MismatchError(UsageError):
 
 class RunLockedError(UsageError):
     """Another process works in this run folder."""
+
+
+def shown(value: object, limit: int = 40) -> str:
+    """Return ``value`` as a message shows it: its repr, cut to ``limit`` characters."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # a value that nests itself too deep, an integer of too many digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= limit else text[: limit - 1] + "…"

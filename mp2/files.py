@@ -1,33 +1,115 @@
-"""Files that are there whole or not at all, whenever the process or the machine stops."""
+"""Files that are there whole or not at all, whenever the process or the machine stops.
+
+Nothing is written through a symbolic link: what is made beside a file has a name that nobody can guess and
+is created anew, and a file that grows is refused where it is a link (docs/security.md).
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from mp2.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write to: flushed to the disk at the end, then renamed over ``path``.
 
-    A block that ends in an exception leaves ``path`` as it was, and nothing beside it.
+    A block that ends in an exception leaves ``path`` as it was, and nothing beside it; what a process that
+    was killed left there is taken away.
     """
-    partial = path.with_name(path.name + ".part")
+    stem = f".{path.name[:40]}."
+    _take_away_left(path.parent, stem)
+    partial = path.with_name(f"{stem}{secrets.token_hex(8)}.part")
+    held = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o666)
     try:
+        _hold(held)  # says that it is not left over
         yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        written = os.open(partial, os.O_RDONLY | _NO_FOLLOW)  # a library may have put another file there
+        try:
+            os.fsync(written)
+        finally:
+            os.close(written)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(held)
+
+
+def _take_away_left(folder: Path, stem: str) -> None:
+    left = re.compile(re.escape(stem) + r"[0-9a-f]{16}\.part")
+    for name in os.listdir(folder) if fcntl is not None else ():
+        if not left.fullmatch(name):
+            continue
+        try:
+            number = os.open(folder / name, os.O_RDWR | os.O_NONBLOCK | _NO_FOLLOW)
+        except OSError:
+            continue
+        try:
+            if _hold(number):
+                os.unlink(folder / name)
+        except OSError:
+            continue
+        finally:
+            os.close(number)
+
+
+def _hold(number: int) -> bool:
+    """Lock an open file; False: another process has it, or the file system knows no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def open_own(path: Path, flags: int) -> int:
+    """``os.open`` of a file that we write in place (a journal, a lock), made if it is not there.
+
+    Raises:
+        UsageError: it is a symbolic link: it would be written to where that leads.
+    """
+    try:
+        return os.open(path, flags | os.O_CREAT | _NO_FOLLOW, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP or path.is_symlink():
+            raise UsageError(
+                f"{path} is a symbolic link, and mp2 writes through none: put the file itself there"
+            ) from error
+        raise
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """The file opened for appending, without a buffer; errors as of ``open_own``."""
+    return os.fdopen(open_own(path, os.O_WRONLY | os.O_APPEND), "ab", buffering=0)  # type: ignore[return-value]
+
+
+def write_all(file: BinaryIO, data: bytes) -> None:
+    """Write to a file without a buffer, which may take a part only; raises ``OSError`` (full disk)."""
+    while data:
+        data = data[file.write(data) :]
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -37,13 +119,23 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write a text file in UTF-8, whole or not at all; bytes of a path that is no UTF-8 as escapes."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def json_bytes(values: Any, *, indent: int | None = None, sort_keys: bool = False) -> bytes:
+    """JSON in UTF-8; raises ``ValueError`` for a number that is not finite.
+
+    Bytes of a path that is no UTF-8, half surrogates in Python, are written as JSON's escapes: read back,
+    they are the same path.
+    """
+    text = json.dumps(values, ensure_ascii=False, indent=indent, sort_keys=sort_keys, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace")
 
 
 def write_json(path: Path, values: Mapping[str, Any], *, indent: int = 2) -> None:
-    """Write a JSON file, whole or not at all; raises ``ValueError`` for a number that is not finite."""
-    write_text(path, json.dumps(values, ensure_ascii=False, indent=indent, allow_nan=False) + "\n")
+    """Write a JSON file, whole or not at all; see ``json_bytes``."""
+    write_bytes(path, json_bytes(values, indent=indent) + b"\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -42,6 +42,16 @@ def check_new_folder(folder: Path) -> None:
         raise UsageError(f"--out {folder}: nothing can be written in {there}; choose another --out")
 
 
+def check_utf8(path: Path, option: str, library: str) -> None:
+    """Raise ``UsageError`` for a path that is no UTF-8, which ``library`` could not open."""
+    try:
+        str(path.absolute()).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{option} {path.absolute()}: {library} opens no path whose name is not UTF-8; give another"
+        ) from None
+
+
 def usable_cores(root: Path = Path("/")) -> int:
     """Return how many cores this process can keep busy, by its affinity mask and its cgroups' quota.
 

@@ -34,8 +34,11 @@ def open_safetensors(
 
 
 def float_tensor(file: Any, name: str, path: Path) -> Any:
-    """Tensor ``name`` of an open safetensors file as float32; raises ``FormatError`` for other types."""
+    """Tensor ``name`` of an open safetensors file as float32; ``FormatError`` for other types and NaN."""
     dtype = file.get_slice(name).get_dtype()
     if dtype not in FLOATS:
         raise FormatError(f"tensor '{name}' is {dtype}, expected one of {', '.join(FLOATS)}", path=path)
-    return file.get_tensor(name).float()
+    tensor = file.get_tensor(name).float()
+    if not tensor.isfinite().all():
+        raise FormatError(f"tensor '{name}' holds NaN or infinity: a damaged file", path=path)
+    return tensor

@@ -26,10 +26,10 @@ def test_a_failed_block_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_that_was_never_written_is_an_error(tmp_path: Path) -> None:
+def test_a_file_that_was_taken_away_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    with pytest.raises(FileNotFoundError), whole_file(path):
-        pass
+    with pytest.raises(FileNotFoundError), whole_file(path) as partial:
+        partial.unlink()
     assert not path.exists()
 
 

@@ -30,6 +30,9 @@ LEVELS = (
     (
         "errors",
         "files",
+        "folder_lock",
+        "journal_lines",
+        "json_files",
         "injection",
         "lazy",
         "limits",
@@ -86,7 +89,8 @@ def test_arrows_point_down_and_no_package_imports_its_importer() -> None:
 def test_optimizers_know_nothing_of_the_engine_and_the_engine_nothing_of_what_uses_it() -> None:
     found = {name: {b for a, b, _ in imports() if a == name} for name in ("optimizers", "engine")}
     assert found["optimizers"] <= {"errors", "lazy", "limits", "options"}
-    assert found["engine"] <= {"errors", "files", "lazy", "limits", "backbone", "heads", "tasks", "prompts"}
+    lone = {"errors", "files", "json_files", "lazy", "limits", "text_files"}
+    assert found["engine"] <= {*lone, "backbone", "heads", "tasks", "prompts"}
 
 
 def test_backends_are_told_apart_in_one_place_only() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from mp2.backbone.config import BackboneConfig
 from mp2.errors import FormatError
 from mp2.files import write_text
-from mp2.text_files import read_object
+from mp2.json_files import read_object
 
 READABLE = "a BERT-family encoder (BERT, RoBERTa-wwm, MacBERT, ERNIE) or CPT"
 CPT_TOKEN_TYPE = 1  # FudanNLP/CPT, modeling_cpt.py: torch.ones_like(input_ids), in pre-training and since

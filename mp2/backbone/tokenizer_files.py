@@ -37,8 +37,9 @@ from mp2.backbone.tokenizer_settings import (
     fast_vocab,
     read_settings,
 )
-from mp2.errors import FormatError
-from mp2.text_files import parse_object, read_text
+from mp2.errors import FormatError, shown
+from mp2.json_files import parse_json, parse_object
+from mp2.text_files import read_text
 
 _SPACE = "".join(map(chr, [*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029]))
 _SPACE += "\u202f\u205f\u3000"
@@ -128,7 +129,7 @@ def _by_transformers(
                 name == FAST
             ):  # neither does anything to ids without special tokens, and can make the library panic
                 unused = dict.fromkeys(("post_processor", "truncation", "padding", "decoder"))
-                text = json.dumps({**json.loads(text), **unused}, ensure_ascii=False)
+                text = json.dumps({**parse_json(text), **unused}, ensure_ascii=False)
             Path(copy, name).write_text(text, "utf-8")
         from transformers import AutoTokenizer
 
@@ -136,7 +137,7 @@ def _by_transformers(
         backend = getattr(theirs, "backend_tokenizer", None)
         if not isinstance(backend, Fast):
             raise ValueError(f"a {type(theirs).__name__} does not give offsets")
-        state = json.loads(backend.to_str())
+        state = parse_json(backend.to_str())
         if state["model"].get("type") != "WordPiece" or state["model"].get("unk_token") != "[UNK]":
             raise ValueError(f"a {type(theirs).__name__} of another kind")
         if not getattr(theirs, "split_special_tokens", False):
@@ -169,9 +170,9 @@ def _one_line(settings: Mapping[str, Any], source: Path) -> Iterator[None]:
             raise
         said = " ".join(str(error).split())[:200]
         kind = settings.get("tokenizer_class")
+        as_what = "" if kind is None else f" as {shown(kind)} (tokenizer_class)"
         raise FormatError(
-            f"not a tokenizer that can be read{'' if kind is None else f' as {kind!r} (tokenizer_class)'}: "
-            f"{type(error).__name__}: {said}",
+            f"not a tokenizer that can be read{as_what}: {type(error).__name__}: {said}",
             path=source,
         ) from error
     finally:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mp2.errors import FormatError
-from mp2.text_files import read_object
+from mp2.json_files import read_object
 
 SPECIAL_TOKENS = {
     "pad_id": "[PAD]",

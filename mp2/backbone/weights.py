@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -21,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mp2.errors import FormatError
+from mp2.errors import FormatError, shown
+from mp2.json_files import read_object
 from mp2.tensor_files import FLOATS, open_safetensors
-from mp2.text_files import check_file, read_object
+from mp2.text_files import check_file
 
 _TORCH_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")
@@ -163,8 +165,9 @@ def _shards(index: Path) -> list[Path]:
             )
     files = [index.parent / file for file in sorted(set(weight_map.values()))]
     for path in files:
-        if not path.exists():
-            raise FormatError("no such file, but the index of shards names it", path=path)
+        if not os.path.exists(path):
+            name = shown(path.name)
+            raise FormatError(f"there is no file {name}, which it names", path=index, field="weight_map")
     return files
 
 

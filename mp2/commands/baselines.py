@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from mp2.commands.options import BACKBONE, TASK, field_option, revision_option
+from mp2.commands.paths import PATH
 from mp2.commands.printing import as_json_text, note, show, show_table
 
 
@@ -14,7 +15,9 @@ from mp2.commands.printing import as_json_text, note, show, show_table
 @click.option(
     "--task", required=True, type=TASK, help="A name of 'mp2 tasks', or your own card (a TOML file)."
 )
-@click.option("--data", help="Folder with NAME/train.*, a training file, or hub:NAME; or MP2_DATA.")
+@click.option(
+    "--data", type=PATH, help="Folder with NAME/train.*, a training file, or hub:NAME; or MP2_DATA."
+)
 @field_option
 @click.option(
     "--backbone", default="mini", show_default=True, type=BACKBONE, help="Encoder of the linear probe."

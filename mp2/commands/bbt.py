@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import click
 
 from mp2.commands.options import TASK, build, config_options, log_option, read_seeds
+from mp2.commands.paths import PATH
 from mp2.commands.printing import as_json_text, given, notes, quiet_option, show_table
 from mp2.errors import UsageError
 from mp2.optimizers.config import Kind
@@ -32,12 +34,10 @@ _STAGE_TWO = ("popsize", "cma", *_SIGMAS["deep"], *_SIGMAS["shallow"])
 @click.option("--seed", type=int, help="Draws the few-shot split and drives the search.  [default: 8]")
 @click.option("--seeds", metavar="8,13,...", help="Several seeds, a run each, done together.")
 @config_options(BbtConfig, skip=("task", "seed"))
-@click.option(
-    "--out", type=click.Path(), default="runs", show_default=True, help="Where run folders are made."
-)
+@click.option("--out", type=PATH, default="runs", show_default=True, help="Where run folders are made.")
 @click.option(
     "--resume",
-    type=click.Path(),
+    type=PATH,
     multiple=True,
     metavar="RUNDIR",
     help="Go on with a run that was cut off; again for more, or a folder of runs. What it needs and has "
@@ -152,7 +152,7 @@ def _tasks(given: Sequence[str]) -> list[str]:
     """The tasks of all ``--task``, each a name, a card or several with commas."""
     tasks: list[str] = []
     for text in given:
-        tasks += [text] if Path(text).exists() else [part.strip() for part in text.split(",")]
+        tasks += [text] if os.path.exists(text) else [part.strip() for part in text.split(",")]
     twice = [task for task in tasks if tasks.count(task) > 1]
     if twice:
         raise UsageError(f"task '{twice[0]}' was given more than once")

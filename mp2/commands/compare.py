@@ -6,15 +6,16 @@ from pathlib import Path
 
 import click
 
+from mp2.commands.paths import PathName
 from mp2.commands.printing import as_json_text, note, show
 from mp2.errors import UsageError
 
 
 @click.command(short_help="Compare runs: one table, one picture.")
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=PathName(as_path=True))
 @click.option(
     "--picture",
-    type=click.Path(path_type=Path),
+    type=PathName(as_path=True),
     default="compare.png",
     show_default=True,
     help="Where the curves of all runs are drawn.",

@@ -7,16 +7,17 @@ from typing import Any
 import click
 
 from mp2.commands.options import BACKBONE, TASK, Choice
+from mp2.commands.paths import PATH
 from mp2.commands.printing import as_json_text
 from mp2.errors import UsageError
 
 
 @click.command(short_help="Write ONNX graphs: a bundle of runs, or an engine.")
-@click.option("--run", "first", type=click.Path(), help="Runs to write a bundle of: --run RUN [RUN ...].")
-@click.argument("more", nargs=-1, type=click.Path(), metavar="[RUN]...")
+@click.option("--run", "first", type=PATH, help="Runs to write a bundle of: --run RUN [RUN ...].")
+@click.argument("more", nargs=-1, type=PATH, metavar="[RUN]...")
 @click.option("--backbone", type=BACKBONE, help="A name (cpt-large ...), a folder or a hub id.")
 @click.option("--revision", help="Of a hub backbone: a branch, tag or commit.")
-@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder to write.")
+@click.option("--out", required=True, type=PATH, help="Folder to write.")
 @click.option("--prompts", help="tensorrt: prompts that plans are tuned for. --run: where they are now.")
 @click.option(
     "--runtime",
@@ -28,7 +29,7 @@ from mp2.errors import UsageError
     help="fp32; tensorrt: fp16, bf16, fp8; --run: fp32, fp16, bf16.  [default: fp32; tensorrt: fp16]",
 )
 @click.option("--task", type=TASK, help="tensorrt: tune plans for this task's few-shot set.")
-@click.option("--data", type=click.Path(), help="Folder with TASK/train.jsonl; or MP2_DATA.")
+@click.option("--data", type=PATH, help="Folder with TASK/train.jsonl; or MP2_DATA.")
 @click.option("--popsize", type=int, help="tensorrt: population plans are tuned for.  [default: 20]")
 @click.option("--graphs-only", is_flag=True, help="tensorrt: build no plans, so that no GPU is needed.")
 @click.option("--triton", is_flag=True, help="--run: write a Triton model repository, too.")

@@ -15,6 +15,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import click
 from click.shell_completion import CompletionItem
 
+from mp2.commands.paths import PATH, checked_path, option_name
 from mp2.errors import UnknownNameError, UsageError
 from mp2.options import Option
 
@@ -39,6 +40,15 @@ class Name(click.ParamType[str]):
     def __init__(self, name: str, known: Callable[[], list[str]], *, paths: bool = True) -> None:
         self.name, self._known, self._paths = "text", known, paths
         self.of = name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name, or the path with ``~`` written out; raises ``UsageError`` for what can be neither."""
+        text = str(value)
+        if self._paths and (
+            "/" in text or text.startswith("~") or self.of != "task" or text.endswith(".toml")
+        ):
+            return checked_path(text, option_name(param))
+        return text
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
@@ -75,7 +85,7 @@ def _searches() -> list[str]:
 TASK = Name("task", _tasks)
 BACKBONE = Name("backbone", _backbones)
 _TYPES: dict[str, click.ParamType[Any]] = {
-    "path": click.Path(),
+    "path": PATH,
     "task": TASK,
     "backbone": BACKBONE,
     "prompts": Name("prompts", _prompts),

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from pathlib import Path
 
 import click
 
 from mp2.commands.options import config_options
-from mp2.commands.printing import note
+from mp2.commands.paths import PATH
+from mp2.commands.printing import as_json_line, note
+from mp2.errors import UsageError
 from mp2.runs.config import BbtConfig
 
 _HERE = "[default: the run's, if it is here]"
 
 
 @click.command(short_help="Label new text with a tuned prompt.")
+@click.option("--run", "run_dir", type=PATH, required=True, help="Folder of a finished 'mp2 bbt' run.")
 @click.option(
-    "--run", "run_dir", type=click.Path(), required=True, help="Folder of a finished 'mp2 bbt' run."
-)
-@click.option(
-    "--input", "source", required=True, metavar="FILE|-", help="JSON lines, plain text lines, CSV or TSV."
+    "--input",
+    "source",
+    required=True,
+    type=PATH,
+    metavar="FILE|-",
+    help="JSON lines, plain text lines, CSV or TSV.",
 )
 @click.option(
     "--keep",
@@ -45,16 +49,22 @@ def predict(run_dir: str, source: str, keep: tuple[str, ...], **typed: str | Non
     """Label new text with a tuned prompt: a JSON line for each line, with its probability; CSV for CSV."""
     from mp2.runs.predict import TABLES, predict_file
 
-    rows = predict_file(Path(run_dir), source, sys.stdin.buffer, keep, **typed, note=note)
+    if source == "-" and sys.stdin is None:
+        raise UsageError("--input is - and standard input is closed; give a file, or lines on standard input")
+    stdin = [] if sys.stdin is None else sys.stdin.buffer
+    rows = predict_file(Path(run_dir), source, stdin, keep, **typed, note=note)
     if not source.endswith(TABLES):
         for found in rows:
-            click.echo(json.dumps(found, ensure_ascii=False))
+            click.echo(as_json_line(found))
+        return
+    if (out := sys.stdout) is None:  # closed
         return
     writer = None
     for found in rows:
         row = {"reason": None, **found}
         if writer is None:
             last = [name for name in row if name != "reason"]
-            writer = csv.DictWriter(sys.stdout, [*last, "reason"], lineterminator="\n")
+            writer = csv.DictWriter(out, [*last, "reason"], lineterminator="\n")
             writer.writeheader()
         writer.writerow(row)
+    out.flush()  # a full disk is noticed here, not at exit

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from mp2.commands.options import BACKBONE, TASK, config_options, field_values
+from mp2.commands.paths import PATH
 from mp2.commands.printing import given, notes, quiet_option, typed
 from mp2.training.config import PretrainConfig
 
@@ -21,8 +22,8 @@ from mp2.training.config import PretrainConfig
     help="Names or cards, as many as you like: --tasks my/*.toml.  [default: all that have data]",
 )
 @click.argument("more", nargs=-1, metavar="", type=TASK)
-@click.option("--data", type=click.Path(), help="Folder with TASK/{train,dev}.jsonl; or MP2_DATA.")
-@click.option("--corpus", type=click.Path(), help="Of --method ppt: folder of *.txt or *.txt.xz.")
+@click.option("--data", type=PATH, help="Folder with TASK/{train,dev}.jsonl; or MP2_DATA.")
+@click.option("--corpus", type=PATH, help="Of --method ppt: folder of *.txt or *.txt.xz.")
 @click.option(
     "--backbone",
     default="mini",
@@ -31,11 +32,9 @@ from mp2.training.config import PretrainConfig
     help="mini, cpt-large, a folder, or a hub id.",
 )
 @click.option("--revision", help="Of a hub backbone: a branch, tag or commit.")
-@click.option("--out", type=click.Path(file_okay=False), help="Folder to write; a run in it goes on.")
-@click.option(
-    "--resume", type=click.Path(), metavar="DIR", help="Go on with the run in DIR as it was asked for."
-)
-@click.option("--init", type=click.Path(), help="Prompt file to start from.")
+@click.option("--out", type=PATH, help="Folder to write; a run in it goes on.")
+@click.option("--resume", type=PATH, metavar="DIR", help="Go on with the run in DIR as it was asked for.")
+@click.option("--init", type=PATH, help="Prompt file to start from.")
 @config_options(PretrainConfig)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
 @click.option("--threads", type=int, help="CPU threads.  [default: torch's choice]")

@@ -8,17 +8,18 @@ from typing import Any
 import click
 
 from mp2.commands.options import build, config_options
+from mp2.commands.paths import PATH
 from mp2.commands.printing import notes, quiet_option, typed
 from mp2.training.config import MlmConfig
 
 
 @click.command("pretrain-backbone", short_help="Train a backbone on plain text.")
-@click.option("--corpus", required=True, type=click.Path(), help="Folder of *.txt or *.txt.xz files.")
-@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder to write and resume in.")
+@click.option("--corpus", required=True, type=PATH, help="Folder of *.txt or *.txt.xz files.")
+@click.option("--out", required=True, type=PATH, help="Folder to write and resume in.")
 @click.option(
     "--from",
     "start",
-    type=click.Path(file_okay=False),
+    type=PATH,
     help="Folder of a run to go on from, as a branch of it.",
 )
 @config_options(MlmConfig)

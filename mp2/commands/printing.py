@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+_LONGEST_LINE = 400  # characters of a message
 _UNLIMITED = 10_000  # columns: of a file or a pipe
 
 if TYPE_CHECKING:
@@ -18,7 +21,27 @@ if TYPE_CHECKING:
 
 def note(line: str) -> None:
     """Print a line of progress or log."""
-    click.echo(line, err=True)
+    click.echo(shortened(line), err=True)
+
+
+def shortened(text: str) -> str:
+    """Text for people to read: the middle of a line of more than 400 characters is left out."""
+    return "\n".join(
+        line if len(line) <= _LONGEST_LINE else f"{line[:250]} ... {line[-_LONGEST_LINE + 255 :]}"
+        for line in text.split("\n")
+    )
+
+
+def prepare_streams() -> None:
+    """What a locale cannot spell is printed as an escape; no file takes a closed stream's number."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def notes(quiet: bool) -> Callable[[str], None]:
@@ -33,6 +56,8 @@ def show(what: RenderableType) -> None:
     """Print a result: within the terminal's width, in whole lines where there is none."""
     from rich.console import Console
 
+    if sys.stdout is None:  # closed
+        return
     width = None if sys.stdout.isatty() else _UNLIMITED
     console = Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False)
     with console.capture() as captured:
@@ -57,8 +82,18 @@ def show_table(
 
 
 def as_json_text(value: object) -> str:
-    """A result for machines to read, and people too."""
-    return json.dumps(value, ensure_ascii=False, indent=2)
+    """A result for machines to read, and people too: in ASCII where stdout is not UTF-8."""
+    return json.dumps(value, ensure_ascii=not _is_utf8(), indent=2)
+
+
+def as_json_line(value: object) -> str:
+    """A result of many, on one line; see ``as_json_text``."""
+    return json.dumps(value, ensure_ascii=not _is_utf8())
+
+
+def _is_utf8() -> bool:
+    name = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return name.lower().replace("_", "-") in ("utf-8", "utf8")
 
 
 def given(ctx: click.Context) -> set[str]:

@@ -8,6 +8,7 @@ from typing import Literal
 import click
 
 from mp2.commands.options import BACKBONE
+from mp2.commands.paths import PATH
 from mp2.errors import UsageError
 
 
@@ -25,7 +26,7 @@ from mp2.errors import UsageError
 @click.option("--shallow", "kind", flag_value="shallow", help="Without --like: at the input only (BBT).")
 @click.option("--head", help="Prompts whose span head to take (mp2 pretrain --method head, mp2 tune).")
 @click.option("--seed", default=8, show_default=True, help="Draws the random projections.")
-@click.option("--out", required=True, type=click.Path(dir_okay=False), help="Prompt file to write.")
+@click.option("--out", required=True, type=PATH, help="Prompt file to write.")
 def scratch(
     backbone: str,
     revision: str | None,

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from mp2.commands.options import BACKBONE, TASK, revision_option
+from mp2.commands.paths import PATH, PathName
 from mp2.commands.printing import as_json_text, note, show, show_table
 from mp2.errors import UsageError
 
@@ -37,7 +38,7 @@ def tasks(ctx: click.Context, as_json: bool) -> None:
     "--backbone", type=BACKBONE, help="Count tokens with this backbone's tokenizer.  [default: mini]"
 )
 @revision_option
-@click.option("--data", type=click.Path(), help="Folder with NAME/train.jsonl; or MP2_DATA.")
+@click.option("--data", type=PATH, help="Folder with NAME/train.jsonl; or MP2_DATA.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def tasks_show(
     name: str, backbone: str | None, revision: str | None, data: str | None, as_json: bool
@@ -54,7 +55,9 @@ def tasks_show(
 
 @tasks.command("check")
 @click.argument("card", type=TASK)
-@click.option("--data", help="Folder with <task>/train.*, a training file, or hub:NAME; or MP2_DATA.")
+@click.option(
+    "--data", type=PATH, help="Folder with <task>/train.*, a training file, or hub:NAME; or MP2_DATA."
+)
 @click.option(
     "--backbone", type=BACKBONE, help="Check lengths and label words for this backbone.  [default: mini]"
 )
@@ -86,9 +89,9 @@ def tasks_check(
 
 
 @tasks.command("new")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PathName(as_path=True))
 @click.option("--name", help="The task's name.  [default: from the file's name]")
-@click.option("--out", type=click.Path(path_type=Path), help="The card.  [default: NAME.toml here]")
+@click.option("--out", type=PathName(as_path=True), help="The card.  [default: NAME.toml here]")
 def tasks_new(file: Path, name: str | None, out: Path | None) -> None:
     """Write a task card from a data file (JSON lines, CSV, TSV, parquet), to be edited."""
     from mp2.files import write_text
@@ -105,9 +108,7 @@ def tasks_new(file: Path, name: str | None, out: Path | None) -> None:
 
 @tasks.command("fetch")
 @click.argument("names", nargs=-1, required=True)
-@click.option(
-    "--to", type=click.Path(path_type=Path), required=True, help="Data folder; --data DIR reads it."
-)
+@click.option("--to", type=PathName(as_path=True), required=True, help="Data folder; --data DIR reads it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def tasks_fetch(names: tuple[str, ...], to: Path, as_json: bool) -> None:
     """Load the public data of tasks (names, cards or 'all'); what is there already stays.

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mp2.commands.options import build, config_options, log_option, read_seeds
+from mp2.commands.paths import PATH
 from mp2.commands.printing import as_json_text, note, quiet_option
 from mp2.errors import UsageError
 from mp2.runs.config import BbtConfig
@@ -41,9 +42,7 @@ def _rates(text: str | None) -> tuple[float, ...]:
 )
 @click.option("--seed", type=int, help="Draws the few-shot split and drives training.  [default: 8]")
 @click.option("--seeds", metavar="8,13,...", help="Several seeds, a run each.")
-@click.option(
-    "--out", type=click.Path(), default="runs", show_default=True, help="Where run folders are made."
-)
+@click.option("--out", type=PATH, default="runs", show_default=True, help="Where run folders are made.")
 @log_option
 @quiet_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (a list with --seeds).")

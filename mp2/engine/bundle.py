@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mp2.engine.folder import MANIFEST, check_hashes
-from mp2.errors import FormatError, UnknownNameError
+from mp2.engine.folder import BACKBONE_FIELDS, FOLDER_PRECISIONS, MANIFEST, check_hashes
+from mp2.errors import FormatError, UnknownNameError, shown
+from mp2.json_files import (
+    Fields,
+    anything,
+    check,
+    list_of,
+    object_of,
+    one_of,
+    read_object,
+    sha256,
+    text,
+    whole,
+)
 
 BUNDLE_FORMAT = "mp2 bundle"
 BUNDLE_SCHEMA_VERSION = 2
 _AGAIN = "write the bundle again"
+_TENSORS = object_of(Fields({"dtype": text, "shape": list_of(anything)}))
+_MANIFEST = Fields(
+    {
+        "backbone": BACKBONE_FIELDS,
+        "precision": one_of(*FOLDER_PRECISIONS),
+        "graphs": object_of(Fields({"inputs": _TENSORS, "outputs": _TENSORS})),
+        "tasks": object_of(
+            Fields({"card": text, "tensors": text, "graph": text, "head": text, "prompt_length": whole()})
+        ),
+        "limits": Fields({"positions": whole(1, 2**31 - 1), "pad_id": whole(0, 2**31 - 1)}),
+        "files": object_of(sha256),
+    },
+    {"opset": whole(1), "versions": object_of(text)},
+)
 
 
 @dataclass(frozen=True)
@@ -35,31 +60,24 @@ class Bundle:
                 path=path,
             )
         try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise FormatError(f"not JSON ({error}); {_AGAIN}", path=file) from error
-        if not isinstance(raw, dict) or raw.get("format") != BUNDLE_FORMAT:
+            raw = read_object(file)
+        except FormatError as error:
+            raise FormatError(f"{error}; {_AGAIN}") from error
+        if raw.get("format") != BUNDLE_FORMAT:
             raise FormatError(
                 "not the manifest of a bundle; make one with 'mp2 export --run RUN --out DIR'", path=file
             )
         if raw.get("schema_version") != BUNDLE_SCHEMA_VERSION:
             raise FormatError(
-                f"{raw.get('schema_version')!r}, expected {BUNDLE_SCHEMA_VERSION}: written by another mp2; "
-                f"{_AGAIN}",
+                f"{shown(raw.get('schema_version'))}, expected {BUNDLE_SCHEMA_VERSION}: written by another "
+                f"mp2; {_AGAIN}",
                 path=file,
                 field="schema_version",
             )
-        kinds = {
-            "backbone": dict,
-            "precision": str,
-            "graphs": dict,
-            "tasks": dict,
-            "limits": dict,
-            "files": dict,
-        }
-        for name, kind in kinds.items():
-            if not isinstance(raw.get(name), kind):
-                raise FormatError(f"expected {kind.__name__}; {_AGAIN}", path=file, field=name)
+        try:
+            check(raw, _MANIFEST, file)
+        except FormatError as error:
+            raise FormatError(f"{error}; {_AGAIN}") from error
         listed = raw["files"]
         needed = [
             *raw["graphs"],
@@ -92,5 +110,4 @@ class Bundle:
         """Return what a task's JSON file holds; UnknownNameError if there is no such task."""
         if task not in self.manifest["tasks"]:
             raise UnknownNameError("task", task, list(self.manifest["tasks"]), f"These are in {self.path}.")
-        card: dict[str, Any] = json.loads(self.file(self.manifest["tasks"][task]["card"]).read_text("utf-8"))
-        return card
+        return read_object(self.file(self.manifest["tasks"][task]["card"]))

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mp2.errors import FormatError, MismatchError
+from mp2.errors import FormatError, MismatchError, shown
+from mp2.files import json_bytes
+from mp2.json_files import Fields, build, check, object_of, one_of, read_object, sha256, text, whole
 
 if TYPE_CHECKING:
     from mp2.backbone import Backbone
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2
+MAX_LAYERS = 10_000  # every layer has five files, all named in the manifest
+_AGAIN = "export the engine again"
 FOLDER_PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
 TENSORRT_PRECISIONS = FOLDER_PRECISIONS[1:]
 
@@ -50,7 +53,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the file's text."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        return json_bytes(asdict(self), indent=2, sort_keys=True).decode() + "\n"
 
 
 def layer_file(index: int, suffix: str) -> str:
@@ -102,6 +105,15 @@ class EngineFolder:
                 f"'{name}' is not listed; export the engine again", path=self._at, field="files"
             )
         return self.path / name
+
+    def read(self, name: str) -> bytes:
+        """Return what is in one of the manifest's files now; FormatError where that is not what it lists."""
+        path = self.file(name)
+        data = path.read_bytes()
+        got, expected = hashlib.sha256(data).hexdigest(), self.manifest.files[name]
+        if got != expected:
+            raise FormatError(f"sha256 is {got[:12]}, expected {expected[:12]}; {_AGAIN}", path=path)
+        return data
 
     @property
     def files(self) -> Mapping[str, str]:
@@ -156,10 +168,10 @@ def check_hashes(folder: Path, files: Mapping[str, str], again: str) -> None:
 def looks_exported(folder: Path) -> bool:
     """Tell whether ``folder`` has an engine's manifest, of any version (not just any ``manifest.json``)."""
     try:
-        raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        raw = read_object(folder / MANIFEST)
+    except (OSError, FormatError):
         return False
-    return isinstance(raw, dict) and {"schema_version", "backbone", "files"} <= raw.keys()
+    return {"schema_version", "backbone", "files"} <= raw.keys()
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -170,12 +182,7 @@ def read_manifest(path: Path) -> Manifest:
             f"make one with 'mp2 export --backbone NAME --out {path.parent}'",
             path=path.parent,
         )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FormatError(f"not JSON ({error}); export the engine again", path=path) from error
-    if not isinstance(raw, dict):
-        raise FormatError(f"a {type(raw).__name__}, expected an object; export the engine again", path=path)
+    raw = _read_object(path)
     if raw.get("format") == "mp2 bundle":
         raise FormatError(
             "a bundle of 'mp2 export --run', expected an engine folder; make one with "
@@ -185,43 +192,43 @@ def read_manifest(path: Path) -> Manifest:
     version = raw.get("schema_version")
     if version != SCHEMA_VERSION:
         raise FormatError(
-            f"{version!r}, expected {SCHEMA_VERSION}: written by another mp2; export the engine again",
+            f"{shown(version)}, expected {SCHEMA_VERSION}: written by another mp2; {_AGAIN}",
             path=path,
             field="schema_version",
         )
-    entry = _get(raw, "backbone", dict, path)
-    return Manifest(
-        schema_version=SCHEMA_VERSION,
-        backbone=BackboneEntry(
-            **{
-                name: _get(entry, name, int if kind == "int" else str, path, "backbone.")
-                for name, kind in BackboneEntry.__annotations__.items()
-            }
-        ),
-        max_tokens=_get(raw, "max_tokens", int, path),
-        precision=_get(raw, "precision", str, path),
-        opset=_get(raw, "opset", int, path),
-        runtime=_get(raw, "runtime", str, path),
-        versions=_strings(raw, "versions", path),
-        files=_strings(raw, "files", path),
-    )
+    try:
+        check(raw, _MANIFEST, path)
+        return build(Manifest, {name: raw[name] for name in Manifest.__annotations__}, path)
+    except FormatError as error:
+        raise FormatError(f"{error}; {_AGAIN}") from error
 
 
-def _get(raw: Mapping[str, Any], name: str, kind: type, path: Path, where: str = "") -> Any:
-    value = raw.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        got = "missing" if name not in raw else repr(value)
-        raise FormatError(
-            f"{got}, expected {kind.__name__}; export the engine again", path=path, field=where + name
-        )
-    return value
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        return read_object(path)
+    except FormatError as error:
+        raise FormatError(f"{error}; {_AGAIN}") from error
 
 
-def _strings(raw: Mapping[str, Any], name: str, path: Path) -> dict[str, str]:
-    values = _get(raw, name, dict, path)
-    for key, value in values.items():
-        if not isinstance(value, str):
-            raise FormatError(
-                f"{value!r}, expected str; export the engine again", path=path, field=f"{name}.{key}"
-            )
-    return dict(values)
+_SIZE = whole(1, 2**31 - 1)
+BACKBONE_FIELDS = Fields(
+    {
+        "name": text,
+        "sha256": sha256,
+        "n_layers": whole(1, MAX_LAYERS),
+        **dict.fromkeys(("hidden", "n_heads", "ffn", "vocab_size"), _SIZE),
+        "activation": text,
+        "token_type": whole(),
+    }
+)
+_MANIFEST = Fields(
+    {
+        "backbone": BACKBONE_FIELDS,
+        "max_tokens": _SIZE,
+        "precision": one_of(*FOLDER_PRECISIONS),
+        "opset": whole(1),
+        "runtime": text,
+        "versions": object_of(text),
+        "files": object_of(sha256),
+    }
+)

@@ -18,8 +18,8 @@ from mp2.prompts import PrefixProjector
 from mp2.runs.frozen_model import run_prompts
 from mp2.runs.needs import located
 from mp2.runs.run_folder import how_to_end, read_config
-from mp2.runs.tuned import TunedMeta, check_fits, head_tensors, load_tuned, tuned_head
-from mp2.tasks import ClozeFormatter, FieldFormatter, MrcFormatter, TaskCard, label_words, load_card
+from mp2.runs.tuned import TunedMeta, check_fits, head_tensors, load_tuned, run_card, tuned_head
+from mp2.tasks import ClozeFormatter, FieldFormatter, MrcFormatter, TaskCard, label_words
 from mp2.tasks.card_rules import template_parts
 from mp2.tasks.cloze import cloze_template
 from mp2.tasks.mrc import CLOSING, MIN_TEXT_TOKENS, SEPARATOR
@@ -77,14 +77,14 @@ def read_run(run_dir: Path, backbone: Backbone, prompts: str | None) -> TunedTas
         )
     config = located(run_dir, config, {"prompts": prompts}, ("prompts",))
     prompt_set = run_prompts(config, backbone)
-    check_fits(meta, backbone_sha256=backbone.sha256, prompts_sha256=prompt_set.sha256)
+    check_fits(meta, z, prompt_set, backbone_sha256=backbone.sha256)
     if prompt_set.meta.on_placeholders:
         raise UsageError(
             f"the {prompt_set.kind} prompts of {run_dir} were trained with {prompt_set.meta.injection} "
             "injection, and graphs of whole backbones have keys and values, or word-embedding rows; tune "
             "with prompts trained with the default --injection, or answer with 'mp2 predict'"
         )
-    card = load_card(run_dir / "card.toml")
+    card = run_card(run_dir, meta)
     words = label_words(card, backbone.tokenizer) if meta.head["kind"] == "mlm" else ()
     head = tuned_head(run_dir / "prompt.safetensors", meta, backbone, prompt_set, words)
     tensors = _tensors(backbone, prompt_set, torch.from_numpy(z), with_head=isinstance(head, SpanHead))

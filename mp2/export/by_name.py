@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from mp2.export.emulated import EmulatedBackend
 from mp2.export.engine_folder import build_plans, check_target, export_engine, precision_cost
 from mp2.export.parity import REPORT_HEADER, Comparison
 from mp2.export.triton import TRITON, write_triton
+from mp2.json_files import parse_json
 
 if TYPE_CHECKING:
     from mp2.backbone import Backbone
@@ -100,7 +100,7 @@ def export_command(
     return {
         "out": str(folder.path),
         "bytes": n_bytes,
-        "manifest": json.loads(folder.manifest.to_json()),
+        "manifest": parse_json(folder.manifest.to_json()),
         "parity": [{**asdict(c), "ok": c.ok} for c in comparisons],
         **summary,
     }

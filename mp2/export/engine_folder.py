@@ -39,7 +39,7 @@ from mp2.export.emulated import EmulatedBackend
 from mp2.export.graph_builder import OPSET, GraphBuilder
 from mp2.export.parity import Comparison, check, compare_stages, compare_whole
 from mp2.export.weights import WeightStore, store_backbone
-from mp2.limits import check_new_folder
+from mp2.limits import check_new_folder, check_utf8
 
 if TYPE_CHECKING:
     from mp2.engine.agreement import Agreement
@@ -137,6 +137,7 @@ def check_target(out: str | Path) -> Path:
     """
     check_new_folder(Path(out))
     path = Path(out).resolve()
+    check_utf8(path, "--out", "the package onnx")
     if path == Path.cwd() or path in Path.cwd().parents:
         raise UsageError(
             f"--out {out} is the working directory or a folder above it, which cannot be replaced; "

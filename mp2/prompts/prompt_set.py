@@ -7,9 +7,8 @@ H hidden.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +16,10 @@ import torch
 from torch import Tensor
 
 from mp2.backbone.load import Backbone
-from mp2.errors import FormatError, MismatchError, UnknownNameError, UsageError
-from mp2.files import write_tensors
+from mp2.errors import FormatError, MismatchError, UnknownNameError, UsageError, shown
+from mp2.files import json_bytes, write_tensors
 from mp2.injection import INJECTIONS, Injection
+from mp2.json_files import build, parse_object
 from mp2.prompts.bernoulli import inference_weights
 from mp2.tensor_files import float_tensor, open_safetensors
 
@@ -63,13 +63,13 @@ class PromptMeta:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise FormatError(
-                    f"is {getattr(self, name)!r}, expected one of {', '.join(known)}", field=name
+                    f"is {shown(getattr(self, name))}, expected one of {', '.join(known)}", field=name
                 )
         for name in ("n_layers", "hidden", "n_heads", "n_modules", "prompt_tokens", "intrinsic_dim"):
             value = getattr(self, name)
             least = 0 if name == "prompt_tokens" and self.injection == "inline" else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise FormatError(f"is {value!r}, expected a positive integer", field=name)
+                raise FormatError(f"is {shown(value)}, expected a positive integer", field=name)
 
     @property
     def prompt_layers(self) -> int:
@@ -210,7 +210,7 @@ def save_prompts(prompts: PromptSet, path: str | Path, *, dtype: torch.dtype = t
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: getattr(prompts, name).to(dtype) for name in prompts.meta.shapes()}
-    write_tensors(path, tensors, {"mp2_prompts": json.dumps(asdict(prompts.meta), ensure_ascii=False)})
+    write_tensors(path, tensors, {"mp2_prompts": json_bytes(asdict(prompts.meta)).decode()})
 
 
 def load_prompts(source: str | Path, backbone: Backbone | None = None) -> PromptSet:
@@ -251,29 +251,13 @@ def read_meta(text: str | None, path: Path) -> PromptMeta:
     """Parse and validate the JSON metadata of a prompt file."""
     if text is None:
         raise FormatError("no 'mp2_prompts' metadata: this is not a prompt file of mp2", path=path)
-    try:
-        raw: dict[str, Any] = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise FormatError(f"metadata is not JSON: {error}", path=path, field="mp2_prompts") from error
-    if not isinstance(raw, dict):
-        raise FormatError(
-            f"metadata is a JSON {type(raw).__name__}, expected an object", path=path, field="mp2_prompts"
-        )
+    raw = parse_object(text, path, field="mp2_prompts")
     version = raw.get("schema_version")
     if version != SCHEMA_VERSION:
         raise FormatError(
-            f"is {version!r}, this mp2 reads version {SCHEMA_VERSION}", path=path, field="schema_version"
+            f"is {shown(version)}, this mp2 reads version {SCHEMA_VERSION}", path=path, field="schema_version"
         )
-    known = {f.name for f in fields(PromptMeta)}
-    for name in raw:
-        if name not in known:
-            raise FormatError("unknown metadata field", path=path, field=name)
-    try:
-        return PromptMeta(**{**raw, "tasks": tuple(raw.get("tasks", ()))})
-    except TypeError as error:
-        raise FormatError(f"incomplete metadata: {error}", path=path, field="mp2_prompts") from error
-    except FormatError as error:
-        raise FormatError(str(error), path=path) from None
+    return build(PromptMeta, raw, path)
 
 
 def random_prompts(

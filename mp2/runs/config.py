@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mp2.errors import FormatError, UsageError
+from mp2.errors import UsageError
+from mp2.json_files import build
 from mp2.limits import MAX_THREADS
 from mp2.optimizers.config import Kind, LayerConfig, RouterConfig, SearchConfig
 from mp2.options import option
 
+__all__ = ["BbtConfig", "LayerConfig", "RouterConfig"]
 SCHEMA_VERSION = 1
 KINDS = ("auto", "deep", "shallow")
 METHODS = ("mp2", "bbt", "bbtv2")
@@ -161,12 +163,9 @@ class BbtConfig(SearchConfig):
         return asdict(self) | {"field": list(self.field)}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], path: Path | None = None) -> BbtConfig:
-        """Read back what :meth:`to_json` wrote; raises ``FormatError`` on fields that it does not know."""
-        values = dict(values)
-        for name, part in (("router", RouterConfig), ("layers", LayerConfig)):
-            values[name] = _build(part, values.get(name, {}), path, f"{name}.")
-        config = _build(cls, values, path, "")
+    def from_json(cls, values: Any, path: Path | None = None) -> BbtConfig:
+        """Read back what :meth:`to_json` wrote; raises ``FormatError`` for another type."""
+        config = build(cls, values, path or "config")
         assert isinstance(config, BbtConfig)
         return config
 
@@ -195,16 +194,3 @@ _LATER: dict[str, Any] = {
     "head": "auto",
     "ridge_features": "states+ngrams",
 }
-
-
-def _build(cls: type[Any], values: dict[str, Any], path: Path | None, prefix: str) -> Any:
-    known = {f.name for f in fields(cls)}
-    for name in values:
-        if name not in known:
-            raise FormatError(
-                f"unknown field, expected one of {sorted(known)}", path=path, field=prefix + name
-            )
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise FormatError(str(error), path=path) from error

@@ -5,15 +5,15 @@ A run of ``mp2 bbt`` has them in its journal; one of ``mp2 tune``, which has non
 
 from __future__ import annotations
 
-import json
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mp2.errors import FormatError
-from mp2.files import whole_file, write_json
+from mp2.files import write_bytes, write_json
+from mp2.json_files import Fields, check, list_of, number, read_object
 from mp2.optimizers.two_stage import Outcome
 from mp2.runs.journal import read_journal
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CURVE = "curve.json"
+_POINTS = list_of(list_of(number(), 2))
+_CURVE = Fields({"loss": _POINTS, "dev": _POINTS})
 _STYLES = {"majority": ":", "no_answer": ":", "whole_context": ":", "probe": "--"}
 Points = list[tuple[int, float]]
 
@@ -51,11 +53,8 @@ def read_curve(run_dir: Path) -> Curve:
         return _journaled(journal)
     if not path.exists():
         return Curve()
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        return Curve(*([(int(i), float(v)) for i, v in stored[name]] for name in ("loss", "dev")))
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise FormatError(f"not a run's curve: {error}", path=path) from error
+    stored = check(read_object(path), _CURVE, path)
+    return Curve(*([(int(i), float(v)) for i, v in stored[name]] for name in ("loss", "dev")))
 
 
 def _journaled(path: Path) -> Curve:
@@ -143,5 +142,6 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with whole_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
+    write_bytes(path, picture.getvalue())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mp2.environment import data_folder
 from mp2.errors import MismatchError, UsageError
 from mp2.optimizers.config import Kind, RouterConfig
 from mp2.optimizers.router_search import Routers, check_method
@@ -88,7 +88,7 @@ def resolve_paths(config: BbtConfig) -> BbtConfig:
     from mp2.prompts.prompt_set import EMBEDDED as PROMPTS
     from mp2.tasks.place import HUB_PREFIX
 
-    data = config.data or os.environ.get("MP2_DATA") or None
+    data = config.data or data_folder()
     if data and not config.data and not data.startswith(HUB_PREFIX) and not Path(data).exists():
         raise UsageError(f"MP2_DATA: there is no folder {data}")
     prompts = default_prompts(config)

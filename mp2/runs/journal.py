@@ -10,25 +10,27 @@ happened::
 A generation is one line a candidate, written with one ``write`` and made durable with one ``fsync``;
 ``of`` says which iterations belong together, so that a torn generation is recognised. Opening for resumption
 drops a torn last line and a torn last generation: they were in flight. Losses are JSON numbers with all 17
-digits, ``null`` where not finite.
+digits, ``null`` where not finite. Each line has a checksum (:mod:`mp2.journal_lines`); those of before have
+none and are read all the same.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import sys
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mp2.errors import FormatError, Mp2Error
-from mp2.tasks.problems import shown
+from mp2.errors import FormatError, Mp2Error, shown
+from mp2.files import open_own, open_to_append, write_all
+from mp2.journal_lines import LineReader, journal_line
+from mp2.json_files import Fields, JsonError, check, list_of, null_or, number, object_of, one_of, text, whole
+from mp2.text_files import check_file
 
 SCHEMA_VERSION = 1
+_DAMAGED = "the journal was edited or damaged"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("ab", buffering=0)
+        self._file = open_to_append(path)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mp2-fsync")
         self._syncing: Future[None] | None = None
 
@@ -62,11 +64,14 @@ class Journal:
         Raises:
             Mp2Error: the system refused (full disk, ...); what was journaled before is safe.
         """
-        data = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+        data = b"".join(map(journal_line, lines))
         try:
             self._settle()
-            self._write(data.encode())
-            self._syncing = self._pool.submit(os.fsync, self._file.fileno())
+            self._write(data)
+            try:
+                self._syncing = self._pool.submit(os.fsync, self._file.fileno())
+            except RuntimeError:  # no more threads are given: then the run waits for the disk
+                os.fsync(self._file.fileno())
         except OSError as error:
             raise Mp2Error(
                 f"cannot write {self.path}: {error.strerror or error}. Only the generation in flight is "
@@ -74,8 +79,7 @@ class Journal:
             ) from error
 
     def _write(self, data: bytes) -> None:
-        while data:
-            data = data[self._file.write(data) :]
+        write_all(self._file, data)
 
     def _settle(self) -> None:
         """Wait until what was appended is on the disk."""
@@ -97,11 +101,15 @@ def open_journal(path: Path, header: dict[str, Any]) -> tuple[Journal, dict[str,
 
     A file that is not there yet, or was cut off in its first line, gets ``header``; torn ends are cut away.
     """
-    recorded, records, whole = read_journal(path) if path.exists() else (None, [], 0)
-    if path.exists():
-        with path.open("r+b") as file:
-            file.truncate(whole)
-            os.fsync(file.fileno())
+    there = path.exists()
+    recorded, records, n_bytes = read_journal(path) if there else (None, [], 0)
+    if there:
+        number = open_own(path, os.O_RDWR)
+        try:
+            os.ftruncate(number, n_bytes)
+            os.fsync(number)
+        finally:
+            os.close(number)
     journal = Journal(path)
     if recorded is None:
         recorded = {"event": "header", "schema_version": SCHEMA_VERSION, **header}
@@ -121,51 +129,79 @@ def read_journal(path: Path) -> tuple[dict[str, Any] | None, list[Record], int]:
     """
     if path.is_dir():
         raise FormatError("is a folder, expected the run's journal, a file of JSON lines", path=path)
+    check_file(path)
     data = path.read_bytes()
     header: dict[str, Any] | None = None
     records: list[Record] = []
     pending: list[dict[str, Any]] = []
-    whole = position = 0
+    n_bytes = position = 0
+    reader = LineReader()
     lines = data.split(b"\n")
-    for number, raw in enumerate(lines[:-1], start=1):
+    for at, raw in enumerate(lines[:-1], start=1):
         position += len(raw) + 1
-        line = _parse(raw)
-        if line is None:
-            if number == len(lines) - 1:
+        try:
+            line = reader.read(raw)
+        except JsonError as error:
+            if at == len(lines) - 1:
                 break  # torn by a power cut: a line end without its content
-            raise FormatError("not a JSON object; the journal was edited or damaged", path=path, line=number)
+            raise FormatError(f"{error}; the journal was edited or damaged", path=path, line=at) from error
         if header is None:
             if line.get("event") != "header" or line.get("schema_version") != SCHEMA_VERSION:
                 raise FormatError(
-                    f"expected a journal header with schema_version {SCHEMA_VERSION}", path=path, line=number
+                    f"expected a journal header with schema_version {SCHEMA_VERSION}", path=path, line=at
                 )
-            _check(line, _HEADER, path, number)
-            header = line
-            whole = position
+            found = check(line, _HEADER, path, line=at)
+            if reader.problem is not None:
+                if at == len(lines) - 1:
+                    break  # torn, too
+                raise FormatError(f"{reader.problem}; {_DAMAGED}", path=path, line=at)
+            header = found
+            n_bytes = position
             continue
-        event = line.get("event")
-        _check(line, _EVENTS.get(str(event), {}), path, number)
+        event = str(line.get("event"))
+        if event not in _EVENTS:
+            raise FormatError(
+                f"is {shown(line.get('event'))}, expected losses or scores",
+                path=path,
+                line=at,
+                field="event",
+            )
+        check(line, _EVENTS[event], path, line=at)
         if event == "losses":
             first, last = line["of"]
+            if pending and line["of"] != pending[0]["of"]:
+                raise FormatError(
+                    f"is {line['of']}, expected {pending[0]['of']} as in its generation",
+                    path=path,
+                    line=at,
+                    field="of",
+                )
+            if not first < last:
+                raise FormatError(
+                    f"is {line['of']}, expected two numbers that ascend", path=path, line=at, field="of"
+                )
             if line["iteration"] != first + 1 + len(pending):
                 raise FormatError(
                     f"iteration {line['iteration']}, expected {first + 1 + len(pending)}",
                     path=path,
-                    line=number,
+                    line=at,
                 )
+        elif pending:
+            raise FormatError("scores inside a generation", path=path, line=at)
+        if reader.problem is not None:
+            if at == len(lines) - 1:
+                break  # torn, too
+            raise FormatError(f"{reader.problem}; {_DAMAGED}", path=path, line=at)
+        if event == "losses":
             pending.append(line)
             if line["iteration"] < last:
                 continue
             records.append(Record(pending))
             pending = []
-        elif event == "scores":
-            if pending:
-                raise FormatError("scores inside a generation", path=path, line=number)
-            records.append(Record([line]))
         else:
-            raise FormatError(f"event {event!r}, expected losses or scores", path=path, line=number)
-        whole = position
-    return header, records, whole
+            records.append(Record([line]))
+        n_bytes = position
+    return header, records, n_bytes
 
 
 def finite_or_none(value: float) -> float | None:
@@ -173,58 +209,24 @@ def finite_or_none(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _parse(raw: bytes) -> dict[str, Any] | None:
-    try:
-        line = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    return line if isinstance(line, dict) else None
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    finite = isinstance(value, int | float) and abs(value) <= sys.float_info.max  # NaN is not
-    return finite and not isinstance(value, bool)
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
-
-
-def _is_numbers(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_number, value.values()))
-
-
-# what a field must be, the same in words, and whether it must be there
-_Rule = tuple[Callable[[Any], bool], str, bool]
-_LOSS: _Rule = (lambda value: value is None or _is_number(value), "a number, or null where not finite", True)
-_SECONDS: _Rule = (_is_number, "a number of seconds", False)
+_SECONDS = number(0)
 _TIMES = dict.fromkeys(("forward_s", "suggest_s", "hidden_s", "journal_s", "other_s", "seconds"), _SECONDS)
-_ITERATION: dict[str, _Rule] = {"iteration": (_is_count, "a whole number", True), "loss": _LOSS, **_TIMES}
-_HEADER: dict[str, _Rule] = {"versions": (_is_texts, "an object of names and versions", False)}
-_EVENTS: dict[str, dict[str, _Rule]] = {
-    "losses": {"of": (_is_pair, "two whole numbers", True), **_ITERATION},
-    "scores": {
-        "score": (_is_number, "a number", True),
-        "calibration": (_is_numbers, "an object of names and numbers", False),
-        **_ITERATION,
-    },
+_LOSS = null_or(number())  # null where not finite
+_HEADER = Fields({"event": one_of("header")}, {"versions": object_of(text)})
+_EVENTS = {
+    "losses": Fields(
+        {"of": list_of(whole(), 2), "iteration": whole(1), "loss": _LOSS},
+        {"stage": one_of(1, 2), "layer": whole(), "candidate": text, **_TIMES},
+    ),
+    "scores": Fields(
+        {"score": number(0, 1), "iteration": whole(), "loss": _LOSS},
+        {
+            "split": one_of("dev", "test"),
+            "at": text,
+            "prompt": text,
+            "exact_match": number(0, 1),
+            "calibration": object_of(number()),
+            **_TIMES,
+        },
+    ),
 }
-
-
-def _check(line: dict[str, Any], rules: dict[str, _Rule], path: Path, number: int) -> None:
-    """Raise ``FormatError`` for the first field that is not what a journal has there."""
-    for name, (is_right, expected, needed) in rules.items():
-        if name in line and not is_right(line[name]):
-            raise FormatError(
-                f"is {shown(line[name])}, expected {expected}", path=path, line=number, field=name
-            )
-        if needed and name not in line:
-            raise FormatError(f"missing, expected {expected}", path=path, line=number, field=name)

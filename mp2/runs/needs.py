@@ -6,12 +6,13 @@ them, of a hub backbone the commit; hashes say whether what is found now is the 
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from mp2.errors import UsageError
+from mp2.json_files import read_object
 from mp2.runs.config import BbtConfig
 
 NEEDS = {
@@ -41,7 +42,7 @@ def located(
     for name in needed:
         value = getattr(config, name)
         is_path = value is not None and Path(value).is_absolute()
-        if name not in given and is_path and not Path(value).exists():
+        if name not in given and is_path and not os.path.exists(value):
             raise UsageError(
                 f"{run_dir} needs {NEEDS[name]} {value}, and there is nothing there now; say with --{name} "
                 "where it is"
@@ -61,5 +62,5 @@ def located(
 
 def _commit(run_dir: Path) -> str | None:
     """The commit of the hub backbone that the run had; None for a local one."""
-    commit = json.loads((run_dir / "config.json").read_text(encoding="utf-8")).get("backbone_revision")
+    commit = read_object(run_dir / "config.json").get("backbone_revision")
     return commit if isinstance(commit, str) else None

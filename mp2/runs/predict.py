@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -13,10 +14,11 @@ from mp2.errors import FormatError, LossError, MissingDependencyError, UsageErro
 from mp2.runs.config import BbtConfig
 from mp2.runs.frozen_model import FrozenModel, load_model
 from mp2.runs.needs import located
-from mp2.runs.run_folder import how_to_end, read_config
-from mp2.runs.tuned import check_fits, load_tuned, tuned_head
+from mp2.runs.run_folder import OWN_BACKBONE, OWN_PROMPTS, how_to_end, read_config
+from mp2.runs.scratch import ON_THE_FLY
+from mp2.runs.tuned import check_fits, load_tuned, run_card, tuned_head
 from mp2.tasks.problems import FirstProblem
-from mp2.tasks.record import Columns, RecordParser
+from mp2.tasks.record import Columns, RecordParser, is_blank
 from mp2.tasks.record_files import Records, json_lines, read_records
 
 if TYPE_CHECKING:
@@ -63,16 +65,19 @@ class Predictor:
             MismatchError: backbone or prompts are not those of the run.
         """
         from mp2.engine import Scorer
-        from mp2.tasks import ClozeFormatter, FieldFormatter, MrcFormatter, load_card
+        from mp2.tasks import ClozeFormatter, FieldFormatter, MrcFormatter
         from mp2.tasks.record import parse_fields
 
         run_dir = Path(run_dir)
         config = read_config(run_dir)
+        _say_what_it_loads(
+            config, run_dir, {"backbone": backbone, "prompts": prompts, "engine": engine}, note
+        )
         try:
             self._z, meta = load_tuned(run_dir / "prompt.safetensors")
         except FormatError as error:
             raise FormatError(f"{error}; {how_to_end(run_dir)}") from error
-        self.card: TaskCard = load_card(run_dir / "card.toml")
+        self.card: TaskCard = run_card(run_dir, meta)
         moved = {"backbone": backbone, "revision": revision, "prompts": prompts, "engine": engine}
         if runtime == "torch":
             config = replace(config, engine=None)  # that one needs none, wherever it is now
@@ -82,7 +87,7 @@ class Predictor:
             model = load_model(config)
         else:
             model = _load_here(config, note)
-        check_fits(meta, backbone_sha256=model.backbone.sha256, prompts_sha256=model.prompts.sha256)
+        check_fits(meta, self._z, model.prompts, backbone_sha256=model.backbone.sha256)
         self._fields = parse_fields(config.field, self.card)
         kinds: dict[str, type[Any]] = {"mlm": ClozeFormatter, "ridge": FieldFormatter}
         formatter = kinds.get(meta.head.get("kind", "span"), MrcFormatter)
@@ -225,7 +230,24 @@ def _lines(
 
 
 def _is_blank(value: Any) -> bool:
-    return isinstance(value, str) and not value.strip()
+    return isinstance(value, str) and is_blank(value)
+
+
+def _say_what_it_loads(
+    config: BbtConfig, run_dir: Path, typed: Mapping[str, str | None], note: Callable[[str], None]
+) -> None:
+    """Note what the run's config names and nobody typed: the folder may be a stranger's."""
+    from mp2.backbone.load import EMBEDDED as BACKBONES
+    from mp2.prompts.prompt_set import EMBEDDED as PROMPTS
+
+    ours = {*BACKBONES, *PROMPTS, *ON_THE_FLY}
+    own = [str((run_dir / name).resolve()) for name in (OWN_PROMPTS, OWN_BACKBONE)]
+    for what, given in typed.items():
+        name = getattr(config, what)
+        if given or name is None or name in ours or name in own:
+            continue
+        where = "" if os.path.exists(name) else ", which is not on this machine: a name of the hub"
+        note(f"loading {what} {name}{where} (the run's config.json says so)")
 
 
 def _computed_with(config: BbtConfig, runtime: str, precision: str, device: str) -> BbtConfig:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mp2.errors import FormatError
+from mp2.json_files import Fields, check, null_or, number, object_of, read_object, text, whole
 from mp2.optimizers.router_search import Routers
 from mp2.optimizers.two_stage import Checkpoint, Outcome, Scores
 from mp2.runs.baselines import baseline_facts
@@ -16,7 +15,6 @@ from mp2.runs.journal import finite_or_none
 from mp2.runs.provenance import identity, versions
 from mp2.runs.recorder import Recorder
 from mp2.runs.tuned import TunedMeta, head_settings, load_tuned
-from mp2.tasks.problems import shown
 
 if TYPE_CHECKING:
     from mp2.heads import Head
@@ -24,20 +22,24 @@ if TYPE_CHECKING:
     from mp2.runs.frozen_model import FrozenModel
 
 
-# what everybody who reads a result relies on; a dictionary under "*" is of each value, whatever its name
-_NUMBER, _SCORE = (int, float), (int, float, type(None))
-_WORDS = {dict: "an object", str: "a text", int: "a number", float: "a number", type(None): "null"}
-_FIELDS: dict[str, Any] = {
-    **dict.fromkeys(("task", "method", "backbone", "metric", "run_dir", "router_search"), str),
-    **dict.fromkeys(("seed", "iterations", "non_finite_losses"), int),
-    **{"train_loss": _SCORE, "dev_score": _SCORE, "test_score": _SCORE},
-    "seconds": dict.fromkeys(
-        ("stage1", "stage2", "forward", "suggest", "journal", "other", "dev", "test"), _NUMBER
-    ),
-    "engine": dict.fromkeys(("runtime", "precision", "device"), str),
-    "selected": {"at": str},
-    "stages": {"*": {"train_loss": _SCORE, "dev_score": _SCORE, "test_score": _SCORE}},
-}
+# what everybody who reads a result relies on
+_SCORE, _LOSS = null_or(number(0, 1)), null_or(number())
+_STAGE = {"train_loss": _LOSS, "dev_score": _SCORE, "test_score": _SCORE}
+_RESULT = Fields(
+    {
+        **dict.fromkeys(("task", "method", "backbone", "metric", "run_dir", "router_search"), text),
+        **dict.fromkeys(("seed", "iterations", "non_finite_losses"), whole()),
+        **_STAGE,
+        "seconds": Fields(
+            dict.fromkeys(
+                ("stage1", "stage2", "forward", "suggest", "journal", "other", "dev", "test"), number(0)
+            )
+        ),
+        "engine": Fields(dict.fromkeys(("runtime", "precision", "device"), text)),
+        "selected": Fields({"at": text}),
+        "stages": object_of(Fields(_STAGE)),
+    }
+)
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
@@ -49,30 +51,9 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / "result.json"
     if not path.exists():
         return None
-    if path.is_dir():
-        raise FormatError("is a folder, expected the run's result, a JSON file", path=path)
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"not JSON: {error}", path=path) from error
-    _check(result, _FIELDS, path, "")
+    result: dict[str, Any] = check(read_object(path), _RESULT, path)
     load_tuned(run_dir / "prompt.safetensors")
-    return dict(result)
-
-
-def _check(value: Any, expected: Any, path: Path, field: str) -> None:
-    """Raise ``FormatError`` for the first field of a result that is not there, or of another kind."""
-    kinds = dict if isinstance(expected, dict) else expected
-    if not isinstance(value, kinds):
-        words = dict.fromkeys(_WORDS[kind] for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-        raise FormatError(f"is {shown(value)}, expected {' or '.join(words)}", path=path, field=field or None)
-    if not isinstance(expected, dict):
-        return
-    for name in value if "*" in expected else expected:
-        where = f"{field}.{name}".lstrip(".")
-        if name not in value:
-            raise FormatError("missing", path=path, field=where)
-        _check(value[name], expected.get("*", expected.get(name)), path, where)
+    return result
 
 
 def score_tests(problem: FewShotProblem, outcome: Outcome, recorder: Recorder) -> dict[str, Scores]:

@@ -7,13 +7,13 @@ the checkpoint (``docs/concepts.md``); :mod:`mp2.runs.series` makes, locks and r
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mp2.errors import UsageError
 from mp2.files import write_json, write_text
+from mp2.json_files import read_object
 from mp2.optimizers.config import LayerConfig
 from mp2.optimizers.two_stage import Outcome, Scores, TwoStage
 from mp2.runs.config import BbtConfig
@@ -153,7 +153,7 @@ class Run:
         assert recorder is not None
         result = run_result(self.run_dir, problem, outcome, recorder, tests)
         # as it was found at the run's beginning, whoever ends it
-        begun = json.loads((self.run_dir / "config.json").read_text(encoding="utf-8"))
+        begun = read_object(self.run_dir / "config.json")
         result[_AGREEMENT] = begun.get(_AGREEMENT)
         with says_how_to_go_on(self.run_dir):
             head = problem.objective.reader(outcome.final.z)

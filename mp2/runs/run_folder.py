@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Iterator
@@ -10,11 +9,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from mp2.errors import FormatError, Mp2Error, RunLockedError, UsageError
+from mp2.errors import Mp2Error, UsageError
+from mp2.folder_lock import folder_lock
+from mp2.json_files import Fields, anything, check, one_of, read_object
 from mp2.runs.config import SCHEMA_VERSION, BbtConfig
 
 OWN_BACKBONE = "backbone"  # the folder of a backbone that a run tuned: that of model tuning
 OWN_PROMPTS = "prompts.safetensors"  # modular prompts that a run made itself: those of ``mp2 tune``
+
+
+_CONFIG = Fields({"schema_version": one_of(SCHEMA_VERSION), "config": anything})
 
 
 def read_config(run_dir: Path) -> BbtConfig:
@@ -27,13 +31,8 @@ def read_config(run_dir: Path) -> BbtConfig:
         names = ", ".join(map(str, runs[:3])) + (" ..." if len(runs) > 3 else "")
         hint = f"; runs in it: {names}" if runs else ""
         raise UsageError(f"{run_dir} is not a run folder: there is no config.json in it{hint}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"not JSON: {error}", path=path) from error
-    if not isinstance(values, dict) or values.get("schema_version") != SCHEMA_VERSION:
-        raise FormatError(f"expected schema_version {SCHEMA_VERSION}", path=path, field="schema_version")
-    config = BbtConfig.from_json(values.get("config", {}), path)
+    values = check(read_object(path), _CONFIG, path)
+    config = BbtConfig.from_json(values["config"], path)
     own, backbone = run_dir / OWN_PROMPTS, run_dir / OWN_BACKBONE
     if backbone.is_dir():
         config = replace(config, backbone=str(backbone.resolve()), revision=None)
@@ -72,21 +71,10 @@ def new_folder(out: Path, name: str) -> Path:
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Hold the folder's lock; the system drops it with the process, however that ends."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(run_dir / "lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RunLockedError(
-            f"another process works in {run_dir}; wait for it, or stop it and resume the run"
-        ) from None
-    except OSError as error:
-        raise UsageError(f"cannot write in {run_dir}: {error.strerror}; a run writes in its folder") from None
-    try:
+    with folder_lock(
+        run_dir, f"another process works in {run_dir}; wait for it, or stop it and resume the run"
+    ):
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from mp2.errors import FormatError, LossError, Mp2Error, UsageError
+from mp2.folder_lock import ReadOnlyFolderError
 from mp2.limits import check_new_folder
 from mp2.runs.config import BbtConfig
 from mp2.runs.few_shot_problem import FewShotProblem
@@ -131,9 +132,16 @@ def resume_series(
     for _, group in groupby(pairs, engine):
         members = dict(group)
         with ExitStack() as locks:
+            found = {}
             for run_dir in members:
-                locks.enter_context(locked(run_dir))
-            found = {run_dir: _ended(run_dir) for run_dir in members}
+                try:
+                    locks.enter_context(locked(run_dir))
+                except ReadOnlyFolderError:  # of a run that has ended nothing is written
+                    found[run_dir] = read_result(run_dir)
+                    if found[run_dir] is None:
+                        raise
+                else:
+                    found[run_dir] = _ended(run_dir)
             open_dirs = [run_dir for run_dir, result in found.items() if result is None]
             going_on = _go_on({run_dir: members[run_dir] for run_dir in open_dirs}, logger, say, moved or {})
             for result in found.values():
@@ -248,20 +256,28 @@ def _in_order(finished: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[dict[s
 
 @contextmanager
 def sigterm_exits() -> Iterator[None]:
-    """SIGTERM becomes ``SystemExit(143)``, so that it ends a run as tidily as Ctrl-C does."""
+    """SIGTERM and SIGHUP become ``SystemExit``, so that they end a run as tidily as Ctrl-C does.
 
-    def on_sigterm(number: int, frame: FrameType | None) -> None:
+    A signal that is ignored, as ``nohup`` has it, stays so.
+    """
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
+    before: dict[int, Any] = {}
     try:
-        before = signal.signal(signal.SIGTERM, on_sigterm)
+        for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, on_signal)
     except ValueError:  # not the main thread: whoever owns it decides
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

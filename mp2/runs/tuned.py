@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mp2.errors import FormatError, MismatchError, UsageError
-from mp2.files import write_bytes
+from mp2.errors import FormatError, MismatchError, UsageError, shown
+from mp2.files import json_bytes, write_bytes
+from mp2.json_files import Fields, Rule, WrongValue, check, dataclass_rule, one_of, parse_object, whole
 from mp2.tensor_files import open_safetensors
 
 if TYPE_CHECKING:
     from mp2.backbone import Backbone
     from mp2.heads import Head
     from mp2.prompts import PromptSet
+    from mp2.tasks import TaskCard
 
 SCHEMA_VERSION = 1
+_ROUTER = re.compile("[01]+")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,29 @@ class TunedMeta:
     head: dict[str, Any] = field(default_factory=lambda: {"kind": "span"})  # its tensors stand beside z
     temperature: float = 1.0  # scores are divided by it (`mp2.tasks.calibration`)
     schema_version: int = SCHEMA_VERSION
+
+
+_META: dict[str, Rule] = {
+    "schema_version": one_of(SCHEMA_VERSION),
+    "kind": one_of("deep", "shallow"),
+    "max_tokens": whole(1),
+    "iteration": whole(),
+    "seed": whole(),
+    "head": Fields({"kind": one_of("span", "mlm", "ridge")}),
+}
+
+
+def _meta(value: Any, where: str) -> TunedMeta:
+    """The rule of a tuned prompt's metadata."""
+    meta: TunedMeta = dataclass_rule(TunedMeta)(value, where)
+    for name, rule in _META.items():
+        rule(getattr(meta, name), name)
+    if meta.temperature <= 0:
+        raise WrongValue("temperature", f"is {meta.temperature}, expected a number above 0")
+    for number, layer in enumerate(meta.router):
+        if not _ROUTER.fullmatch(layer):
+            raise WrongValue(f"router[{number}]", f"is {shown(layer)}, expected a text of 0 and 1")
+    return meta
 
 
 def head_tensors(head: Head) -> dict[str, NDArray[Any]]:
@@ -99,7 +124,7 @@ def save_tuned(
     # One key: safetensors keeps metadata in a hash map, whose order would vary from run to run.
     data = save(
         {"z": np.ascontiguousarray(z), **(head or {})},
-        {"mp2": json.dumps(asdict(meta), ensure_ascii=False, sort_keys=True)},
+        {"mp2": json_bytes(asdict(meta), sort_keys=True).decode()},
     )
     write_bytes(path, data)
 
@@ -114,24 +139,39 @@ def load_tuned(path: Path) -> tuple[NDArray[np.float32], TunedMeta]:
         text = (file.metadata() or {}).get("mp2")
         if text is None or "z" not in file.keys():  # noqa: SIM118 - not a dict
             raise FormatError("expected a tuned prompt (tensor z, metadata mp2)", path=path)
+        shape, dtype = file.get_slice("z").get_shape(), file.get_slice("z").get_dtype()
+        if len(shape) != 2 or dtype != "F32":
+            raise FormatError(f"is {dtype} of shape {shape}, expected F32 [L', d]", path=path, field="z")
         z = file.get_tensor("z")
-    try:
-        meta = TunedMeta(**json.loads(text))
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"metadata is not a tuned prompt's: {error}", path=path, field="mp2") from error
-    if meta.schema_version != SCHEMA_VERSION:
-        raise FormatError(f"schema_version {meta.schema_version}, expected {SCHEMA_VERSION}", path=path)
-    if not isinstance(meta.temperature, float) or not 0 < meta.temperature < math.inf:
-        raise FormatError(
-            f"is {meta.temperature!r}, expected a number above 0", path=path, field="temperature"
-        )
-    if z.ndim != 2 or z.dtype != np.float32:
-        raise FormatError(f"{z.dtype} of shape {z.shape}, expected float32 [L', d]", path=path, field="z")
+    if not np.isfinite(z).all():
+        raise FormatError("holds NaN or infinity: a damaged prompt", path=path, field="z")
+    meta = check(parse_object(text, path, field="mp2"), _meta, path)
+    if meta.router and len(meta.router) != len(z):
+        raise FormatError(f"has {len(meta.router)} layers, z has {len(z)}", path=path, field="router")
     return z, meta
 
 
-def check_fits(meta: TunedMeta, *, backbone_sha256: str, prompts_sha256: str) -> None:
+def run_card(run_dir: Path, meta: TunedMeta) -> TaskCard:
+    """The task card in a run's folder; the one that the prompt was tuned with.
+
+    Raises:
+        MismatchError: it was changed since.
+    """
+    from mp2.tasks import load_card
+
+    path = run_dir / "card.toml"
+    card = load_card(path)
+    if path.read_text(encoding="utf-8") != meta.card:
+        raise MismatchError(
+            f"{path} is not the card that the prompt was tuned with (prompt.safetensors has that): labels "
+            "and words would not be those that it learned; put the card back, or tune again"
+        )
+    return card
+
+
+def check_fits(meta: TunedMeta, z: NDArray[np.float32], prompts: PromptSet, *, backbone_sha256: str) -> None:
     """Raise ``MismatchError`` unless the backbone and the modular prompts are those it was tuned on."""
+    prompts_sha256 = prompts.sha256
     pairs = (("backbone", meta.backbone, meta.backbone_sha256, backbone_sha256),)
     for what, name, expected, got in (*pairs, ("prompts", meta.prompts, meta.prompts_sha256, prompts_sha256)):
         if expected != got:
@@ -139,3 +179,9 @@ def check_fits(meta: TunedMeta, *, backbone_sha256: str, prompts_sha256: str) ->
                 f"the prompt was tuned on {what} '{name}' with sha256 {expected[:12]}, got sha256 {got[:12]};"
                 f" give the {what} that the run's config.json names"
             )
+    expected_shape = (prompts.z.shape[0], prompts.z.shape[2])
+    if z.shape != expected_shape or meta.kind != prompts.kind:
+        raise MismatchError(
+            f"the tuned prompt is {meta.kind} of shape {z.shape}, expected {prompts.kind} of "
+            f"{expected_shape} as of prompts '{meta.prompts}'"
+        )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any, NoReturn
+from typing import Any
 
 from starlette.requests import Request
 
+from mp2.json_files import JsonError, parse_json
 from mp2.serve.errors import BadRequestError, RequestError
 
 
@@ -32,17 +33,12 @@ async def read_body(request: Request, most_bytes: int, timeout_s: float) -> byte
 def read_json(data: bytes) -> Any:
     """Return what ``data`` says; BadRequestError unless it is JSON in UTF-8, without NaN and infinities."""
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_no_number)
+        return parse_json(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRequestError(f"the body is not UTF-8 (byte {error.start})") from None
-    except RecursionError:
-        raise BadRequestError("the body is nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise BadRequestError(
-            f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-        ) from None
-    except ValueError:
-        raise BadRequestError("the body has an integer of thousands of digits") from None
+    except JsonError as error:
+        at = f" at line {error.line}, column {error.column}" if error.line else ""
+        raise BadRequestError(f"the body: {error}{at}") from None
 
 
 def shown(value: Any) -> str:
@@ -50,10 +46,6 @@ def shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=True, default=str) if not isinstance(value, (dict, list)) else ""
     text = text or ("an object" if isinstance(value, dict) else "a list")
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _no_number(text: str) -> NoReturn:
-    raise BadRequestError(f"the body has {text}, which is no number of JSON")
 
 
 def _too_large(most_bytes: int) -> RequestError:

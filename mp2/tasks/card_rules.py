@@ -9,7 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mp2.tasks.problems import Problems, shown
+from mp2.errors import shown
+from mp2.tasks.problems import Problems
 from mp2.tasks.source_formats import SOURCE_FORMATS
 
 TYPES = ("classification", "extraction", "multiple_choice")

@@ -17,6 +17,7 @@ from typing import Any
 
 from mp2.errors import Mp2Error, UsageError
 from mp2.files import write_json, write_text
+from mp2.json_files import Fields, check, list_of, object_of, read_object, text, whole
 from mp2.tasks.card import Source, TaskCard, list_cards, load_card
 from mp2.tasks.download import download, member
 from mp2.tasks.example import Example
@@ -26,6 +27,7 @@ from mp2.tasks.source_formats import source_records
 
 DOWNLOADS = ".downloads"
 RECORD = "source.json"
+_RECORD = Fields({"key": text, "examples": object_of(whole()), "remarks": list_of(text)})
 MAX_BAD_SHARE = 0.05  # published files have some bad lines; more means that the source has changed
 
 
@@ -80,8 +82,8 @@ def fetch_task(card: TaskCard, to: Path) -> Fetched:
     done = folder / RECORD
     key = hashlib.sha256(json.dumps([asdict(source), card.labels], sort_keys=True).encode()).hexdigest()
     if done.is_file():
-        known = json.loads(done.read_text(encoding="utf-8"))
-        if known.get("key") == key:
+        known = check(read_object(done), _RECORD, done)
+        if known["key"] == key:
             return Fetched(card.task, known["examples"], tuple(known["remarks"]), new=False)
     elif any(folder.glob("*.jsonl")):
         raise UsageError(f"{folder} has data that was not fetched; give another --to, or move it away")

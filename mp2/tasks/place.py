@@ -14,13 +14,12 @@ splits.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mp2.errors import UsageError
+from mp2.environment import data_folder
+from mp2.errors import UsageError, shown
 from mp2.tasks.card import TaskCard
-from mp2.tasks.problems import shown
 from mp2.tasks.record_files import FORMATS
 
 DEMO_DIR = Path(__file__).parent / "demo"
@@ -58,7 +57,7 @@ def find_place(card: TaskCard, data: str | Path | None = None) -> Place | None:
 
     Raises ``UsageError`` if a place was named that does not have the task.
     """
-    root = data if data is not None else os.environ.get("MP2_DATA")
+    root = data if data is not None else data_folder()
     demo = DEMO_DIR / card.task
     is_demo = card.task.startswith("demo_") and demo.is_dir()
     if not root:
@@ -86,7 +85,7 @@ def find_place(card: TaskCard, data: str | Path | None = None) -> Place | None:
 
 def tasks_in(data: str | Path | None = None) -> set[str]:
     """Return the names of the task folders with training data in the data folder (``data`` or MP2_DATA)."""
-    root = data if data is not None else os.environ.get("MP2_DATA")
+    root = data if data is not None else data_folder()
     if not root or not Path(root).is_dir():
         return set()
     return {path.name for path in Path(root).iterdir() if path.is_dir() and "train" in _files(path).by_split}

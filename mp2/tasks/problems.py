@@ -64,12 +64,6 @@ class AllProblems:
         self.found.append(Problem(message, str(path), line, field))
 
 
-def shown(value: object, limit: int = 40) -> str:
-    """Return ``value`` as a message shows it: its repr, cut to ``limit`` characters."""
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
 def grouped(problems: Sequence[Problem]) -> list[str]:
     """Return a line for each kind of problem: its first one, their number and the first three places."""
     kinds: dict[tuple[str, str | None, str], list[Problem]] = {}

@@ -8,15 +8,16 @@ are put together: the options of a multiple-choice task in columns A, B, C, D.
 
 from __future__ import annotations
 
-import json
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mp2.errors import UsageError
+from mp2.errors import UsageError, shown
+from mp2.json_files import JsonError, parse_json
 from mp2.tasks.card import TaskCard
 from mp2.tasks.example import Answer, Example
-from mp2.tasks.problems import Problems, shown
+from mp2.tasks.problems import Problems
 
 MANY_LABELS = 20  # a message lists as many
 
@@ -193,7 +194,7 @@ class RecordParser:
         needed = self._card.type == "classification" or (
             self._card.type == "extraction" and name == "context"
         )
-        if needed and not value.strip():
+        if needed and is_blank(value):
             self._report("empty; expected some text", name)
         return value
 
@@ -225,7 +226,7 @@ class RecordParser:
         if len(value) < 2:
             self._report(f"has {len(value)} options, expected at least 2", "options")
         for index, option in enumerate(value):
-            if not option.strip() or not _is_text(option):
+            if is_blank(option) or not _is_text(option):
                 self._report(f"option {index} is empty or no text", "options")
             elif option in value[:index]:
                 self._report(f"option {index} repeats {shown(option)}", "options")
@@ -283,7 +284,7 @@ class RecordParser:
                 "answers",
             )
             return None
-        if not text.strip():
+        if is_blank(text):
             self._report(f"answer {index} is empty", "answers")
             return None
         if start < 0 or context[start : start + len(text)] != text:
@@ -311,8 +312,8 @@ def _listed(value: Any) -> Any:
     """Return a list that a cell of CSV holds as JSON."""
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
+            return parse_json(value)
+        except JsonError:
             return value
     return list(value) if isinstance(value, tuple) else value
 
@@ -334,6 +335,18 @@ def _answers(answers: Any, context: Any) -> Any:
     return [
         {"text": a, "start": context.find(a)} if isinstance(a, str) and a in context else a for a in answers
     ]
+
+
+def is_blank(text: str) -> bool:
+    """Tell whether a text has no character that a reader sees, nor a tokenizer of the BERT family keeps.
+
+    White space, control characters (NUL) and characters without width (U+200B, a byte order mark) are none.
+    """
+    return all(sign in _UNSEEN or unicodedata.category(sign) in _UNSEEN_KINDS for sign in text)
+
+
+_UNSEEN = "\ufffd" + "".join(map(chr, range(0xFE00, 0xFE10)))  # a decoder's mark; variation selectors
+_UNSEEN_KINDS = ("Cc", "Cf", "Zs", "Zl", "Zp")
 
 
 def _is_text(value: str) -> bool:

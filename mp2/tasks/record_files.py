@@ -9,15 +9,15 @@ from __future__ import annotations
 import csv
 import importlib
 import io
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mp2.errors import MissingDependencyError, UsageError
+from mp2.errors import MissingDependencyError, UsageError, shown
+from mp2.json_files import JsonError, parse_json
 from mp2.tasks.encodings import not_utf8
-from mp2.tasks.problems import Problems, shown
+from mp2.tasks.problems import Problems
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 Records = Iterator[tuple[int, Any]]
@@ -43,17 +43,13 @@ def json_lines(lines: Iterable[bytes | str], path: str, problems: Problems, firs
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8") if isinstance(line, bytes) else line
             if text.strip():
-                yield number, json.loads(text)
+                yield number, parse_json(text)
         except UnicodeDecodeError as error:
             where = f" (byte {error.start})"
             problems.add(not_utf8(error.object, path, where), path, line=number)
-        except json.JSONDecodeError as error:
-            message = f"not JSON: {error.msg} at column {error.colno}; expected one object a line"
-            problems.add(message, path, line=number)
-        except ValueError:  # of Python itself: an integer too long to convert
-            problems.add("not JSON that can be read: a number has too many digits", path, line=number)
-        except RecursionError:
-            problems.add("not JSON that can be read: nested too deep", path, line=number)
+        except JsonError as error:
+            at = f" at column {error.column}; expected one object a line" if error.column else ""
+            problems.add(f"{error}{at}", path, line=number)
 
 
 def _first_sign(path: Path) -> bytes:
@@ -81,10 +77,9 @@ def _array(path: Path, problems: Problems) -> Records:
     if text is None:
         return
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line = error.lineno if isinstance(error, json.JSONDecodeError) else None
-        problems.add(f"not JSON: {error}; expected an array of objects", path, line=line)
+        values = parse_json(text)
+    except JsonError as error:
+        problems.add(f"{error}; expected an array of objects", path, line=error.line)
         return
     yield from enumerate(values, 1)
 

@@ -7,11 +7,11 @@ dialogues).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mp2.json_files import parse_json
 from mp2.tasks.encodings import not_utf8
 from mp2.tasks.problems import Problems
 from mp2.tasks.record_files import Records, read_records
@@ -35,7 +35,7 @@ def source_records(
         yield from _cells(text, path, columns, separator, problems)
         return
     try:
-        nested = json.loads(text)
+        nested = parse_json(text)
         yield from enumerate(_squad(nested) if form == "squad" else _c3(nested), 1)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         problems.add(f"not the format {form}: {type(error).__name__}: {error}", path)

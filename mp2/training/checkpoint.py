@@ -7,7 +7,7 @@ a generator seeded with (seed, s).
 
 from __future__ import annotations
 
-import json
+import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,11 +17,37 @@ from typing import Any
 import torch
 from torch import nn
 
-from mp2.errors import FormatError, RunLockedError, UsageError
-from mp2.files import write_tensors, write_text
+from mp2.errors import FormatError, UsageError
+from mp2.files import json_bytes, write_bytes, write_tensors
+from mp2.folder_lock import LOCK, folder_lock
+from mp2.journal_lines import LineReader
+from mp2.json_files import (
+    Fields,
+    JsonError,
+    Rule,
+    WrongValue,
+    anything,
+    check,
+    null_or,
+    number,
+    object_of,
+    parse_object,
+    sha256,
+    whole,
+)
 from mp2.tensor_files import open_safetensors
+from mp2.text_files import check_file
 
-LOCK = "lock"  # in every training folder
+_STATE = Fields(
+    {
+        **dict.fromkeys(("step", "skipped", "in_a_row"), whole()),
+        **dict.fromkeys(("seconds", "waited_s"), number(0)),
+        "settings": object_of(anything),
+    },
+    {"sha256": sha256, "before": object_of(number(0, 1))},
+)
+LOSS_LINE = Fields({"step": whole(1), "loss": null_or(number())})  # of a journal of losses
+SCORES_LINE = Fields({"step": whole(), "scores": object_of(number(0, 1))})  # of dev scores
 
 
 @contextmanager
@@ -31,18 +57,9 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         RunLockedError: another process trains there.
     """
-    from filelock import FileLock, Timeout
-
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RunLockedError(f"another process is training in {folder}; choose another --out") from None
-    try:
+    with folder_lock(folder, f"another process is training in {folder}; choose another --out"):
         yield
-    finally:
-        lock.release()
 
 
 def save_checkpoint(
@@ -54,7 +71,18 @@ def save_checkpoint(
     for parameter, moments in optimizer.state.items():
         for key, value in moments.items():
             tensors[f"optimizer.{names[id(parameter)]}.{key}"] = value
-    write_tensors(path, tensors, {"state": json.dumps(dict(state))})
+    whole_state = {**state, "sha256": _digest(tensors, state)}
+    # one key: safetensors keeps metadata in a hash map, whose order would vary from run to run
+    write_tensors(path, tensors, {"state": json_bytes(whole_state).decode()})
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> str:
+    """SHA-256 of a checkpoint: its state and the bytes of all tensors."""
+    digest = hashlib.sha256(json_bytes(dict(state), sort_keys=True))
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def checkpoint_state(path: Path) -> dict[str, Any]:
@@ -63,10 +91,19 @@ def checkpoint_state(path: Path) -> dict[str, Any]:
         metadata = file.metadata() or {}
     if "state" not in metadata:
         raise FormatError("not a training checkpoint: it has no training state", path=path)
-    try:
-        state: dict[str, Any] = json.loads(metadata["state"])
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"not a training checkpoint: {error}", path=path) from error
+    state: dict[str, Any] = check(parse_object(metadata["state"], path, field="state"), _STATE, path)
+    if not state["in_a_row"] <= state["skipped"] <= state["step"]:
+        raise FormatError(
+            f"{state['skipped']} steps were skipped of {state['step']}, {state['in_a_row']} of them in a row",
+            path=path,
+            field="skipped",
+        )
+    if state["waited_s"] > state["seconds"] or (state["step"] and not state["seconds"]):
+        raise FormatError(
+            f"is {state['seconds']}, for {state['step']} steps that waited {state['waited_s']} s for data",
+            path=path,
+            field="seconds",
+        )
     return state
 
 
@@ -79,6 +116,13 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     state = checkpoint_state(path)
     with open_safetensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    written = state.pop("sha256", None)  # checkpoints of before have none
+    if written is not None and _digest(tensors, state) != written:
+        raise FormatError("is damaged: its checksum is not the one that was written", path=path)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            what = "holds NaN or infinity" if tensor.is_floating_point() else f"is {tensor.dtype}"
+            raise FormatError(f"tensor '{name}' {what}: a damaged checkpoint", path=path)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -97,6 +141,12 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     for name, parameter in parameters.items():
         prefix = f"optimizer.{name}."
         moments = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+        for key, value in moments.items():
+            if value.shape not in ((), parameter.shape):
+                raise FormatError(
+                    f"'{prefix}{key}' has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}",
+                    path=path,
+                )
         if moments:  # Adam keeps ``step`` on the CPU, unless it is fused
             on_device = id(parameter) in fused
             optimizer.state[parameter] = {
@@ -106,18 +156,34 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     return state
 
 
-def cut_back(path: Path, step: int, expected: Iterable[int], log: Callable[[str], None]) -> None:
-    """Drop the lines of steps after ``step``, which are taken again, and a torn last line.
+def cut_back(
+    path: Path, step: int, expected: Iterable[int], log: Callable[[str], None], rule: Rule = LOSS_LINE
+) -> None:
+    """Drop the lines of steps after ``step``, which are taken again, a torn last line, and damaged ones.
 
     The file is replaced whole. ``log`` hears which of the ``expected`` steps have no line: a checkpoint does
     not need them, but the curves will not have them either.
     """
-    lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
-    found = [_step(line) for line in lines]
-    kept = [line for line, at in zip(lines, found, strict=True) if at is not None and at <= step]
-    if len(kept) < len(lines):
-        write_text(path, "".join(kept))
-    missing = sorted(set(expected) - set(found))
+    if path.is_symlink():
+        raise UsageError(f"{path} is a symbolic link, and mp2 writes through none: put the file itself there")
+    if not path.exists():
+        lines: list[bytes] = []
+    else:
+        check_file(path)
+        lines = path.read_bytes().split(b"\n")
+    reader = LineReader()
+    kept, found = [], set()
+    for line in lines[:-1]:
+        try:
+            at = rule(reader.read(line), "")["step"]
+        except (JsonError, WrongValue):
+            continue
+        if at <= step and reader.problem is None:
+            kept.append(line + b"\n")
+            found.add(at)
+    if lines and (len(kept) < len(lines) - 1 or lines[-1]):
+        write_bytes(path, b"".join(kept))
+    missing = sorted(set(expected) - found)
     if missing:
         log(
             f"note: {path} lacks {len(missing):,} of the steps up to {step}, the first is {missing[0]}: "
@@ -125,13 +191,19 @@ def cut_back(path: Path, step: int, expected: Iterable[int], log: Callable[[str]
         )
 
 
-def _step(line: str) -> int | None:
-    """The step of a whole line; None for a torn one."""
-    try:
-        step = json.loads(line)["step"] if line.endswith("\n") else None
-    except (ValueError, TypeError, KeyError):
-        return None
-    return step if isinstance(step, int) else None
+def read_steps(path: Path, rule: Rule = LOSS_LINE) -> list[dict[str, Any]]:
+    """The lines of a journal of steps; raises ``FormatError`` for one that is not as it was written."""
+    check_file(path)
+    reader, lines = LineReader(), []
+    for at, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            values = reader.read(line)
+        except JsonError as error:
+            raise FormatError(f"{error}; the journal was edited or damaged", path=path, line=at) from error
+        lines.append(check(values, rule, path, line=at))
+        if reader.problem is not None:
+            raise FormatError(f"{reader.problem}; the journal was edited or damaged", path=path, line=at)
+    return lines
 
 
 class Preparation:

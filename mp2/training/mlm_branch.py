@@ -6,14 +6,12 @@ al., 2024, MiniCPM, section 4). Later stages, with other losses or longer sequen
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mp2.errors import MismatchError, UsageError
-from mp2.files import write_text
-from mp2.training.checkpoint import checkpoint_state
+from mp2.training.checkpoint import checkpoint_state, cut_back
 
 if TYPE_CHECKING:
     from mp2.training.mlm_trainer import MlmTrainer
@@ -52,9 +50,8 @@ def branch(run: MlmTrainer, start: Path) -> None:
                 run.take(copy)
             finally:
                 copy.unlink(missing_ok=True)
-            lines = (start / run.journal.name).read_text("utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
-            write_text(run.journal, "".join(x for x in whole if json.loads(x)["step"] <= run.step))
+            shutil.copyfile(start / run.journal.name, run.journal)  # the other run may be writing a line
+            cut_back(run.journal, run.step, (), run.log)
             run.save()
         else:
             run.resume()

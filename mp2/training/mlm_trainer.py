@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -23,7 +22,7 @@ from mp2.errors import UsageError
 from mp2.files import write_json, write_text
 from mp2.limits import check_new_folder, check_threads
 from mp2.training.attention import trainable_attention
-from mp2.training.checkpoint import Preparation, alone_in
+from mp2.training.checkpoint import Preparation, alone_in, read_steps
 from mp2.training.config import MlmConfig
 from mp2.training.contrastive import shared_document
 from mp2.training.corpus import corpus_files, file_digests, pack, ppmi_embeddings
@@ -256,7 +255,7 @@ def _write(
     out, config = run.out, run.config
     save_backbone(backbone, out)
     draw_curves(out / "curves.png", run.journal, f"{backbone.name}: masked language modelling")
-    lines = [json.loads(line)["loss"] for line in run.journal.read_text().splitlines()]
+    lines = [line["loss"] for line in read_steps(run.journal)]
     part = max(1, len(lines) // 20)
     first, last = ([x for x in half if x is not None] for half in (lines[:part], lines[-part:]))
     facts: dict[str, Any] = {

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mp2.backbone.tokenizer import Tokenizer
-from mp2.errors import UsageError
+from mp2.errors import FormatError, UsageError
 from mp2.files import write_json, write_text
+from mp2.json_files import read_object
 from mp2.training.corpus import build_vocab
 
 
@@ -49,6 +49,6 @@ def folder_tokenizer(
 
 def _says(file: Path, values: dict[str, Any]) -> bool:
     try:
-        return bool(json.loads(file.read_text("utf-8")) == values)
-    except ValueError:  # damaged
+        return bool(read_object(file) == values)
+    except FormatError:  # damaged
         return False

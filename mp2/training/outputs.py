@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from mp2.backbone.load import Backbone
-from mp2.files import whole_file, write_json, write_text
+from mp2.files import whole_file, write_bytes, write_json, write_text
 from mp2.prompts import PromptSet
+from mp2.training.checkpoint import SCORES_LINE, read_steps
 from mp2.training.config import PretrainConfig
 from mp2.training.mixture import MixtureTask
 from mp2.training.model_card import prompts_card
@@ -90,7 +91,7 @@ def draw_curves(path: Path, losses: Path, title: str, *, dev: Path | None = None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = [json.loads(line) for line in losses.read_text().splitlines()]
+    lines = read_steps(losses)
     steps = np.array([line["step"] for line in lines])
     values = np.array([np.nan if line["loss"] is None else line["loss"] for line in lines])
     windows = [w for w in np.array_split(np.arange(len(values)), 200) if np.isfinite(values[w]).any()]
@@ -103,7 +104,7 @@ def draw_curves(path: Path, losses: Path, title: str, *, dev: Path | None = None
     axes[0].set_xlabel("step")
     axes[0].set_ylabel("training loss (nats)")
     if dev:
-        points = [json.loads(line) for line in dev.read_text().splitlines()]
+        points = read_steps(dev, SCORES_LINE)
         at = [point["step"] for point in points]
         for task in points[0]["scores"]:
             axes[1].plot(at, [100 * point["scores"][task] for point in points], color="0.8", linewidth=0.8)
@@ -113,5 +114,6 @@ def draw_curves(path: Path, losses: Path, title: str, *, dev: Path | None = None
         axes[1].set_ylabel("dev score (grey: a task)")
         axes[1].legend()
     figure.suptitle(title)
-    with whole_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
+    write_bytes(path, picture.getvalue())

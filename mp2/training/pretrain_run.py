@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +11,9 @@ import torch
 
 from mp2.backbone.load import EMBEDDED as BACKBONES
 from mp2.backbone.load import Backbone, load_backbone
+from mp2.environment import data_folder
 from mp2.errors import FormatError, UsageError
+from mp2.json_files import build, read_object
 from mp2.limits import check_new_folder, check_threads, memory_bytes
 from mp2.prompts import PromptSet, load_prompts
 from mp2.prompts.prompt_set import EMBEDDED as PROMPTS
@@ -49,7 +49,7 @@ class PretrainInputs:
         def full(name: str, embedded: Collection[str] = ()) -> str:
             return str(Path(name).resolve()) if name not in embedded and Path(name).exists() else name
 
-        data = self.data or os.environ.get("MP2_DATA")
+        data = self.data or data_folder()
         return PretrainInputs(
             tasks=tuple(full(t) if t.endswith(".toml") else t for t in self.tasks),
             backbone=full(self.backbone, BACKBONES),
@@ -253,15 +253,11 @@ def saved_run(out: str) -> tuple[PretrainInputs, PretrainConfig]:
     path = Path(out) / "config.json"
     if not path.is_file():
         raise UsageError(f"--resume: there is no {path}; give the --out folder of a run of 'mp2 pretrain'")
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-        inputs = raw.pop("inputs")
-        return (
-            PretrainInputs(**{**inputs, "tasks": tuple(inputs["tasks"])}),
-            PretrainConfig(**raw),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"not the settings of a run of 'mp2 pretrain': {error!r}", path=path) from error
+    raw = read_object(path)
+    if "inputs" not in raw:
+        raise FormatError("missing: not the settings of a run of 'mp2 pretrain'", path=path, field="inputs")
+    inputs = build(PretrainInputs, raw.pop("inputs"), path, where="inputs")
+    return inputs, build(PretrainConfig, raw, path)
 
 
 def score_table(result: PretrainResult) -> str:

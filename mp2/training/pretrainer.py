@@ -10,7 +10,6 @@ says so in the model card; the result is a new backbone with its own hash.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -23,10 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from mp2.backbone.load import Backbone, freeze, save_backbone, weights_sha256
-from mp2.errors import MismatchError
-from mp2.files import write_json
+from mp2.errors import FormatError, MismatchError, shown
+from mp2.files import open_to_append, write_all, write_json
+from mp2.journal_lines import journal_line
+from mp2.json_files import Fields, check, number, object_of
 from mp2.prompts import ModularPrompts, PromptMeta, PromptSet, new_meta, save_prompts
-from mp2.training.checkpoint import alone_in, cut_back
+from mp2.training.checkpoint import SCORES_LINE, alone_in, cut_back
 from mp2.training.config import PretrainConfig
 from mp2.training.mixture import Batch, MixtureTask, sample_batch
 from mp2.training.outputs import PretrainResult, write_outputs
@@ -145,7 +146,10 @@ class Pretrainer(Trainer[Batch]):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state`` gave."""
-        self.before = state["before"]
+        before = check(state, Fields({"before": object_of(number(0, 1))}), self.checkpoint)["before"]
+        if before.keys() != {task.card.task for task in self.tasks}:
+            raise FormatError(f"has scores of {shown(sorted(before))}", path=self.checkpoint, field="before")
+        self.before = before
 
     def make_batch(self, step: int) -> Batch:
         """This process's rows of the batch of a step."""
@@ -204,8 +208,8 @@ class Pretrainer(Trainer[Batch]):
             self.log(f"dev at step {self.step}\n{table(both)}")
 
     def _note_scores(self, step: int, scores: Mapping[str, float]) -> None:
-        with (self.out / "dev_scores.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, "scores": scores}) + "\n")
+        with open_to_append(self.out / "dev_scores.jsonl") as file:
+            write_all(file, journal_line({"step": step, "scores": scores}))
         if self.scalars is not None:
             mean = {"dev/mean": float(np.mean(list(scores.values())))}
             self.scalars.add(step, {**{f"dev/{name}": s for name, s in scores.items()}, **mean})
@@ -223,7 +227,7 @@ class Pretrainer(Trainer[Batch]):
             if self.ranks.main:
                 last = min(self.step, self.n_steps - 1) if resumed else -1  # of the scores that are kept
                 scored = range(0, last + 1, self.config.eval_every or self.n_steps)
-                cut_back(self.out / "dev_scores.jsonl", last, scored, self.log)
+                cut_back(self.out / "dev_scores.jsonl", last, scored, self.log, SCORES_LINE)
                 if not resumed:
                     self._note_scores(0, self.before)
                 said = asdict(self.config) | ({"inputs": self.inputs} if self.inputs else {})

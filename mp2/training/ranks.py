@@ -197,8 +197,14 @@ def _let_go(seconds: float) -> None:
 SAME_S = 1.0
 
 
+def _hangup() -> list[int]:
+    """SIGHUP, where there is one and ``nohup`` does not have it ignored."""
+    number = getattr(signal, "SIGHUP", None)
+    return [] if number is None or signal.getsignal(number) is signal.SIG_IGN else [number]
+
+
 class StopSignals:
-    """While entered, SIGINT and SIGTERM only set ``received``; a second one acts as usual.
+    """While entered, SIGINT, SIGTERM and SIGHUP only set ``received``; a second one acts as usual.
 
     What comes within a second of the first is the same one: whoever stops a group of processes tells torchrun
     and each of its processes, and torchrun then tells them again.
@@ -211,7 +217,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, *_hangup()):
                 self._before[number] = signal.signal(number, self._on_signal)
         return self
 

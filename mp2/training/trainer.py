@@ -16,12 +16,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from mp2.errors import LossError, LostProcessError, MismatchError
+from mp2.errors import FormatError, LossError, LostProcessError, MismatchError
+from mp2.files import open_to_append, write_all
+from mp2.journal_lines import journal_line
+from mp2.json_files import parse_json
 from mp2.runs.loggers.tensorboard import Scalars
 from mp2.training.checkpoint import checkpoint_state, cut_back, load_checkpoint, save_checkpoint
 from mp2.training.monitor import SCALARS_EVERY, Progress
@@ -120,7 +123,13 @@ class Trainer(ABC, Generic[T]):
         if not self.checkpoint.is_file():
             return False
         state = checkpoint_state(self.checkpoint)
-        before, now = state["settings"], json.loads(json.dumps(self.settings()))
+        if state["step"] > self.n_steps:
+            raise FormatError(
+                f"is {state['step']}, expected at most {self.n_steps}, the run's steps",
+                path=self.checkpoint,
+                field="step",
+            )
+        before, now = state["settings"], parse_json(json.dumps(self.settings()))
         if before != now:
             old = before if isinstance(before, dict) else {}
             differ = [name for name in {**old, **now} if old.get(name) != now.get(name)]
@@ -209,7 +218,7 @@ class Trainer(ABC, Generic[T]):
         last_save = time.monotonic()
         recent: list[float] = []
         with ExitStack() as stack:
-            journal = stack.enter_context(self.journal.open("a")) if main else None
+            journal = stack.enter_context(open_to_append(self.journal)) if main else None
             self._stop = stack.enter_context(StopSignals())
             batches = stack.enter_context(Prefetcher(self.make_batch, self.step, self.n_steps))
             while self.step < self.n_steps:
@@ -225,7 +234,7 @@ class Trainer(ABC, Generic[T]):
                 self.waited_s += batches.waited_s - waited
                 if journal is not None:
                     line = {"step": self.step, "loss": value if math.isfinite(value) else None}
-                    journal.write(json.dumps(line | self.notes(batch)) + "\n")
+                    write_all(journal, journal_line(line | self.notes(batch)))
                     recent.append(value)
                     if self.step % SCALARS_EVERY == 0:
                         if self.scalars is not None:
@@ -243,8 +252,7 @@ class Trainer(ABC, Generic[T]):
             if self.ranks.total(float(self._stop.received is not None))[0]:  # told after the last step
                 self._leave_together()
 
-    def _save_with(self, journal: IO[str]) -> None:
-        journal.flush()
+    def _save_with(self, journal: BinaryIO) -> None:
         os.fsync(journal.fileno())
         self.save()
 

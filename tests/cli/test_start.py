@@ -72,9 +72,15 @@ def test_what_the_machine_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -
         refuse(number, "some/file")
         done = mp2_typed(*words)
         assert (done.exit_code, done.stderr) == (1, f"mp2: some/file: {os.strerror(number)}\n")
-    for odd in ((errno.ENOENT, "some/file"), (errno.ENOSPC,)):  # a mistake of ours, or nothing to tell
-        refuse(*odd)
-        assert isinstance(mp2_typed(*words).exception, OSError)
+    refuse(errno.ENOSPC)
+    done = mp2_typed(*words)
+    assert (done.exit_code, done.stderr) == (1, f"mp2: standard output: {os.strerror(errno.ENOSPC)}\n")
+    refuse(errno.ENAMETOOLONG, "x" * 5000)
+    done = mp2_typed(*words)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert len(done.stderr) < 402
+    refuse(errno.ENOENT, "some/file")  # a mistake of ours
+    assert isinstance(mp2_typed(*words).exception, OSError)
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from mp2.json_files import parse_json
+
 JSON_LENGTH = "Inference-Header-Content-Length"
 DTYPES: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
 NAMES = {"int64": "INT64", "float32": "FP32"}  # of a bundle's manifest
@@ -42,7 +44,7 @@ def tensors(body: bytes, json_length: int | None, side: str) -> dict[str, np.nda
     """Return what `message` wrote, for a peer that is trusted to follow it; ValueError, KeyError if not."""
     size = len(body) if json_length is None else json_length
     found, at = {}, size
-    for tensor in json.loads(body[:size])[side]:
+    for tensor in parse_json(body[:size].decode("utf-8"))[side]:
         dtype = DTYPES[tensor["datatype"]]
         n_bytes = tensor.get("parameters", {}).get("binary_data_size")
         if n_bytes is None:

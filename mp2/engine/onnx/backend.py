@@ -11,6 +11,7 @@ from mp2.backbone import Backbone, resolve_device
 from mp2.engine.backend import is_out_of_memory, say
 from mp2.engine.folder import EngineFolder
 from mp2.engine.onnx.library import load_onnxruntime
+from mp2.engine.onnx.model_files import ModelFiles, read_model
 from mp2.engine.onnx.providers import Provider
 from mp2.engine.onnx.session import OnnxSession
 from mp2.engine.onnx.stages import GraphStages
@@ -78,7 +79,16 @@ class OnnxBackend(GraphStages):
     def _run(
         self, graph: str, feeds: Mapping[str, torch.Tensor], shape: Sequence[int], output: str = "hidden_out"
     ) -> torch.Tensor:
-        return self._session(graph, feeds).run(feeds, {output: shape})[0]
+        session = self._session(graph, feeds)
+        try:
+            return session.run(feeds, {output: shape})[0]
+        except Exception as error:  # onnxruntime's have no common base; a graph of other names is a KeyError
+            if isinstance(error, Mp2Error) or is_out_of_memory(error):
+                raise
+            raise Mp2Error(
+                f"{self._folder.path / graph}: fails in onnxruntime: {_first_line(error)}; "
+                "export the engine again"
+            ) from error
 
     def _session(self, graph: str, feeds: Mapping[str, torch.Tensor]) -> OnnxSession:
         """Return the session of ``graph``, opened again where its profile is too small for ``feeds``."""
@@ -99,13 +109,26 @@ class OnnxBackend(GraphStages):
     def _open(self, graph: str, profile: Profile | None) -> OnnxSession:
         try:
             return OnnxSession(
-                self._folder.file(graph), threads=self._threads, provider=self._provider, profile=profile
+                self._model(graph), threads=self._threads, provider=self._provider, profile=profile
             )
         except Exception as error:  # onnxruntime's have no common base
             if isinstance(error, Mp2Error) or is_out_of_memory(error):
                 raise
-            why = (str(error) or type(error).__name__).splitlines()[0]
             raise Mp2Error(
                 f"onnxruntime {load_onnxruntime().__version__} cannot load {graph} for runtime '{self.name}' "
-                f"on device {self.device}: {why}; use --runtime torch, or install another onnxruntime"
+                f"on device {self.device}: {_first_line(error)}; use --runtime torch, or install "
+                "another onnxruntime"
             ) from error
+
+    def _model(self, graph: str) -> Path | ModelFiles:
+        """Return the graph as it was read and hashed; where onnxruntime has to find the weights, its path."""
+        files = read_model(self._folder, graph)
+        from_memory = hasattr(
+            load_onnxruntime().SessionOptions, "add_external_initializers_from_files_in_memory"
+        )
+        return files if self._provider.kind == "cpu" and from_memory else self._folder.file(graph)
+
+
+def _first_line(error: Exception) -> str:
+    said = str(error) or type(error).__name__
+    return f"{type(error).__name__}: {said}".splitlines()[0][:200]

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from mp2.engine.onnx.library import load_onnxruntime
+from mp2.engine.onnx.model_files import ModelFiles
 from mp2.engine.onnx.providers import Provider
 from mp2.engine.tensorrt.builder import input_shapes
 from mp2.engine.tensorrt.profiles import Profile, sizes_of
+from mp2.errors import Mp2Error
 
 # an empty tensor (no prompt rows) has no address, but a binding needs one
 _SOMEWHERE = torch.empty(1)
@@ -26,6 +28,12 @@ _TYPES = {
 }
 
 
+def _type_of(node: Any) -> torch.dtype:
+    if node.type not in _TYPES:
+        raise Mp2Error(f"'{node.name[:60]}' is {node.type}, expected one of {', '.join(_TYPES)}")
+    return _TYPES[node.type]
+
+
 class OnnxSession:
     """A loaded graph: feeds tensors by name, fills outputs of shapes that the caller knows.
 
@@ -36,7 +44,7 @@ class OnnxSession:
 
     def __init__(
         self,
-        model: Path | bytes,
+        model: Path | ModelFiles | bytes,
         *,
         threads: int | None = None,
         provider: Provider | None = None,
@@ -45,8 +53,8 @@ class OnnxSession:
         """Load ``model`` on ``provider`` (None: the CPU) with ``threads`` CPU threads (None: torch's number).
 
         ``profile`` is what the TensorRT provider is to accept (None: as the provider says); a model given as
-        bytes has its weights inside. Raises MissingDependencyError if onnxruntime has no such provider, or
-        cannot load its libraries.
+        bytes alone has its weights inside. Raises MissingDependencyError if onnxruntime has no such
+        provider, or cannot load its libraries.
         """
         provider = provider or Provider()
         provider.check()
@@ -62,12 +70,19 @@ class OnnxSession:
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         graph = model.name if isinstance(model, Path) else ""
-        self._declared = input_shapes(model) if provider.kind == "tensorrt" else {}
+        self._declared = {}
+        if provider.kind == "tensorrt":
+            self._declared = input_shapes(model.graph if isinstance(model, ModelFiles) else model)
         self.profile = profile or provider.profile(graph)
         handle = None if self._stream is None else self._stream.cuda_stream
+        loaded: Path | bytes = model.graph if isinstance(model, ModelFiles) else model
+        if isinstance(model, ModelFiles) and model.weights:
+            options.add_external_initializers_from_files_in_memory(
+                list(model.weights), list(model.weights.values()), [len(x) for x in model.weights.values()]
+            )
         # without its own fallback, which tries again with other providers, without these options
         self._session = ort.InferenceSession(
-            model,
+            loaded,
             options,
             providers=provider.arguments(graph, self._declared, handle, profile),
             enable_fallback=0,
@@ -78,8 +93,8 @@ class OnnxSession:
         if self._stream is not None:  # ordered by streams, not by waiting for the device
             self._run_options = ort.RunOptions()
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        self._inputs = {node.name: _TYPES[node.type] for node in self._session.get_inputs()}
-        self._outputs = {node.name: _TYPES[node.type] for node in self._session.get_outputs()}
+        self._inputs = {node.name: _type_of(node) for node in self._session.get_inputs()}
+        self._outputs = {node.name: _type_of(node) for node in self._session.get_outputs()}
         self.input_names = list(self._inputs)
 
     def run(

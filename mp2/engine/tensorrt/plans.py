@@ -19,8 +19,9 @@ from mp2.engine.bundle import Bundle
 from mp2.engine.folder import EngineFolder
 from mp2.engine.tensorrt.builder import BuildSettings, build_plan
 from mp2.engine.tensorrt.profiles import Profile, Sizes, TaskShapes, best_profile, grown
-from mp2.errors import FormatError, Mp2Error, UsageError
+from mp2.errors import Mp2Error
 from mp2.files import write_bytes
+from mp2.json_files import build, read_object
 
 PLANS = "plans"
 SHAPES = "shapes.json"
@@ -122,7 +123,7 @@ class PlanStore:
         reason = "there is none yet"
         for sidecar in sorted(self._path.glob(f"{Path(graph).stem}-*.json")):
             try:
-                recorded = json.loads(sidecar.read_text(encoding="utf-8"))
+                recorded = read_object(sidecar)
                 found, digest = recorded["origin"], recorded["sha256"]
                 profiles = tuple(
                     Profile({name: (int(a), int(b), int(c)) for name, (a, b, c) in ranges.items()})
@@ -162,11 +163,7 @@ class PlanStore:
 def read_shapes(folder: EngineFolder | Bundle) -> TaskShapes:
     """Return the task shapes that ``folder``'s plans are tuned for; FormatError if they are damaged."""
     path = folder.file(SHAPES)
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return TaskShapes(**{**raw, "lengths": tuple(raw["lengths"])})
-    except (ValueError, TypeError, KeyError, UsageError) as error:
-        raise FormatError(f"{error}; export the engine again", path=path) from error
+    return build(TaskShapes, read_object(path), path)
 
 
 def _weight_files(graph: Path) -> set[str]:
@@ -183,9 +180,9 @@ def _weight_files(graph: Path) -> set[str]:
 
 def _same_place(sidecar: Path, origin: dict[str, Any]) -> bool:
     try:
-        found = json.loads(sidecar.read_text(encoding="utf-8"))["origin"]
+        found = read_object(sidecar)["origin"]
         return all(found[name] == origin[name] for name in ("tensorrt", "gpu", "precision"))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, Mp2Error, KeyError, TypeError):
         return True  # a plan without a readable description is never loaded: it can go
 
 

@@ -22,7 +22,16 @@ class Scalars:
         except ImportError:
             log("no TensorBoard scalars: the package is not installed (pip install 'mp2[train]')")
             return
-        self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)  # type: ignore[no-untyped-call]
+        try:
+            str(out.absolute()).encode("utf-8")
+        except UnicodeEncodeError:
+            log("no TensorBoard scalars: the package opens no path whose name is not UTF-8")
+            return
+        folder = out / "tensorboard"
+        if folder.is_symlink():
+            log("no TensorBoard scalars: tensorboard is a symbolic link, and mp2 writes through none")
+            return
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)  # type: ignore[no-untyped-call]
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Write scalars of a step; non-finite ones are left out."""

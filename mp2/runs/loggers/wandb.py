@@ -6,13 +6,14 @@ it. A resumed run goes on under its id, which ``wandb.json`` in its folder keeps
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from collections.abc import Mapping
 from typing import Any
 
+from mp2.errors import FormatError
 from mp2.files import write_json
+from mp2.json_files import read_object
 from mp2.optimizers.two_stage import Checkpoint, Progress
 from mp2.runs.loggers.logger import Logger, RunStart, of_checkpoint, of_progress, of_result
 
@@ -33,9 +34,9 @@ class WandbLogger(Logger):
 
         kept = run.run_dir / "wandb.json"
         try:
-            number = str(json.loads(kept.read_text(encoding="utf-8"))["id"])
+            number = str(read_object(kept)["id"])
             self._known = True
-        except (OSError, ValueError, LookupError, TypeError):
+        except (FormatError, LookupError):
             number = secrets.token_hex(4)
             write_json(kept, {"id": number})
         mode: Any = os.environ.get("WANDB_MODE") or "offline"

@@ -1,0 +1,94 @@
+"""Engine folders and bundles: manifests, and graphs whose hash somebody made fit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mp2.engine.onnx.runtime import OnnxRuntime
+
+from fuzz.campaign import campaign, damaged_bytes
+from mp2.backbone import Backbone
+from mp2.engine.bundle import BUNDLE_SCHEMA_VERSION, Bundle
+from mp2.engine.folder import EngineFolder
+from mp2.export import export_engine
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> Path:
+    out = tmp_path_factory.mktemp("engine") / "tiny"
+    export_engine(tiny_backbone, out)
+    return out
+
+
+def test_manifest(engine: Path, tiny_backbone: Backbone) -> None:
+    path = engine / "manifest.json"
+    good = path.read_bytes()
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        found = EngineFolder.open(engine, tiny_backbone)
+        assert found.manifest.backbone.n_layers == 3
+        for name in found.files:
+            assert ".." not in name
+            assert hashlib.sha256((engine / name).read_bytes()).hexdigest() == found.files[name]
+
+    try:
+        campaign("engine manifest", good, read)
+    finally:
+        path.write_bytes(good)
+
+
+def test_graphs(engine: Path, tiny_backbone: Backbone) -> None:
+    """A layer's graph is damaged and its hash made right: one line, or the right shape."""
+    path, manifest = engine / "layer_01.onnx", engine / "manifest.json"
+    good, said = path.read_bytes(), manifest.read_bytes()
+    feeds = torch.zeros(1, 1, 4, 24), torch.ones(1, 4, dtype=torch.bool)
+    prefix = torch.zeros(1, 1, 4, 2, 6), torch.zeros(1, 1, 4, 2, 6)
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        raw: dict[str, Any] = json.loads(said)
+        raw["files"]["layer_01.onnx"] = hashlib.sha256(data).hexdigest()
+        manifest.write_text(json.dumps(raw))
+        runtime = OnnxRuntime(tiny_backbone, engine, threads=1)
+        assert runtime.layer(1, *feeds, prefix).shape == (1, 1, 4, 24)
+
+    try:
+        campaign("graph", good, read, (damaged_bytes,))
+    finally:
+        path.write_bytes(good)
+        manifest.write_bytes(said)
+
+
+def test_bundle_manifest(tmp_path: Path) -> None:
+    for name in ("backbone.onnx", "card.json", "t.safetensors"):
+        (tmp_path / name).write_bytes(name.encode())
+    tensors = {"input_ids": {"dtype": "int64", "shape": ["N", "T"]}}
+    sizes = {"n_layers": 3, "hidden": 24, "n_heads": 4, "ffn": 40, "vocab_size": 50, "token_type": 0}
+    good = {
+        **{"format": "mp2 bundle", "schema_version": BUNDLE_SCHEMA_VERSION, "precision": "fp32", "opset": 18},
+        "backbone": {"name": "tiny", "sha256": "a" * 64, "activation": "gelu", **sizes},
+        "graphs": {"backbone.onnx": {"inputs": tensors, "outputs": tensors}},
+        "limits": {"positions": 96, "pad_id": 0},
+        "tasks": {
+            "a": {
+                **{"card": "card.json", "tensors": "t.safetensors", "graph": "backbone.onnx"},
+                **{"head": "span", "prompt_length": 3},
+            }
+        },
+        "files": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in tmp_path.iterdir()},
+    }
+    path = tmp_path / "manifest.json"
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        found = Bundle.open(tmp_path)
+        for name in found.files:
+            assert found.file(name).parent == tmp_path
+
+    campaign("bundle manifest", json.dumps(good).encode(), read)

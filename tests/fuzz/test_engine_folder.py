@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from mp2.engine.onnx.runtime import OnnxRuntime
 
 from fuzz.campaign import campaign, damaged_bytes
 from mp2.backbone import Backbone
 from mp2.engine.bundle import BUNDLE_SCHEMA_VERSION, Bundle
 from mp2.engine.folder import EngineFolder
+from mp2.engine.onnx.backend import OnnxBackend
 from mp2.export import export_engine
 
 
@@ -55,7 +55,7 @@ def test_graphs(engine: Path, tiny_backbone: Backbone) -> None:
         raw: dict[str, Any] = json.loads(said)
         raw["files"]["layer_01.onnx"] = hashlib.sha256(data).hexdigest()
         manifest.write_text(json.dumps(raw))
-        runtime = OnnxRuntime(tiny_backbone, engine, threads=1)
+        runtime = OnnxBackend(tiny_backbone, engine, threads=1)
         assert runtime.layer(1, *feeds, prefix).shape == (1, 1, 4, 24)
 
     try:

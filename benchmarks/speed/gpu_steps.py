@@ -39,7 +39,9 @@ from mp2.prompts import PromptSet, load_prompts
 from mp2.tasks import MrcInput
 
 _HALVES = ("fp16", "bf16", "fp8")
-_MORE = 4.0  # times the error that the same precision has on a CPU: sums in another order
+# times the error that the same precision has on a CPU; float32's is all from the order of sums, and even so
+# far from what TF32 or a half precision would do
+_MORE = {"fp32": 16.0, "fp16": 4.0, "bf16": 4.0, "fp8": 4.0}
 _RUNS = 5  # the paper's seeds
 
 
@@ -170,7 +172,7 @@ def parity(bench: Bench) -> None:
         for _ in range(3):  # run, recorded, replayed
             losses = parity_losses(objective, reference["candidates"], scale.n_layers)
             errors.append(float(np.abs(losses - exact).max()))
-        most = _MORE * float(reference.get(f"error_{precision}", np.inf))
+        most = _MORE[precision] * float(reference.get(f"error_{precision}", np.inf))
         ranks = [round(spearman(a, b), 4) for a, b in zip(losses, exact, strict=True)]
         bench.ledger(
             precision=precision,

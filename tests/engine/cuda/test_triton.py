@@ -133,6 +133,7 @@ def test_losses_through_the_kernels_equal_slow_float64(
     np.testing.assert_allclose(got, slow_deep.losses(whole, inputs), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_kernels_compile_for_gpus_that_are_not_here(capability: int, tmp_path: Path) -> None:
     """With Triton's own assembler; Ampere has no e4m3. The interpreter must be off: a process of its own."""

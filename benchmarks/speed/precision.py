@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--task", nargs="+", default=["demo_sentiment", "demo_topic"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--large", action="store_true", help="time the shape of CPT-large, too (GPU only)")
+    parser.add_argument("--name", help="of the JSON in benchmarks/results")
     args = parser.parse_args()
     rows = []
     for task in args.task:
@@ -190,7 +191,7 @@ def main() -> None:
                 f"{row['speed_to_bf16']:.2f} times bf16",
                 flush=True,
             )
-    print("written:", save("precision" if args.device == "cpu" else "precision_cuda", rows))
+    print("written:", save(args.name or ("precision" if args.device == "cpu" else "precision_cuda"), rows))
 
 
 if __name__ == "__main__":

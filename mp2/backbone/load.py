@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,11 +13,13 @@ from mp2.backbone.checkpoint import checkpoint_names, read_shape, read_state
 from mp2.backbone.config import BackboneConfig
 from mp2.backbone.config_file import read_config, write_config
 from mp2.backbone.encoder import Encoder
-from mp2.backbone.hub import download
 from mp2.backbone.mlm_head import MlmHead, read_mlm_head
 from mp2.backbone.tokenizer import Tokenizer
+from mp2.backbone.tokenizer_settings import TOKENIZER_FILES
 from mp2.backbone.weights import read_weights, tensors_sha256
-from mp2.errors import FormatError, UnknownNameError, UsageError
+from mp2.errors import FormatError, MissingDependencyError, UnknownNameError, UsageError
+
+_FILES = ("config.json", *TOKENIZER_FILES)  # of the hub's, beside the weights
 
 EMBEDDED = {"mini": Path(__file__).parent / "mini"}
 """Backbones whose weights ship with the package."""
@@ -106,7 +108,7 @@ def _find(name: str, revision: str | None) -> tuple[Path, str, str | None]:
         raise FormatError("is a file, expected the checkpoint folder that it lies in", path=name)
     if is_local:
         return Path(name), folder_name(name), None
-    folder = download(HUB_NAMES.get(name, name), name, revision, [*EMBEDDED, *HUB_NAMES])
+    folder = _download(HUB_NAMES.get(name, name), name, revision, [*EMBEDDED, *HUB_NAMES])
     return folder, name if name in HUB_NAMES else folder_name(name), folder.name
 
 
@@ -167,3 +169,44 @@ def save_backbone(backbone: Backbone, folder: str | Path, *, dtype: torch.dtype 
         tied_head=head is None or head.tied,
     )
     save_file({n: t.to(dtype).contiguous() for n, t in tensors.items()}, folder / "model.safetensors")
+
+
+def _download(repo: str, name: str, revision: str | None, known: Iterable[str]) -> Path:
+    """Folder of a hub checkpoint in the local cache, named by its commit.
+
+    Raises:
+        UnknownNameError: the hub has no such checkpoint or revision; ``known`` are the names to choose from.
+        MissingDependencyError: the hub cannot be reached (offline); the message says what works instead.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*_FILES, "*.safetensors*"]))
+        if not any(folder.glob("*.safetensors")):
+            patterns = [*_FILES, "pytorch_model*.bin*"]
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        return folder
+    except HFValidationError as error:
+        raise UnknownNameError(
+            "backbone", name, known, "It is no folder here and no possible hub id either."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UnknownNameError(
+            "revision", str(revision), [], f"The hub has no such revision of {repo}."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UnknownNameError("backbone", name, known, f"The hub has no {repo}.") from error
+    except (LocalEntryNotFoundError, EntryNotFoundError, OSError) as error:
+        of = f" at revision {revision}" if revision else ""
+        raise MissingDependencyError(
+            f"backbone '{name}'{of} is not on this machine and the hub ({repo}) cannot be reached: "
+            f"{type(error).__name__}. Pass a local checkpoint folder (config.json, vocab.txt, "
+            "model.safetensors or pytorch_model.bin), or '--backbone mini', which ships with mp2."
+        ) from error

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from mp2.backbone import BackboneConfig
-from mp2.training.attention import trainable_attention
-from mp2.training.mlm import MaskedLanguageModel
+from mp2.training.mlm import MaskedLanguageModel, trainable_attention
 
 SHAPE = BackboneConfig(name="x", n_layers=2, hidden=16, n_heads=2, ffn=24, vocab_size=50, max_positions=20)
 

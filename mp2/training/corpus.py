@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import lzma
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from mp2.backbone.tokenizer import SPECIAL_TOKENS, Tokenizer
 from mp2.errors import FormatError, UsageError
 from mp2.files import whole_file, write_json, write_text
+from mp2.json_files import read_object
 
 _ALWAYS = (
     "abcdefghijklmnopqrstuvwxyz0123456789，。！？：；、“”‘’（）《》【】…—·,.!?:;'\"()<>[]{}-_/\\@#$%&*+=~^|` "
@@ -206,6 +206,6 @@ def folder_tokenizer(
 
 def _says(file: Path, values: dict[str, Any]) -> bool:
     try:
-        return bool(json.loads(file.read_text("utf-8")) == values)
-    except ValueError:  # damaged
+        return bool(read_object(file) == values)
+    except FormatError:  # damaged
         return False

@@ -21,15 +21,13 @@ from mp2.backbone.tokenizer import Tokenizer
 from mp2.errors import UsageError
 from mp2.files import write_json, write_text
 from mp2.limits import check_new_folder, check_threads
-from mp2.training.attention import trainable_attention
 from mp2.training.checkpoint import Preparation, alone_in, read_steps
 from mp2.training.config import MlmConfig
 from mp2.training.contrastive import shared_document
-from mp2.training.corpus import corpus_files, file_digests, pack, ppmi_embeddings
+from mp2.training.corpus import corpus_files, file_digests, folder_tokenizer, pack, ppmi_embeddings
 from mp2.training.masking import mask_tokens
-from mp2.training.mlm import MaskedLanguageModel, schedule
+from mp2.training.mlm import MaskedLanguageModel, schedule, trainable_attention
 from mp2.training.mlm_branch import branch, check_start
-from mp2.training.mlm_vocabulary import folder_tokenizer
 from mp2.training.model_card import backbone_card
 from mp2.training.outputs import draw_curves
 from mp2.training.ranks import Ranks, joined

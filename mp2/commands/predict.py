@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
-from mp2.commands.options import config_options
+from mp2.commands.options import config_options, field_option
 from mp2.commands.paths import PATH
 from mp2.commands.printing import as_json_line, note
 from mp2.errors import UsageError
@@ -25,7 +26,7 @@ _HERE = "[default: the run's, if it is here]"
     required=True,
     type=PATH,
     metavar="FILE|-",
-    help="JSON lines, plain text lines, CSV or TSV.",
+    help="JSON lines, plain text lines, CSV, TSV, parquet.",
 )
 @click.option(
     "--keep",
@@ -33,6 +34,7 @@ _HERE = "[default: the run's, if it is here]"
     metavar="COLUMN",
     help="Copy this of each line beside its label, as an id; again for more.",
 )
+@field_option
 @config_options(
     BbtConfig,
     only={
@@ -45,7 +47,7 @@ _HERE = "[default: the run's, if it is here]"
         "device": f"As of 'mp2 bbt'.  {_HERE}",
     },
 )
-def predict(run_dir: str, source: str, keep: tuple[str, ...], **typed: str | None) -> None:
+def predict(run_dir: str, source: str, keep: tuple[str, ...], **typed: Any) -> None:
     """Label new text with a tuned prompt: a JSON line for each line, with its probability; CSV for CSV."""
     from mp2.runs.predict import TABLES, predict_file
 

@@ -17,15 +17,17 @@ from mp2.runs.needs import located
 from mp2.runs.run_folder import OWN_BACKBONE, OWN_PROMPTS, how_to_end, read_config
 from mp2.runs.scratch import ON_THE_FLY
 from mp2.runs.tuned import check_fits, load_tuned, run_card, tuned_head
-from mp2.tasks.problems import FirstProblem
+from mp2.tasks.problems import FirstProblem, shown
 from mp2.tasks.record import Columns, RecordParser, is_blank
-from mp2.tasks.record_files import Records, json_lines, read_records
+from mp2.tasks.record_files import Records, is_lines, json_lines, read_records
 
 if TYPE_CHECKING:
     from mp2.tasks import Example, TaskCard
 
 CHUNK = 256  # lines that are read, labelled and written at once
 TABLES = (".csv", ".tsv")
+_OURS = ("label", "answer", "option", "probability", "reason")
+"""Columns of the output: those of the input that are called so become ``input_label`` ..."""
 
 
 class Predictor:
@@ -49,12 +51,14 @@ class Predictor:
         runtime: str | None = None,
         precision: str | None = None,
         device: str | None = None,
+        field: Sequence[str] = (),
         note: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Load what a finished run of ``mp2 bbt`` or ``mp2 tune`` left in ``run_dir``.
 
         ``backbone`` (with ``revision``), ``prompts`` and ``engine`` say where these are now (None: where the
-        run found them);
+        run found them); ``field`` what the card's keys are called in the input (``KEY=NAME``; empty: as in
+        the run's data);
         ``runtime``, ``precision`` and ``device`` what to compute with (None: as in the run; if one of them is
         given, the others are chosen as ``mp2 bbt`` does). What the run computed with and this machine lacks
         is replaced by what it has, and ``note`` hears of it.
@@ -88,7 +92,7 @@ class Predictor:
         else:
             model = _load_here(config, note)
         check_fits(meta, self._z, model.prompts, backbone_sha256=model.backbone.sha256)
-        self._fields = parse_fields(config.field, self.card)
+        self._fields = parse_fields(field or config.field, self.card)
         kinds: dict[str, type[Any]] = {"mlm": ClozeFormatter, "ridge": FieldFormatter}
         formatter = kinds.get(meta.head.get("kind", "span"), MrcFormatter)
         self._formatter = formatter(self.card, model.backbone.tokenizer, meta.max_tokens)
@@ -114,21 +118,26 @@ class Predictor:
         """
         yield from self._predict_records(_text_records(self.card, lines, name), name, keep)
 
-    def predict_table(self, path: Path) -> Iterator[dict[str, Any]]:
-        """Predictions for the rows of a CSV or TSV file, with all of its columns before them."""
-        yield from self._predict_records(read_records(path, FirstProblem()), str(path), None)
+    def predict_table(self, path: Path, keep: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Predictions for the rows of a table (CSV, TSV, parquet) or JSON array.
+
+        The columns ``keep`` stand before them, all columns where it is None.
+        """
+        yield from self._predict_records(read_records(path, FirstProblem(), to_label=True), str(path), keep)
 
     def _predict_records(
         self, records: Records, name: str, keep: Sequence[str] | None
     ) -> Iterator[dict[str, Any]]:
         key = "answer" if self.card.type == "extraction" else "label"
+        answers = (key, "option") if self.card.type == "multiple_choice" else (key,)
         entries = _lines(self.card, records, name, self._fields, keep)
         while chunk := list(islice(entries, CHUNK)):
             labelled = [entry.example for entry in chunk if entry.example is not None]
             found = iter(self.predict(labelled) if labelled else [])
             for entry in chunk:
-                none = {key: None, "probability": None, "reason": entry.reason}
-                yield entry.kept | (none if entry.example is None else next(found))
+                none = dict.fromkeys((*answers, "probability"), None) | {"reason": entry.reason}
+                kept = {f"input_{k}" if k in _OURS else k: value for k, value in entry.kept.items()}
+                yield kept | (none if entry.example is None else next(found))
 
     def predict(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
         """Predictions for examples, in their order: dictionaries as of `predict_lines`.
@@ -213,13 +222,23 @@ def _lines(
     needed = (
         card.fields if card.type == "classification" else ("context",) if card.type == "extraction" else ()
     )
+    begun = False
     for number, row in records:
         if row is None:
             yield _Line(None, "empty line", {})
             continue
         kept: dict[str, Any] = {}
         if isinstance(row, dict):
+            missing = [column for column in keep or () if column not in row]
+            if missing and not begun:
+                raise FormatError(
+                    f"has no {missing[0]!r} to keep, only {shown(list(row), 200)}", path=name, line=number
+                )
             kept = dict(row) if keep is None else {column: row.get(column) for column in keep}
+            begun = True
+            if not any(value not in (None, "") for value in row.values()):
+                yield _Line(None, "empty line", kept)
+                continue
         record = columns(row)
         empty = [key for key in needed if isinstance(record, dict) and _is_blank(record.get(key))]
         if empty:
@@ -274,7 +293,7 @@ def predict_file(
 ) -> Iterator[dict[str, Any]]:
     """Predictions for a file, or for ``stdin`` if the source is ``-``; ``options`` as of `Predictor`.
 
-    A CSV or TSV file gives all of its columns beside them; of other lines ``keep`` names what is kept.
+    A CSV or TSV file gives all of its columns beside them; of other input ``keep`` names what is kept.
     """
     if source == "-":
         yield from Predictor(run_dir, **options).predict_lines(stdin, "<stdin>", keep)
@@ -283,8 +302,8 @@ def predict_file(
     if not path.is_file():
         raise UsageError(f"there is no file {source}; --input takes a file of lines, or - for standard input")
     predictor = Predictor(run_dir, **options)
-    if path.suffix in TABLES:
-        yield from predictor.predict_table(path)
+    if not is_lines(path):
+        yield from predictor.predict_table(path, None if path.suffix in TABLES else keep)
         return
     with path.open("rb") as file:
         yield from predictor.predict_lines(file, source, keep)

@@ -24,13 +24,16 @@ Records = Iterator[tuple[int, Any]]
 """(line or row from 1, object)"""
 
 
-def read_records(path: Path, problems: Problems) -> Records:
-    """Yield the records of a file by its suffix; lines that cannot be read go to ``problems``."""
+def read_records(path: Path, problems: Problems, *, to_label: bool = False) -> Records:
+    """Yield the records of a file by its suffix; lines that cannot be read go to ``problems``.
+
+    With ``to_label`` tables keep their blank rows, and may have one column.
+    """
     if path.suffix == ".parquet":
         return _parquet(path, problems)
     if path.suffix in (".csv", ".tsv"):
-        return _table(path, problems)
-    if path.suffix == ".json" and _first_sign(path) == b"[":
+        return _table(path, problems, to_label)
+    if not is_lines(path):
         return _array(path, problems)
     if path.suffix not in FORMATS:
         raise UsageError(f"{path}: expected a file that ends in {', '.join(FORMATS)}")
@@ -50,6 +53,12 @@ def json_lines(lines: Iterable[bytes | str], path: str, problems: Problems, firs
         except JsonError as error:
             at = f" at column {error.column}; expected one object a line" if error.column else ""
             problems.add(f"{error}{at}", path, line=number)
+
+
+def is_lines(path: Path) -> bool:
+    """Tell whether a file is to be read line by line: no table, no JSON array."""
+    array = path.suffix == ".json" and _first_sign(path) == b"["
+    return not array and path.suffix not in (".csv", ".tsv", ".parquet")
 
 
 def _first_sign(path: Path) -> bytes:
@@ -84,7 +93,7 @@ def _array(path: Path, problems: Problems) -> Records:
     yield from enumerate(values, 1)
 
 
-def _table(path: Path, problems: Problems) -> Records:
+def _table(path: Path, problems: Problems, to_label: bool) -> Records:
     """CSV as spreadsheets write it; TSV as it is published: tabs, no quotes, no line breaks in cells."""
     text = _text(path, problems)
     if text is None:
@@ -101,12 +110,16 @@ def _table(path: Path, problems: Problems) -> Records:
     try:
         for row in cells:
             if not any(cell.strip() for cell in row):
+                if to_label and columns is not None:
+                    yield cells.line_num, dict.fromkeys(columns, "")
                 continue
             if columns is None:
                 columns = [name.strip() for name in row]
-                if len(columns) < 2 or len(set(columns)) < len(columns):
+                least = 1 if to_label else 2
+                if len(columns) < least or len(set(columns)) < len(columns):
                     problems.add(
-                        f"the first line is {shown(row)}, expected the names of 2 or more columns, each once",
+                        f"the first line is {shown(row)}, expected the names of {least} or more columns, "
+                        "each once",
                         path,
                         line=1,
                     )

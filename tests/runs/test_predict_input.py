@@ -1,0 +1,137 @@
+"""What `mp2 predict` takes: every format that training takes; an output line for each line, columns kept."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import mp2, mp2_json
+from tuning_world import World, make_world
+
+from mp2.backbone import Backbone
+
+ONE = ("--iters", "1", "--router-search", "none", "--no-test", "--no-baselines")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> World:
+    return make_world(tmp_path_factory.mktemp("input"), tiny_backbone)
+
+
+@pytest.fixture(scope="module")
+def runs(world: World) -> dict[str, Path]:
+    cards = {"mood": world.card, "find": world.question_card, "pick": world.choice_card}
+    made = {name: mp2_json("bbt", *world.options(card=card), *ONE) for name, card in cards.items()}
+    return {name: Path(result["run_dir"]) for name, result in made.items()}
+
+
+def printed(run: Path, source: Path, *more: str) -> str:
+    done = mp2("predict", "--run", run, "--input", source, *more)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_tables_keep_blank_rows_and_may_have_one_column(runs: dict[str, Path], tmp_path: Path) -> None:
+    for suffix in (".csv", ".tsv"):
+        path = tmp_path / f"one{suffix}"
+        path.write_text("text\n好\n\n不好\n\n", "utf-8")
+        rows = list(csv.DictReader(printed(runs["mood"], path).splitlines()))
+        assert [row["text"] for row in rows] == ["好", "", "不好", ""]
+        assert [row["reason"] for row in rows] == ["", "empty line", "", "empty line"]
+        assert [bool(row["label"]) for row in rows] == [True, False, True, False]
+
+
+def test_columns_of_the_input_that_are_called_like_ours_are_kept_under_another_name(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "labelled.csv"
+    path.write_text("text,label,probability\n好,neg,9\n", "utf-8")
+    (row,) = csv.DictReader(printed(runs["mood"], path).splitlines())
+    assert (row["input_label"], row["input_probability"]) == ("neg", "9")
+    assert row["label"] in ("pos", "neg")
+    assert 0 <= float(row["probability"]) <= 1
+
+
+def test_a_json_array_is_read_like_lines(runs: dict[str, Path], tmp_path: Path) -> None:
+    records = [{"text": "好", "id": 1}, {"text": "", "id": 2}, {"text": "不好", "id": 3}]
+    array, lines = tmp_path / "a.json", tmp_path / "a.jsonl"
+    array.write_text(json.dumps(records, indent=1), "utf-8")
+    lines.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    found = printed(runs["mood"], array, "--keep", "id")
+    assert found == printed(runs["mood"], lines, "--keep", "id")
+    assert [json.loads(line)["id"] for line in found.splitlines()] == [1, 2, 3]
+
+
+def test_parquet_is_read(runs: dict[str, Path], tmp_path: Path) -> None:
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(arrow.table({"text": ["好", "不好"]}), path)
+    assert len(printed(runs["mood"], path).splitlines()) == 2
+
+
+def test_fields_have_their_names_in_the_input(runs: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "other.csv"
+    path.write_text("content,id\n好,1\n", "utf-8")
+    done = mp2("predict", "--run", runs["mood"], "--input", path)
+    assert done.exit_code == 2
+    assert "--field text=NAME gives its name there" in done.stderr
+    (row,) = csv.DictReader(printed(runs["mood"], path, "--field", "text=content").splitlines())
+    assert row["content"] == "好"
+    assert row["label"] in ("pos", "neg")
+
+
+def test_a_column_that_is_not_there_cannot_be_kept(runs: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "好", "id": 1}\n{"text": "好"}\n', "utf-8")
+    done = mp2("predict", "--run", runs["mood"], "--input", path, "--keep", "idd")
+    assert done.exit_code == 2
+    assert "a.jsonl:1: has no 'idd' to keep, only ['text', 'id']" in done.stderr
+    assert [json.loads(line)["id"] for line in printed(runs["mood"], path, "--keep", "id").splitlines()] == [
+        1,
+        None,
+    ]
+
+
+def test_multiple_choice_in_csv_has_its_option_in_every_row(
+    world: World, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    lines = (world.data / "pick" / "test.jsonl").read_text("utf-8").splitlines()
+    examples: list[dict[str, Any]] = [json.loads(line) for line in lines[:2]]
+    path = tmp_path / "pick.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["context", "question", "a", "b", "id"])
+        writer.writerow([""] * 5)
+        for i, example in enumerate(examples):
+            writer.writerow([example["context"], example["question"], *example["options"][:2], i])
+    found = printed(runs["pick"], path, "--field", "options=a,b")
+    rows = list(csv.DictReader(found.splitlines()))
+    assert [row["id"] for row in rows] == ["", "0", "1"]
+    assert rows[0]["reason"] == "empty line"
+    for row in rows[1:]:
+        assert row["option"] == (row["a"], row["b"])[int(row["label"])]
+
+
+def test_long_texts_of_extraction_are_one_line_each_whatever_windows_they_take(
+    world: World, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    lines = (world.data / "find" / "test.jsonl").read_text("utf-8").splitlines()
+    examples: list[dict[str, Any]] = [json.loads(line) for line in lines[:3]]
+    examples[1]["context"] = examples[1]["context"] * 40  # 96 tokens a window
+    path = tmp_path / "long.jsonl"
+    rows = [
+        {"context": example["context"], "question": example["question"], "id": i}
+        for i, example in enumerate(examples)
+    ]
+    rows.insert(2, {"context": "", "question": "", "id": 9})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    found = [json.loads(line) for line in printed(runs["find"], path, "--keep", "id").splitlines()]
+    assert [line["id"] for line in found] == [0, 1, 9, 2]
+    assert found[2] == {"id": 9, "answer": None, "probability": None, "reason": "context is empty"}
+    for line, row in zip(found, rows, strict=True):
+        if line["answer"] is not None:
+            assert line["answer"]
+            assert line["answer"] in row["context"]

@@ -10,14 +10,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mp2.errors import FormatError, LossError, MissingDependencyError, UsageError
+from mp2.errors import FormatError, LossError, MissingDependencyError, UsageError, shown
 from mp2.runs.config import BbtConfig
 from mp2.runs.frozen_model import FrozenModel, load_model
 from mp2.runs.needs import located
 from mp2.runs.run_folder import OWN_BACKBONE, OWN_PROMPTS, how_to_end, read_config
 from mp2.runs.scratch import ON_THE_FLY
 from mp2.runs.tuned import check_fits, load_tuned, run_card, tuned_head
-from mp2.tasks.problems import FirstProblem, shown
+from mp2.tasks.problems import FirstProblem
 from mp2.tasks.record import Columns, RecordParser, is_blank
 from mp2.tasks.record_files import Records, is_lines, json_lines, read_records
 
@@ -74,18 +74,16 @@ class Predictor:
 
         run_dir = Path(run_dir)
         config = read_config(run_dir)
-        _say_what_it_loads(
-            config, run_dir, {"backbone": backbone, "prompts": prompts, "engine": engine}, note
-        )
         try:
             self._z, meta = load_tuned(run_dir / "prompt.safetensors")
         except FormatError as error:
             raise FormatError(f"{error}; {how_to_end(run_dir)}") from error
         self.card: TaskCard = run_card(run_dir, meta)
-        moved = {"backbone": backbone, "revision": revision, "prompts": prompts, "engine": engine}
+        places = {"backbone": backbone, "prompts": prompts, "engine": engine}
         if runtime == "torch":
             config = replace(config, engine=None)  # that one needs none, wherever it is now
-        config = located(run_dir, config, moved)
+        recorded, config = config, located(run_dir, config, places | {"revision": revision})
+        _say_what_it_loads(recorded, run_dir, places, note)
         if runtime or precision or device:
             config = _computed_with(config, runtime or "auto", precision or "auto", device or "auto")
             model = load_model(config)

@@ -21,7 +21,7 @@ from mp2.tasks.lengths import lengths, none_fits
 from mp2.tasks.mrc import MrcFormatter
 from mp2.tasks.place import DataSet, Files, find_place
 from mp2.tasks.problems import AllProblems, Problem, grouped
-from mp2.tasks.record import parse_fields
+from mp2.tasks.record import MANY_LABELS, parse_fields
 
 if TYPE_CHECKING:
     from mp2.backbone.tokenizer import Tokenizer
@@ -63,11 +63,21 @@ class CheckReport:
             counts = ", ".join(f"{n} {split}" for split, n in self.n_examples.items())
             lines.append(f"{self.card.task}: {self.card.type}" + (f", {counts}" if counts else ""))
         for split, labels in self.n_by_label.items():
-            lines.append(f"  {split}: " + ", ".join(f"{label} {n}" for label, n in labels.items()))
+            lines.append(f"  {split}: {_counts(labels)}")
         lines += [f"  note: {remark}" for remark in self.remarks]
         of_kinds = f" of {n_kinds} kind{'s' if n_kinds > 1 else ''}" if n_kinds < n else ""
         lines.append(f"{n} problem{'s' if n > 1 else ''}{of_kinds}" if n else "no problems")
         return "\n".join(lines)
+
+
+def _counts(labels: Mapping[str, int]) -> str:
+    """Return the examples of each label; of many labels the rarest."""
+    short = {label: label if len(label) <= 40 else f"{label[:39]}…" for label in labels}
+    if len(labels) <= MANY_LABELS:
+        return ", ".join(f"{short[label]} {n}" for label, n in labels.items())
+    rare = sorted(labels, key=lambda label: labels[label])[:5]
+    fewest = ", ".join(f"{short[label]} {labels[label]}" for label in rare)
+    return f"{len(labels)} labels of {min(labels.values())} to {max(labels.values())}; fewest: {fewest}"
 
 
 def check_task(

@@ -52,8 +52,9 @@ class Lengths:
             if self.in_windows
             else f"are cut to {self.max_tokens}, half of them by {self.median_lost} or more"
         )
+        share = 100 * self.n_long / self.n
         return (
-            f"{100 * self.n_long / self.n:.0f} % of the {what} are too long and {done} "
+            f"{f'{share:.0f}' if share >= 1 else 'under 1'} % of the {what} are too long and {done} "
             f"(tokens: median {self.median}, longest {self.longest})"
         )
 

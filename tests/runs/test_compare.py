@@ -118,7 +118,7 @@ def test_what_cannot_be_compared_is_refused(runs: list[dict[str, Any]], tmp_path
     (broken / "curve.json").write_text(json.dumps({"loss": [[1]]}))
     done = mp2("compare", broken, "--picture", tmp_path / "p.png")
     assert done.exit_code == 2
-    assert "curve.json: not a run's curve" in done.stderr
+    assert "curve.json: field 'dev': missing" in done.stderr
 
 
 @pytest.mark.parametrize("dev", ["auto", "none"])

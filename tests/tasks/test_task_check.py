@@ -221,3 +221,13 @@ def test_more_tokens_than_the_backbone_has_are_refused() -> None:
     done = CliRunner().invoke(main, ["tasks", "check", "demo_topic", "--max-tokens", "9999"])
     assert done.exit_code == 2
     assert "max_tokens is 9999, expected at most 256" in done.output
+
+
+def test_many_labels_are_summed_up(tmp_path: Path, card_toml: dict[str, str], write_jsonl: Write) -> None:
+    text = card_toml["classification"]
+    labels = "\n".join(f'l{i} = "词{i}"' for i in range(30))
+    (tmp_path / "fruit.toml").write_text(text[: text.index("[labels]")] + f"[labels]\n{labels}\n", "utf-8")
+    lines = [{"text": f"今天{i} {n}", "label": f"l{i}"} for i in range(30) for n in range(2 + i)]
+    write_jsonl(tmp_path / "fruit" / "train.jsonl", lines)
+    shown = str(check_task(str(tmp_path / "fruit.toml"), tmp_path))
+    assert "  train: 30 labels of 2 to 31; fewest: l0 2, l1 3, l2 4, l3 5, l4 6\n" in shown

@@ -15,7 +15,7 @@ ON_CPUS := tests/engine tests/optimizers tests/runs
 JOBS ?= 2
 PYTEST := python -m pytest --numprocesses $(JOBS) --dist loadfile
 
-.PHONY: demo test test-cpus test-avx2 test-newest check constraints bench
+.PHONY: fuzz kill demo test test-cpus test-avx2 test-newest check constraints bench
 .DEFAULT_GOAL := demo
 
 $(STAMP): pyproject.toml constraints.txt
@@ -52,6 +52,14 @@ constraints:  ## write constraints.txt anew from the newest permitted versions; 
 	# without the local part: "torch==2.13.0" takes a CPU build where one lies on the machine
 	$(NEWEST)/bin/python -m pip freeze --exclude-editable | sed 's/+.*//' >> constraints.new
 	mv constraints.new constraints.txt
+
+N ?= 2000
+fuzz: $(STAMP)  ## N damaged copies of a file of every format: no traceback, no hang, nothing wrong accepted
+	MP2_FUZZ_CASES=$(N) $(BIN)/python -m pytest tests/fuzz
+
+kill: N = 50
+kill: $(STAMP)  ## N commands killed at random and started again: the bytes of one never killed
+	$(BIN)/python tests/kill/campaign.py --n $(N)
 
 check: $(STAMP)
 	$(BIN)/ruff check mp2 tests benchmarks

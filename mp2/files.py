@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from mp2.errors import UsageError
+from mp2.errors import Mp2Error, UsageError
 
 try:
     import fcntl
@@ -49,8 +49,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         finally:
             os.close(written)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(partial)):  # a full disk names none
+            error.filename = str(path)
         raise
     finally:
         os.close(held)
@@ -101,15 +103,24 @@ def open_own(path: Path, flags: int) -> int:
         raise
 
 
+def own_opener(name: str | os.PathLike[str], flags: int) -> int:
+    """``open_own`` as the ``opener`` of ``open``."""
+    return open_own(Path(name), flags)
+
+
 def open_to_append(path: Path) -> BinaryIO:
     """The file opened for appending, without a buffer; errors as of ``open_own``."""
-    return os.fdopen(open_own(path, os.O_WRONLY | os.O_APPEND), "ab", buffering=0)  # type: ignore[return-value]
+    return open(path, "ab", buffering=0, opener=own_opener)
 
 
 def write_all(file: BinaryIO, data: bytes) -> None:
     """Write to a file without a buffer, which may take a part only; raises ``OSError`` (full disk)."""
-    while data:
-        data = data[file.write(data) :]
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError as error:
+        error.filename = error.filename or file.name
+        raise
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -138,10 +149,20 @@ def write_json(path: Path, values: Mapping[str, Any], *, indent: int = 2) -> Non
     write_bytes(path, json_bytes(values, indent=indent) + b"\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, whole or not at all."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        Mp2Error: the system refused (full disk, ...).
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with whole_file(path) as partial:
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(on_cpu, partial, dict(metadata))
+        try:
+            save_file(on_cpu, partial, dict(metadata) if metadata else None)
+        except SafetensorError as error:
+            raise Mp2Error(f"cannot write {path}: {error}; make room") from error

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from mp2.backbone.checkpoint import checkpoint_names, read_shape, read_state
 from mp2.backbone.config import BackboneConfig
@@ -18,6 +17,7 @@ from mp2.backbone.tokenizer import Tokenizer
 from mp2.backbone.tokenizer_settings import TOKENIZER_FILES
 from mp2.backbone.weights import read_weights, tensors_sha256
 from mp2.errors import FormatError, MissingDependencyError, UnknownNameError, UsageError
+from mp2.files import write_tensors
 
 _FILES = ("config.json", *TOKENIZER_FILES)  # of the hub's, beside the weights
 
@@ -168,7 +168,7 @@ def save_backbone(backbone: Backbone, folder: str | Path, *, dtype: torch.dtype 
         architecture="BertForMaskedLM" if head is not None and head.transform is not None else "BertModel",
         tied_head=head is None or head.tied,
     )
-    save_file({n: t.to(dtype).contiguous() for n, t in tensors.items()}, folder / "model.safetensors")
+    write_tensors(folder / "model.safetensors", {n: t.to(dtype) for n, t in tensors.items()})
 
 
 def _download(repo: str, name: str, revision: str | None, known: Iterable[str]) -> Path:

@@ -157,7 +157,9 @@ def replaced(out: str | Path) -> Iterator[tuple[Path, Path]]:
     out = check_target(out)
     partial, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "old"))
     for left in (partial, old):
-        if left.exists():
+        if left.is_symlink():
+            left.unlink()
+        elif left.exists():
             shutil.rmtree(left)
     partial.mkdir(parents=True)
     try:
@@ -166,6 +168,9 @@ def replaced(out: str | Path) -> Iterator[tuple[Path, Path]]:
             out.rename(old)
         partial.rename(out)
         shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        error.filename = error.filename or str(out)  # a full disk names no file
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -79,7 +79,7 @@ class WeightStore:
         with (self._folder / file).open("ab") as out:
             offset = -(-out.tell() // _ALIGNMENT) * _ALIGNMENT
             out.write(b"\0" * (offset - out.tell()))
-            raw.tofile(out)
+            out.write(raw.data)
         place = (file, offset, raw.nbytes)
         self._arrays[name] = StoredArray(name, *place, tuple(data.shape), _DATA_TYPES[data.dtype])
 

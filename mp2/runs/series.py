@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 import time
@@ -92,7 +93,11 @@ def start_series(
             run_dir = new_folder(out, f"{problem.card.task}-{method}-seed{problem.config.seed}")
             locks.enter_context(locked(run_dir))
             runs.append(Run(run_dir, problem, logger(), started))
-            runs[-1].write_beginning(agreement)
+            try:
+                runs[-1].write_beginning(agreement)
+            except OSError:  # a full disk: what has not begun is no run
+                shutil.rmtree(run_dir, ignore_errors=True)
+                raise
         del problems, problem
         yield from _tune(runs, say)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from mp2.engine.folder import MANIFEST, EngineFolder
 from mp2.engine.onnx.library import load_onnxruntime
 from mp2.errors import FormatError, MissingDependencyError, Mp2Error
 from mp2.export.bundle_files import reading
+from mp2.json_files import read_object
 from mp2.limits import usable_cores
 
 _TYPES = {"tensor(int64)": "int64", "tensor(float)": "float32"}
@@ -123,7 +123,7 @@ def graph_of(task: reading.Task) -> str:
 def _is_bundle(path: Path) -> bool:
     """Tell whether a folder is meant to be a bundle: what is neither is no bundle, in its words."""
     try:
-        raw = json.loads((path / MANIFEST).read_text("utf-8"))
-    except (OSError, ValueError):
+        raw = read_object(path / MANIFEST)
+    except (OSError, FormatError):
         return True
-    return not isinstance(raw, dict) or raw.get("format") == BUNDLE_FORMAT or "runtime" not in raw
+    return raw.get("format") == BUNDLE_FORMAT or "runtime" not in raw

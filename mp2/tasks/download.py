@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 from mp2.errors import FormatError, Mp2Error, UsageError
+from mp2.files import own_opener, write_bytes
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_S = 60
@@ -56,7 +57,7 @@ def _get(address: str, partial: Path) -> None:
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
             go_on = start > 0 and answer.status == 206  # else the server sends it from its beginning
-            with partial.open("ab" if go_on else "wb") as file:
+            with open(partial, "ab" if go_on else "wb", opener=own_opener) as file:
                 while data := answer.read(CHUNK_BYTES):
                     file.write(data)
             expected = answer.headers.get("Content-Length")
@@ -81,12 +82,12 @@ def member(archive: Path, name: str, to: Path) -> Path:
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:
-                path.write_bytes(opened.read(_only(opened.namelist(), name, archive)))
+                write_bytes(path, opened.read(_only(opened.namelist(), name, archive)))
             return path
         with tarfile.open(archive) as tar:
             found = tar.extractfile(_only([m.name for m in tar.getmembers() if m.isfile()], name, archive))
             assert found is not None  # it is a file
-            path.write_bytes(found.read())
+            write_bytes(path, found.read())
         return path
     except (zipfile.BadZipFile, tarfile.TarError) as error:
         raise FormatError(f"not a zip or tar archive: {error}", path=archive) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import json
 import random
 import threading
 import time
@@ -20,6 +19,7 @@ import numpy as np
 
 from mp2.engine.endpoint.wire import JSON_LENGTH, message, tensors
 from mp2.errors import MismatchError, Mp2Error, UsageError
+from mp2.json_files import parse_json
 
 CONNECTIONS = 2  # to a server: one request is computed, the next is on its way
 _LONGEST_WAIT_S = 5.0
@@ -100,7 +100,7 @@ class Endpoints:
                 time.sleep(_pause(attempt))
                 attempt += 1
         try:
-            found = json.loads(data) if status == 200 else None
+            found = parse_json(data.decode("utf-8")) if status == 200 else None
         except ValueError:
             found = None
         if not isinstance(found, dict):
@@ -233,7 +233,7 @@ def _silent(url: str, error: Exception, patience_s: float) -> str:
 def _said(data: bytes) -> str:
     """Return a server's own words, or what there is of them."""
     try:
-        text = str(json.loads(data)["error"])
+        text = str(parse_json(data.decode("utf-8"))["error"])
     except (ValueError, KeyError, TypeError):
         text = data.decode("utf-8", "replace")
     return " ".join(text.split())[:300] or "nothing"

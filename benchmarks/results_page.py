@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import one_line_errors
+from benchmarks.paper import figure3, figure4, table5
 from benchmarks.paper.baselines import table as baselines_table
 from benchmarks.paper.router_tables import cost_table, quality_table
-from benchmarks.paper.transfer_render import markdown as transfer_table
+from benchmarks.paper.table3_render import beside_paper
+from benchmarks.paper.table3_render import markdown as transfer_table
 from benchmarks.speed.rounds import ranged
 from benchmarks.speed.table4_render import table as table4
 
@@ -176,8 +178,8 @@ SECTIONS = [
     Section(
         title="Scores over a pre-trained encoder (m3e-small)",
         files=["transfer_m3e_small.json"],
-        command="python -m benchmarks.paper.transfer --data DIR --backbone DIR --prompts FILE "
-        "--methods majority deep bbtv2",
+        command="python -m benchmarks.paper table3 --data DIR --backbone DIR --prompts FILE "
+        "--methods majority deep bbtv2-mp2-head",
         text="m3e-small: BERT of 4 layers x 512, made by others, licence for research only, not in this "
         "repository; `recipes/m3e_small.sh` gets it and trains the prompts (20 upstream tasks). The "
         "table after this one has what the same examples give without prompts.",
@@ -194,7 +196,8 @@ SECTIONS = [
     Section(
         title="Scores over the embedded backbone (mini)",
         files=["transfer.json"],
-        command="python -m benchmarks.paper.transfer --data DIR",
+        command="python -m benchmarks.paper table3 --data DIR "
+        "--methods majority deep bbtv2-mp2-head shallow bbt-mp2-head gradient",
         text="mini was itself trained on labelled tasks: with its span head, a prompt of zeros already "
         "answers upstream kinds of tasks. Deep MP2 is not better than BBTv2 with the same head here.",
         table=transfer,
@@ -221,7 +224,7 @@ SECTIONS = [
     Section(
         title="Speed: Table 4 at 24 layers",
         files=["table4.json"],
-        command="python -m benchmarks.speed.table4 --data DIR",
+        command="python -m benchmarks.paper table4 --data DIR",
         text="CPT-large's shape with random weights on two CPU cores, beside the paper's RTX 3090.",
         table=lambda results: table4(results[0]["rows"]),
     ),
@@ -259,7 +262,7 @@ SECTIONS = [
     Section(
         title="Do routers group by task family? (Figure 5)",
         files=["figure5_m3e_small_hard.json", "figure5_m3e_small_soft.json", "figure5.json"],
-        command="python -m benchmarks.paper.figure5",
+        command="python -m benchmarks.paper figure5",
         text="Hierarchical clusters of the learned routers against the families of their tasks.",
         table=router_groups,
     ),
@@ -286,6 +289,47 @@ SECTIONS = [
         table=full_shape,
     ),
 ]
+
+# those of `python -m benchmarks.paper` that have been run
+PAPER = [
+    Section(
+        title="Table 3: every method",
+        files=["table3.json"],
+        command="python -m benchmarks.paper table3 --data DIR --prompts FILE ...",
+        text="Test score in per cent. First the paper's number, ours and the difference; then all columns.",
+        table=lambda results: beside_paper(results[0]["rows"]) + "\n\n" + transfer(results),
+    ),
+    Section(
+        title="Table 5: fast and slow learning",
+        files=["table5.json"],
+        command="python -m benchmarks.paper table5 --data DIR --prompts FILE ...",
+        text="Test score by gradient, under prompts that were pre-trained with two rates or with one.",
+        table=lambda results: table5.table(results[0]["rows"]),
+    ),
+    Section(
+        title="Figure 3: the two stages",
+        files=["figure3.json"],
+        command="python -m benchmarks.paper figure3 --data DIR",
+        text="Shallow MP2 on dev, by gradient and black-box; mean and standard deviation over the seeds. "
+        "![Figure 3](../benchmarks/results/figure3.png)",
+        table=lambda results: figure3.table(results[0]["rows"]),
+    ),
+    Section(
+        title="Figure 4a: number of labels",
+        files=["figure4a.json"],
+        command="python -m benchmarks.paper figure4a --data DIR --prompts FILE ...",
+        text="Test accuracy on subsets of IFLYTEK. ![Figure 4a](../benchmarks/results/figure4a.png)",
+        table=lambda results: figure4.table(results[0]["rows"], results[0]["x"]),
+    ),
+    Section(
+        title="Figure 4b: number of examples",
+        files=["figure4b.json"],
+        command="python -m benchmarks.paper figure4b --data DIR --prompts FILE ...",
+        text="Test accuracy on LCQMC. ![Figure 4b](../benchmarks/results/figure4b.png)",
+        table=lambda results: figure4.table(results[0]["rows"], results[0]["x"]),
+    ),
+]
+SECTIONS[:0] = [section for section in PAPER if (RESULTS / section.files[0]).is_file()]
 
 HEAD = """# Results
 
@@ -314,7 +358,7 @@ def readme_scores() -> str:
         "TF-IDF": "TF-IDF",
         "linear probe": "linear probe",
         "untuned": "untuned",
-        "BBTv2": "BBTv2, MP2's head",
+        "BBTv2, MP2's head": "BBTv2, MP2's head",
         "deep router-only": "MP2, stage I",
         "deep": "MP2, two stages",
     }

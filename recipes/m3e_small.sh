@@ -29,8 +29,8 @@ mp2 pretrain --backbone "$backbone" --data "$upstream" --tasks "${tasks[@]}" --o
   --dev-limit 100
 
 # 3. do routers group by task family?
-python -m benchmarks.paper.figure5 --prompts "$work/deep/prompts.safetensors" --router soft --out "$work/figure5"
+python -m benchmarks.paper figure5 --prompts "$work/deep/prompts.safetensors" --router soft --out "$work/figure5"
 
 # 4. few-shot: MP2 against the same tuner from scratch, same budget
-python -m benchmarks.paper.transfer --data "$downstream" --backbone "$backbone" --prompts "$work/deep/prompts.safetensors" \
-  --methods majority deep bbtv2 --work "$work/transfer" --out "$work/transfer.json"
+python -m benchmarks.paper table3 --data "$downstream" --backbone "$backbone" --prompts "$work/deep/prompts.safetensors" \
+  --methods majority deep bbtv2-mp2-head --work "$work/transfer" --out "$work/transfer.json"

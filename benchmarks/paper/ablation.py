@@ -4,7 +4,7 @@ Section 3.2 of the paper leaves the injection open; the authors' code adds promp
 before every layer (``mp2/backbone/encoder.py``), mp2 puts them before every layer's keys and values. Here
 deep prompts are pre-trained three times over the same frozen backbone, with the same seed, batches, steps and
 rates: as prefixes, inline, and as prefixes whose routers are divided by their sum. Then each is tuned by
-gradient on downstream tasks (``benchmarks/transfer_methods.py`` says what the methods are), beside prompt
+gradient on downstream tasks (``benchmarks/paper/methods.py`` says what the methods are), beside prompt
 tuning from scratch under both injections.
 
     python -m benchmarks.paper.ablation --upstream DIR --data DIR             # started again, it goes on
@@ -30,8 +30,9 @@ from typing import Any
 import torch
 
 from benchmarks.command import one_line_errors
-from benchmarks.paper.transfer import cell_file, claim_folder, work_through, write_results
-from benchmarks.paper.transfer_methods import METHODS, Lab, Settings
+from benchmarks.paper.cells import Cell, cell_file, claim_folder, work_through
+from benchmarks.paper.methods import METHODS, Lab, Settings
+from benchmarks.paper.table3 import write_results
 from benchmarks.provenance import RESULTS, provenance
 from mp2.backbone import Backbone, load_backbone
 from mp2.errors import UnknownNameError
@@ -142,11 +143,12 @@ def compute(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         for task in args.tasks:
             for method in args.methods:
-                if cell_file(args.work, method, task, seed).exists():
+                cell = Cell(method, task, seed)
+                if cell_file(args.work, cell).exists():
                     continue
                 if time.monotonic() > end:
                     return
-                work_through(lab, [(seed, task, method)], where_from, _say)
+                work_through(lab, [cell], where_from, _say)
 
 
 def _say(line: str) -> None:

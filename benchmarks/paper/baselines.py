@@ -1,7 +1,7 @@
 """What the same few-shot examples give without prompts: majority, TF-IDF, linear probe, nearest clause.
 
 The lines that stand beside Table 3: for every task in DIR and the two embedded ones, ``mp2 baselines`` over
-the seeds, with the splits and the first ``--test-limit`` test examples of ``benchmarks.paper.transfer``.
+the seeds, with the splits and the first ``--test-limit`` test examples of Table 3.
 
     python -m benchmarks.paper.baselines --data DIR [--backbone mini] [--seeds 8 13 21 42 100]
 
@@ -17,7 +17,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.command import one_line_errors
-from benchmarks.paper.transfer import SEEDS, TASKS
+from benchmarks.paper.options import SEEDS
+from benchmarks.paper.table3 import TASKS
 from benchmarks.provenance import RESULTS, provenance
 from mp2.backbone import load_backbone
 from mp2.files import write_json
@@ -68,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--backbone", default="mini", help="the encoder that is probed")
-    parser.add_argument("--tasks", nargs="+", help="default: those of the transfer table, and the demos")
+    parser.add_argument("--tasks", nargs="+", help="default: those of Table 3, and the demos")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--test-limit", type=int, default=300)
     parser.add_argument("--max-tokens", type=int, default=128)

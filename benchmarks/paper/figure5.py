@@ -6,7 +6,7 @@ many clusters as there are task families on the task cards. The adjusted Rand in
 and families agree: 0 by chance, 1 for the same partition. Beside it stands what routers that are shuffled
 over the tasks give: mean, 95 % quantile, and the share of shuffles that agree at least as well (p).
 
-    python -m benchmarks.paper.figure5 [--prompts mini-deep mini-shallow FILE ...] [--router soft]
+    python -m benchmarks.paper figure5 [--prompts mini-deep mini-shallow FILE ...] [--router soft]
 
 Writes benchmarks/results/figure5_<kind>.png and figure5.json; takes seconds. The paper (shallow, 38 tasks)
 shows the tree and names groups, without a measure. Twins with exchanged labels (``<task>_rotated``, earlier
@@ -17,6 +17,7 @@ to is not given. So are tasks whose card is not one of the package.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,11 @@ def row(name: str, prompts: PromptSet, weights: str, found: Clustering) -> dict[
 
 @one_line_errors()
 def main() -> None:
+    """See `run`."""
+    run()
+
+
+def run(words: Sequence[str] | None = None) -> None:
     """Cluster the routers of each prompt file, draw, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--prompts", nargs="+", default=["mini-deep", "mini-shallow"])
@@ -186,7 +192,7 @@ def main() -> None:
     parser.add_argument("--shuffles", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of figure5.json and the pictures")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     rows = []
     for name in args.prompts:
         prompts = load_prompts(name)

@@ -1,11 +1,12 @@
-"""The transfer benchmark's table and answers as Markdown."""
+"""Table 3's table and answers as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from benchmarks.paper.transfer_table import TRACKS, Row, columns_of, counts, means
+from benchmarks.paper.published import QUOTED, TABLE3, UNSEEN_DATA, UNSEEN_TASK, beside
+from benchmarks.paper.table3_scores import TRACKS, Row, columns_of, counts, means
 
 
 def markdown(
@@ -48,6 +49,32 @@ def markdown(
     return "\n".join(lines)
 
 
+def beside_paper(rows: Sequence[Row]) -> str:
+    """The paper's numbers, ours (mean ± sd) and the difference: three lines a method, a column a task.
+
+    CPM-2 is quoted from the paper; what the paper has no line for is left out.
+    """
+    ours = {(row["column"], row["task"]): row for row in rows if "mean" in row}
+    tasks = [t for t in (*UNSEEN_DATA, *UNSEEN_TASK) if any(task == t for _, task in ours)]
+    if not tasks:
+        return "None of these tasks is in the paper."
+    lines = [f"| method | whose | {' | '.join(tasks)} |", "| --- | --- |" + " ---: |" * len(tasks)]
+    for column, theirs in TABLE3.items():
+        if column not in QUOTED and not any((column, task) in ours for task in tasks):
+            continue
+        found = [ours.get((column, task)) for task in tasks]
+        texts = [
+            beside(theirs.get(task), *((None, None) if row is None else (row["mean"], row["sd"], row["n"])))
+            for task, row in zip(tasks, found, strict=True)
+        ]
+        papers, own, differences = zip(*texts, strict=True)
+        lines.append(f"| {column} | paper | {' | '.join(papers)} |")
+        if column not in QUOTED:
+            lines.append(f"| | ours | {' | '.join(own)} |")
+            lines.append(f"| | difference | {' | '.join(differences)} |")
+    return "\n".join(lines)
+
+
 def _sentence(answer: dict[str, Any]) -> str:
     error = "" if answer["gap_se"] is None else f" ± {answer['gap_se']:.1f}"
     clear = (
@@ -70,7 +97,7 @@ def _footnote(rows: Sequence[Row], settings: dict[str, Any]) -> str:
         f"examples; backbone {settings['backbone']}; {settings['iters']} iterations (black-box), "
         f"{settings['epochs']} epochs (gradient); at most {settings['max_tokens']} tokens. Majority: the "
         "test set's most frequent label or option; in extraction tasks the whole context as the answer. What "
-        "is from scratch, BBT and BBTv2 too, has the span head of the pre-trained prompts."
+        'says "scratch" or "MP2\'s head" has the span head of the pre-trained prompts.'
     )
 
 

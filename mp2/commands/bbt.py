@@ -114,7 +114,8 @@ def _explain(typed: dict[str, Any], given: set[str], as_json: bool) -> None:
     configs = _configs(typed, given)
     problem = make_problem(configs[0])
     _check_kind(given, problem.model.kind)
-    plan, agreement = run_plan(problem), precision_agreement(problem)
+    agreement = precision_agreement(problem)  # an overflow in it changes the precision that is planned
+    plan = run_plan(problem)
     if as_json:
         found = None if agreement is None else agreement.as_dict()
         click.echo(as_json_text(plan | {"precision_agreement": found}))

@@ -74,25 +74,27 @@ def _take_in(  # type: ignore[no-untyped-def]
     return higher, total, sums * shrink[:, None] + own
 
 
-@triton.jit(do_not_specialize=["row_stride", "candidate_stride", "n_slots", "n_prefix"])
+@triton.jit(do_not_specialize=["n_slots", "n_prefix"])
 def _attend(  # type: ignore[no-untyped-def]
-    qkv, keys, values, out, tiles, row_stride, candidate_stride, n_slots, n_prefix, scale,
+    qkv, keys, values, out, tiles, n_slots, n_prefix, scale,
     HEADS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ONE_TEXT: tl.constexpr, ONE_PREFIX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    # every offset is a multiple of the static SIZE, or loads would go number by number
     tile, head, candidate = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start = tl.load(tiles + 3 * tile).to(tl.int64)  # the slot of the sequence's first token
     length = tl.load(tiles + 3 * tile + 1)
     own = tl.load(tiles + 3 * tile + 2) + tl.arange(0, QUERIES)
     d = tl.arange(0, WIDE)
     part = HEADS * SIZE  # queries, keys and values of a slot lie one after another
-    text = qkv + candidate * row_stride + start * 3 * part + head * SIZE
+    row = start if ONE_TEXT else candidate * n_slots + start
+    text = qkv + row * (3 * part) + head * SIZE
     real = (own < length)[:, None] & (d < SIZE)[None, :]
     query = tl.load(text + own[:, None] * (3 * part) + d[None, :], mask=real, other=0.0)
     top = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     sums = tl.zeros([QUERIES, WIDE], tl.float32)
-    prefix = candidate * candidate_stride + head * n_prefix * SIZE
+    prefix = (head if ONE_PREFIX else candidate * HEADS + head) * n_prefix * SIZE
     for first in range(0, n_prefix, KEYS):
         n = first + tl.arange(0, KEYS)
         seen = n < n_prefix
@@ -160,10 +162,9 @@ def attend(qkv: torch.Tensor, spans: Spans, prefix: tuple[torch.Tensor, torch.Te
     tiles = spans.tiles(_QUERIES)
     with _on(qkv):
         _attend[(len(tiles), heads, p)](
-            qkv, keys, values, out, tiles,
-            0 if b == 1 else qkv.stride(0), 0 if c == 1 else keys.stride(0),
-            s, keys.shape[2], _LOG2E * size**-0.5,
+            qkv, keys, values, out, tiles, s, keys.shape[2], _LOG2E * size**-0.5,
             HEADS=heads, SIZE=size, WIDE=max(16, triton.next_power_of_2(size)), QUERIES=_QUERIES, KEYS=_KEYS,
+            ONE_TEXT=b == 1, ONE_PREFIX=c == 1,
             PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2,
         )  # fmt: skip
     return out

@@ -139,5 +139,5 @@ def _arm(moment: Moment) -> None:
 
     arm(MlmTrainer)
     arm(Pretrainer)
-    files.os = SimpleNamespace(fsync=os.fsync, replace=put_in_place)  # type: ignore[assignment]
+    files.os = SimpleNamespace(**vars(os) | {"replace": put_in_place})  # type: ignore[assignment]
     fire("start")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ import click
 
 from mp2.commands.options import TASK, build, config_options, log_option, read_seeds
 from mp2.commands.paths import PATH
-from mp2.commands.printing import as_json_text, given, notes, quiet_option, show_table
+from mp2.commands.printing import as_json_text, given, notes, quiet_option, show, show_table
 from mp2.errors import UsageError
 from mp2.optimizers.config import Kind
 from mp2.runs.config import BbtConfig
@@ -71,6 +72,7 @@ def bbt(ctx: click.Context, /, as_json: bool, **typed: Any) -> None:
         click.echo(as_json_text(results if _asks_for_many(typed) else results[0]))
     elif len(results) > 1:
         show_series(results)
+        show(f"their curves in one picture: mp2 compare {shlex.join(r['run_dir'] for r in results)}")
 
 
 def _results(typed: dict[str, Any], given: set[str]) -> Iterator[dict[str, Any]]:

@@ -127,3 +127,19 @@ def test_a_runs_picture_has_its_baselines(world: World, lines: list[float], dev:
     split = "dev_score" if dev == "auto" else "test_score"
     assert lines == [line[split] for line in result["baselines"].values()]
     assert {"majority", "probe", "tfidf"} == set(result["baselines"])
+
+
+def test_a_series_ends_with_its_table_and_what_to_type_next(world: World) -> None:
+    words = ("--iters", "2", "--router-search", "none", "--shots", "2", "--seeds", "8,13")
+    done = mp2("bbt", *world.options(), *words)
+    assert done.exit_code == 0, done.output
+    *_, head, first, second, mean, last = done.stdout.splitlines()
+    assert head.split()[:4] == ["task", "seed", "train", "loss"]
+    assert head.split()[4:7] == ["majority", "TF-IDF", "probe"]
+    assert [line.split()[:2] for line in (first, second, mean)] == [
+        ["mood", "8"],
+        ["mood", "13"],
+        ["mood", "mean"],
+    ]
+    assert last.startswith("their curves in one picture: mp2 compare ")
+    assert mp2(*last.split("mp2 ", 1)[1].split(), "--picture", world.root / "p.png").exit_code == 0

@@ -83,12 +83,13 @@ def zipped(**files: str) -> bytes:
     return held.getvalue()
 
 
-def tarred(name: str, text: str) -> bytes:
+def tarred(files: dict[str, str]) -> bytes:
     held = io.BytesIO()
     with tarfile.open(fileobj=held, mode="w:gz") as archive:
-        info = tarfile.TarInfo(name)
-        info.size = len(text.encode())
-        archive.addfile(info, io.BytesIO(text.encode()))
+        for name, text in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(text.encode())
+            archive.addfile(info, io.BytesIO(text.encode()))
     return held.getvalue()
 
 
@@ -169,7 +170,7 @@ def test_squad_in_a_tar_archive(web: Web, make_card: MakeCard, tmp_path: Path) -
         {"question": "谁", "answers": [], "is_impossible": True},
     ]
     text = json.dumps({"data": [{"paragraphs": [{"context": "今天天气", "qas": questions}]}]})
-    address = web.put("set.tar.gz", tarred("set/train.json", text))
+    address = web.put("set.tar.gz", tarred({"set/train.json": text}))
     card = _card(
         make_card,
         "extraction",

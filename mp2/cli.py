@@ -88,15 +88,20 @@ class _Group(click.Group):
             note(f"mp2: {where}: {error.strerror}")
             _forget_output(error)
             sys.exit(1 if error.errno in _MACHINE else 2)
+        except KeyboardInterrupt:
+            click.echo("mp2: stopped", err=True)
+            sys.exit(130)
         except (MemoryError, RuntimeError, ImportError) as error:
             if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in _NO_MEMORY):
                 raise
             said = str(error).strip().splitlines()[:1] or ["no more was given"]
             note(f"mp2: out of memory: {said[0]}; give it more, or ask for less")
             sys.exit(1)
-        except KeyboardInterrupt:
-            click.echo("mp2: stopped", err=True)
-            sys.exit(130)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of libraries in Rust: no Exception of Python's
+                raise
+            note(f"mp2: a library failed: {' '.join(str(error).split())}")
+            sys.exit(1)
 
 
 @click.group(

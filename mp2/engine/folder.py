@@ -139,6 +139,20 @@ class EngineFolder:
                 f"run 'mp2 export --backbone {backbone.config.name} --out {self.path}' "
                 "or pass the folder that fits"
             )
+        config = backbone.config
+        for name in ("n_layers", "hidden", "n_heads", "ffn", "vocab_size", "activation", "token_type"):
+            if (said := getattr(entry, name)) != (wanted := getattr(config, name)):
+                raise FormatError(
+                    f"is {shown(said)}, expected {wanted!r} of these weights; {_AGAIN}",
+                    path=self._at,
+                    field=f"backbone.{name}",
+                )
+        if self.manifest.max_tokens > config.max_positions:
+            raise FormatError(
+                f"is {self.manifest.max_tokens}, expected at most {config.max_positions}; {_AGAIN}",
+                path=self._at,
+                field="max_tokens",
+            )
 
     def _check_files(self) -> None:
         again = "the folder is damaged or incomplete: export the engine again"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,17 @@ from numpy.typing import NDArray
 
 from mp2.errors import FormatError, MismatchError, UsageError, shown
 from mp2.files import json_bytes, write_bytes
-from mp2.json_files import Fields, Rule, WrongValue, check, dataclass_rule, one_of, parse_object, whole
+from mp2.json_files import (
+    Fields,
+    Rule,
+    WrongValue,
+    check,
+    dataclass_rule,
+    number,
+    one_of,
+    parse_object,
+    whole,
+)
 from mp2.tensor_files import open_safetensors
 
 if TYPE_CHECKING:
@@ -64,9 +74,9 @@ def _meta(value: Any, where: str) -> TunedMeta:
         rule(getattr(meta, name), name)
     if meta.temperature <= 0:
         raise WrongValue("temperature", f"is {meta.temperature}, expected a number above 0")
-    for number, layer in enumerate(meta.router):
+    for at, layer in enumerate(meta.router):
         if not _ROUTER.fullmatch(layer):
-            raise WrongValue(f"router[{number}]", f"is {shown(layer)}, expected a text of 0 and 1")
+            raise WrongValue(f"router[{at}]", f"is {shown(layer)}, expected a text of 0 and 1")
     return meta
 
 
@@ -93,9 +103,8 @@ def tuned_head(
         FormatError: no such head, or its tensors are not those of one.
         UsageError: the checkpoint has no masked-language-model head.
     """
-    from safetensors.numpy import load_file
-
     from mp2.heads import FittedRidge, LabelWordHead, SpanHead
+    from mp2.heads.ridge import RidgeSettings
 
     kind = meta.head.get("kind")
     if kind == "span":
@@ -108,11 +117,38 @@ def tuned_head(
             )
         return LabelWordHead(backbone.mlm_head, words)
     if kind == "ridge":
+        known = [item.name for item in fields(RidgeSettings)]
+        stored = {name: meta.head[name] for name in known if name in meta.head}
+        chosen: RidgeSettings = check(stored, dataclass_rule(RidgeSettings), path, where="head")
+        check(chosen.layer, whole(0, backbone.config.n_layers), path, where="head.layer")
+        check(chosen.temperature, number(0), path, where="head.temperature")
         try:
-            return FittedRidge.from_state(meta.head, load_file(path))
+            head = FittedRidge.from_state(meta.head, _head_arrays(path))
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"not a ridge head's: {error}", path=path, field="head") from error
+        n_rows, hidden = len(head.state_weight), backbone.config.hidden
+        if not n_rows or n_rows % hidden:
+            raise FormatError(
+                f"has {n_rows} rows, expected a multiple of the hidden size {hidden}",
+                path=path,
+                field="ridge_state_weight",
+            )
+        return head
     raise FormatError(f"is {kind!r}, expected span, mlm or ridge", path=path, field="head.kind")
+
+
+def _head_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The tensors beside z; raises ``FormatError`` for other types than a head's, and for NaN."""
+    arrays = {}
+    with open_safetensors(path, "numpy") as file:
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            dtype = file.get_slice(name).get_dtype()
+            if dtype not in ("F32", "F64", "I64"):
+                raise FormatError(f"is {dtype}, expected F32, F64 or I64", path=path, field=name)
+            arrays[name] = file.get_tensor(name)
+            if not np.isfinite(arrays[name]).all():
+                raise FormatError("holds NaN or infinity: a damaged prompt", path=path, field=name)
+    return arrays
 
 
 def save_tuned(

@@ -140,6 +140,7 @@ def test_from_ask_to_loss_is_a_short_walk(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(LayerCma, "ask", watched_ask)
     config = BbtConfig(
         task="demo_topic",
+        head="span",
         iters=48,
         router=RouterConfig(iterations=8),
         runtime="torch",
@@ -158,6 +159,7 @@ def test_from_ask_to_loss_is_a_short_walk(tmp_path: Path, monkeypatch: pytest.Mo
 def test_from_a_line_to_its_label_is_a_short_walk(tmp_path: Path) -> None:
     config = BbtConfig(
         task="demo_topic",
+        head="span",
         iters=24,
         router=RouterConfig(method="none"),
         runtime="torch",

@@ -39,7 +39,7 @@ class World:
 
     def options(self, *, kind: str = "deep", card: Path | None = None) -> list[str]:
         """Options of ``mp2 bbt`` that name this world."""
-        return [*self.tune_options(kind=kind, card=card), "--runtime", "torch"]
+        return [*self.tune_options(kind=kind, card=card), "--runtime", "torch", "--head", "span"]
 
     def tune_options(self, *, kind: str = "deep", card: Path | None = None) -> list[str]:
         """Those of ``mp2 tune``, which has no choice of runtimes."""

@@ -250,6 +250,7 @@ def main() -> None:
                 data=str(find_data(args.data, task)),
                 backbone=args.backbone,
                 prompts=args.prompts,
+                head="span",
                 kind=kind,
                 router=RouterConfig(),
                 seed=seed,

@@ -113,7 +113,9 @@ def main() -> None:
     rows = []
     for task in tasks:
         data = str(args.data) if args.data else None
-        row = run(BbtConfig(task=task, data=data, iters=args.iters, threads=args.threads, test=False))
+        row = run(
+            BbtConfig(task=task, data=data, head="span", iters=args.iters, threads=args.threads, test=False)
+        )
         rows.append(row)
         print(
             f"{task}: {100 * row['outside_share']:.1f}% outside forwards, "

@@ -333,6 +333,7 @@ def run(words: Sequence[str] | None = None) -> None:
                 data=str(args.data),
                 backbone=backbone.name,
                 prompts="random",
+                head="span",
                 kind=kind,
                 iters=args.iters,
                 seed=SEED,

@@ -198,6 +198,7 @@ def main() -> None:
                     backbone=shape,
                     prompts="random" if shape != "mini" else f"mini-{kind}",
                     kind=kind,
+                    head="span",
                     iters=args.iters,
                     router=RouterConfig(iterations=min(100, args.iters // 2)),
                     test_limit=args.test_limit,

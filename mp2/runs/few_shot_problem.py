@@ -29,9 +29,18 @@ class FewShotProblem:
     """Few-shot train and dev of one task and seed, formatted; the training loss; scores on any split."""
 
     def __init__(
-        self, config: BbtConfig, card: TaskCard, model: FrozenModel, data: TaskData | None = None
+        self,
+        config: BbtConfig,
+        card: TaskCard,
+        model: FrozenModel,
+        data: TaskData | None = None,
+        begun_with: tuple[str, str] | None = None,
     ) -> None:
-        """``data``: the task's, where another seed has read it already."""
+        """``data``: the task's, where another seed has read it already.
+
+        ``begun_with``: kind and reason of the head that a run which goes on was begun with: ``auto`` does not
+        choose again.
+        """
         from mp2.engine import Objective, Scorer
         from mp2.tasks import few_shot_split
 
@@ -54,7 +63,7 @@ class FewShotProblem:
         chooser = HeadChooser(
             card, model.backend, model.prompts, self.data.formatter, split.train, config.ridge_features
         )
-        self.head = chooser.choose(config.head)
+        self.head = chooser.choose(config.head) if begun_with is None else chooser.choose(*begun_with)
         self.train_inputs = self.head.train_inputs
         self.dev_inputs = self.data.inputs(split.dev, self.head.kind)
         self.n_train, self.n_dev = len(split.train), len(split.dev)

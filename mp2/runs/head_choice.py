@@ -1,10 +1,15 @@
 """Which head a run reads its answers with (``--head``), and why.
 
-``span`` is the paper's, was trained with the prompts, and is taken where they have one. ``mlm`` is the
-checkpoint's own head of masked language modelling. ``ridge`` is fitted in closed form to the few-shot
-examples. Between these two, ``auto`` takes the one with the lower loss on the training examples before
-anything is tuned: the cross-entropy over the labels, for ridge of predictions that leave each example out.
-Dev and test have no say.
+``span`` is the paper's and was trained with the prompts. ``mlm`` is the checkpoint's own head of masked
+language modelling. ``ridge`` is fitted in closed form to the few-shot examples. ``auto`` compares losses on
+the training examples before anything is tuned, the cross-entropy over the labels; dev and test have no say:
+
+- ridge's losses are those of predictions that leave each example out;
+- of pre-trained prompts the span head is given the best prompt known, the untuned one or that of any task it
+  was pre-trained on, and one temperature: its losses are not calibrated as ridge's are. It is taken unless
+  ridge is better by more than a standard error of the mean difference (the rule of one standard error,
+  Breiman et al. 1984): tuning, which is still to come, moves the span head more;
+- where no prompts were pre-trained, label words and ridge are compared, and the lower loss is taken.
 """
 
 from __future__ import annotations
@@ -48,6 +53,7 @@ class HeadChoice:
     head: Head
     train_inputs: list[MrcInput]
     reason: str
+    compared: bool = False  # whether ridge was asked, too, and not taken
 
     def as_dict(self) -> dict[str, Any]:
         """What config.json and result.json say of it."""
@@ -75,8 +81,8 @@ class HeadChooser:
         self._card, self._backend, self._prompts = card, backend, prompts
         self._formatter, self._train, self._features = formatter, list(train), features
 
-    def choose(self, kind: str) -> HeadChoice:
-        """The head of ``kind``; for ``auto`` the one with the lowest loss.
+    def choose(self, kind: str, reason: str = "asked for") -> HeadChoice:
+        """The head of ``kind``, ``reason`` with it; for ``auto`` the one that seems best, and why.
 
         Raises:
             UsageError: the task or the backbone has no such head, or none at all.
@@ -87,22 +93,38 @@ class HeadChooser:
                     "these prompts have no span head, which is trained with pre-trained prompts: use --head "
                     "auto, ridge or mlm, or give --prompts of 'mp2 pretrain'"
                 )
-            return self._span("asked for")
+            return self._span(reason)
         if kind == "mlm":
-            return self._mlm("asked for")[1]
+            return self._mlm(reason)[1]
         if kind == "ridge":
-            return self._ridge("asked for")[1]
-        return self._best()
+            return self._ridge(reason)[1]
+        return self._span_or_ridge() if self._prompts.has_span_head else self._ridge_or_mlm()
 
-    def _best(self) -> HeadChoice:
-        if self._prompts.has_span_head:
-            return self._span("the head of the pre-trained prompts")
+    def _span_or_ridge(self) -> HeadChoice:
+        if self._card.type != "classification":
+            return self._span("the head of the pre-trained prompts; ridge is for classification")
+        span, losses, n_known = self._best_known_span()
+        try:
+            others, ridge = self._ridge("")
+        except UsageError as error:  # no room for the fields
+            return replace(span, reason=f"ridge cannot read this task ({error})")
+        gain = losses - others
+        margin, loss, other = float(np.std(gain, ddof=1) / np.sqrt(len(gain))), losses.mean(), others.mean()
+        known = f"{loss:.3f} under the best of {n_known} known prompts"
+        if gain.mean() > margin:
+            return replace(ridge, reason=f"leave-one-out loss {other:.3f}, of the span head {known}")
+        reason = f"training loss {known}, of ridge {other:.3f}"
+        reason = f"{reason}: not better by a standard error, {margin:.3f}"
+        return replace(span, reason=reason, compared=True)
+
+    def _ridge_or_mlm(self) -> HeadChoice:
         if self._card.type != "classification":
             raise UsageError(
                 f"task '{self._card.task}' is {self._card.type.replace('_', ' ')}, which only the span head "
                 "reads, and that comes with pre-trained prompts: give --prompts of 'mp2 pretrain'"
             )
-        loss, best = self._ridge("")
+        losses, best = self._ridge("")
+        loss = float(losses.mean())
         if self._backend.backbone.mlm_head is None:
             return replace(best, reason="the prompts have no span head, and the checkpoint no other")
         try:
@@ -112,7 +134,7 @@ class HeadChooser:
         if other_loss < loss:
             (loss, best), (other_loss, other) = (other_loss, other), (loss, best)
         reason = f"training loss before tuning {loss:.3f}, of {other.kind} {other_loss:.3f}"
-        return replace(best, reason=reason)
+        return replace(best, reason=reason, compared=best.kind != "ridge")
 
     def _inputs(self, kind: str) -> list[MrcInput]:
         formatter = self._formatter(kind)
@@ -130,6 +152,32 @@ class HeadChooser:
 
         head = SpanHead(self._prompts.span_weight, self._prompts.span_bias)
         return HeadChoice("span", head, self._inputs("span"), reason)
+
+    def _best_known_span(self) -> tuple[HeadChoice, np.ndarray, int]:
+        """The span head, its losses [N] of the labels under the best prompt known, and of how many.
+
+        The losses are the cross-entropies over the options, with one temperature.
+        """
+        import torch
+
+        from mp2.engine import Scorer
+        from mp2.prompts import hard_router
+        from mp2.tasks.calibration import answer_rows, cross_entropies, fitted_temperature
+
+        choice = self._span("")
+        scorer = Scorer(self._backend.forward(self._prompts, choice.head))
+        routers = torch.unique(hard_router(self._prompts.routers), dim=0)
+        prompts = [
+            self._untuned(),
+            *(self._prompts.fuse(router).detach().cpu().numpy() for router in routers),
+        ]
+        found = []
+        for z in prompts:
+            outputs = scorer.outputs(z, choice.train_inputs).fetch()
+            scores = [choice.head.scores(*pair) for pair in zip(choice.train_inputs, outputs, strict=True)]
+            rows, gold = answer_rows(choice.train_inputs, scores)
+            found.append(cross_entropies(rows, gold, fitted_temperature(rows, gold)))
+        return choice, min(found, key=np.mean), len(prompts)
 
     def _mlm(self, reason: str) -> tuple[float, HeadChoice]:
         from mp2.engine import Objective
@@ -149,20 +197,25 @@ class HeadChooser:
         (loss,) = objective.full_losses(self._untuned()[None]).fetch()
         return float(loss), HeadChoice("mlm", head, inputs, reason)
 
-    def _ridge(self, reason: str) -> tuple[float, HeadChoice]:
-        """The layer, penalty and temperature with the lowest leave-one-out loss at the untuned prompt."""
+    def _ridge(self, reason: str) -> tuple[np.ndarray, HeadChoice]:
+        """The layer, penalty and temperature with the lowest leave-one-out loss at the untuned prompt.
+
+        With the losses [N] of the examples.
+        """
         from mp2.engine import Objective
         from mp2.heads import RidgeHead, RidgeSettings
 
         inputs = self._inputs("ridge")
-        best: tuple[float, RidgeHead] | None = None
+        best: tuple[float, RidgeHead, np.ndarray] | None = None
         for layer in range(1, self._backend.backbone.config.n_layers + 1):  # no prompt moves the embeddings
             settings = RidgeSettings(
                 layer=layer, penalty=1.0, temperature=1.0, ngrams=self._features == "states+ngrams"
             )
             head = RidgeHead(inputs, len(self._card.labels), settings)
             objective = Objective(self._backend.forward(self._prompts, head), inputs)
-            found = head.with_best_settings(objective.training_outputs(self._untuned()))
-            best = found if best is None or found[0] < best[0] else best
+            outputs = objective.training_outputs(self._untuned())
+            loss, chosen = head.with_best_settings(outputs)
+            if best is None or loss < best[0]:
+                best = loss, chosen, chosen.example_losses(outputs)
         assert best is not None
-        return best[0], HeadChoice("ridge", best[1], inputs, reason)
+        return best[2], HeadChoice("ridge", best[1], inputs, reason)

@@ -115,6 +115,10 @@ def engine_line(plan: dict[str, Any]) -> str:
     return f"{engine['runtime']}, {engine['precision']}, {engine['device']}{threads} ({engine['reason']})"
 
 
+def _name(problem: FewShotProblem) -> str:
+    return f"{problem.card.task}, seed {problem.config.seed}"
+
+
 def opening_lines(problems: Sequence[FewShotProblem], agreements: Sequence[Agreement | None]) -> list[str]:
     """What runs and why, and what a person may not expect: said before the first forward.
 
@@ -128,8 +132,13 @@ def opening_lines(problems: Sequence[FewShotProblem], agreements: Sequence[Agree
         f"{examples['min_tokens']} to {examples['max_tokens']} tokens, {n_batches} batches for "
         f"{plan['popsize']} candidates; {stage1} + {stage2} iterations"
     ]
-    if plan["head"]["kind"] != "span":
-        lines.append(f"head {head_line(plan)}")
+    for problem in problems if config.head == "auto" else problems[:1]:
+        which = "" if len(problems) == 1 or config.head != "auto" else _name(problem) + ": "
+        if problem.head.kind != "span" or problem.head.compared:
+            lines.append(f"{which}head {head_line({'head': problem.head.as_dict()})}")
+        if config.ridge_features != "states+ngrams" and problem.head.kind != "ridge":
+            use = "the ridge head that was compared" if problem.head.compared else "nothing"
+            lines.append(f"{which}--ridge-features {config.ridge_features} was for {use}")
     n_tasks = len({problem.card.task for problem in problems})
     said: set[str] = set()
     for problem, found in zip(problems, agreements, strict=True):

@@ -39,6 +39,15 @@ def read_config(run_dir: Path) -> BbtConfig:
     return replace(config, prompts=str(own.resolve())) if own.is_file() else config
 
 
+def begun_head(run_dir: Path) -> tuple[str, str] | None:
+    """Kind and reason of the head in a run's ``config.json``; None where an older version wrote it."""
+    head = json.loads((run_dir / "config.json").read_text(encoding="utf-8")).get("head")
+    try:
+        return str(head["kind"]), str(head["reason"])
+    except (TypeError, KeyError):
+        return None
+
+
 def resume_command(*run_dirs: Path) -> str:
     """What to type to go on, in a shell."""
     return " ".join(["mp2 bbt", *(f"--resume {shlex.quote(str(run_dir))}" for run_dir in run_dirs)])

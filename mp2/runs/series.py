@@ -25,7 +25,7 @@ from mp2.runs.needs import NEEDS, located
 from mp2.runs.recorder import timed
 from mp2.runs.result import read_result
 from mp2.runs.run import Run, make_problem
-from mp2.runs.run_folder import how_to_end, locked, new_folder, read_config, resume_command
+from mp2.runs.run_folder import begun_head, how_to_end, locked, new_folder, read_config, resume_command
 from mp2.runs.task_data import TaskData
 from mp2.runs.together import AT_ONCE, Server
 
@@ -200,7 +200,8 @@ def _go_on(
     runs = []
     for run_dir, config in configs.items():  # as it was: its hash says that it is the same run
         card = load_card(run_dir / "card.toml")
-        problem = FewShotProblem(config, card, model, TaskData(here[run_dir], card, model))
+        data = TaskData(here[run_dir], card, model)
+        problem = FewShotProblem(config, card, model, data, begun_head(run_dir))
         runs.append(Run(run_dir, problem, logger(), started))
     yield from _tune(runs, say)
 

@@ -65,6 +65,14 @@ def fitted_temperature(rows: Sequence[Floats], gold: Sequence[int]) -> float:
     return float(np.exp((low + high) / 2))
 
 
+def cross_entropies(
+    rows: Sequence[Floats], gold: Sequence[int], temperature: float
+) -> npt.NDArray[np.float64]:
+    """The cross-entropy of each row's ``gold`` place, the log-scores divided by ``temperature``."""
+    scaled = [np.asarray(row, dtype=np.float64) / temperature for row in rows]
+    return np.array([np.logaddexp.reduce(row) - row[place] for row, place in zip(scaled, gold, strict=True)])
+
+
 def answer_rows(inputs: Sequence[MrcInput], scores: Sequence[Floats]) -> tuple[list[Floats], list[int]]:
     """What `fitted_temperature` takes: of tasks with options a row an example, of others two an input.
 

@@ -66,6 +66,7 @@ def test_a_cell_is_measured_where_it_fits_and_extrapolated_where_not(
     iters = 110 if kind == "deep" else 210
     config = BbtConfig(
         task="demo_sentiment",
+        head="span",
         backbone="small",
         prompts="random",
         kind=kind,

@@ -28,6 +28,7 @@ def test_two_seeds_are_the_same_together_and_alone(launches: bool, monkeypatch: 
     configs = [
         BbtConfig(
             task="demo_sentiment",
+            head="span",
             backbone="mini",
             prompts="random",
             iters=8,

@@ -60,7 +60,18 @@ def test_runs_keep_the_revision_and_the_commit_and_predict_asks_for_it(
     asked: list[tuple[str, str | None]], tmp_path: Path
 ) -> None:
     made = mp2(
-        *("bbt", "--task", "demo_sentiment", *HUB, "--prompts", "mini-deep", "--iters", "20"),
+        *(
+            "bbt",
+            "--task",
+            "demo_sentiment",
+            "--head",
+            "span",
+            *HUB,
+            "--prompts",
+            "mini-deep",
+            "--iters",
+            "20",
+        ),
         *("--router-search", "none", "--no-test", "--json", "--out", str(tmp_path)),
     )
     assert made.exit_code == 0, made.output

@@ -31,7 +31,18 @@ def test_embedded_weights_are_at_most_20_megabytes() -> None:
 
 def test_both_stages_lower_the_loss_of_the_demo_task_and_the_prompt_predicts(tmp_path: Path) -> None:
     runner = CliRunner()
-    arguments = ["bbt", "--task", "demo_sentiment", "--iters", "140", "--threads", "1", "--json"]
+    arguments = [
+        "bbt",
+        "--task",
+        "demo_sentiment",
+        "--head",
+        "span",
+        "--iters",
+        "140",
+        "--threads",
+        "1",
+        "--json",
+    ]
     done = runner.invoke(main, [*arguments, "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)

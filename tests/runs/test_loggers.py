@@ -38,6 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> 
 def config(world: World) -> BbtConfig:
     return BbtConfig(
         task=str(world.card),
+        head="span",
         data=str(world.data),
         backbone=str(world.backbone),
         prompts=str(world.deep),

@@ -35,6 +35,7 @@ def configs(world: World, kind: str = "deep", method: str = "bits") -> list[BbtC
     """Two tasks of two seeds."""
     one = BbtConfig(
         task=str(world.card),
+        head="span",
         data=str(world.data),
         backbone=str(world.backbone),
         prompts=str(world.deep if kind == "deep" else world.shallow),

@@ -181,6 +181,7 @@ def configs(world: World, kind: str = "deep") -> list[BbtConfig]:
     """Two tasks of two seeds."""
     one = BbtConfig(
         task=str(world.card),
+        head="span",
         data=str(world.data),
         backbone=str(world.backbone),
         prompts=str(world.deep if kind == "deep" else world.shallow),

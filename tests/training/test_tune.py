@@ -40,6 +40,7 @@ def config_of(world: World, kind: str = "deep", **run: object) -> BbtConfig:
         "backbone": str(world.backbone),
         "prompts": str(world.deep if kind == "deep" else world.shallow),
         "runtime": "torch",
+        "head": "span",
         "threads": 1,
     }
     return BbtConfig(**{**values, **run})  # type: ignore[arg-type]

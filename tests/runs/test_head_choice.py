@@ -1,0 +1,146 @@
+"""``--head auto`` over prompts with a span head: ridge is compared, on the training examples alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import own_tasks
+import pytest
+import torch
+from command_line import mp2, mp2_json, predicted_accuracy
+
+from mp2.runs.config import BbtConfig
+from mp2.runs.few_shot_problem import FewShotProblem
+from mp2.runs.frozen_model import FrozenModel, load_model, resolve_paths
+from mp2.runs.head_choice import HeadChoice, HeadChooser
+from mp2.tasks import load_card
+
+SHORT = ("--threads", "1", "--iters", "60", "--router-iters", "20", "--max-tokens", "96")
+
+
+@pytest.fixture(scope="module")
+def model() -> FrozenModel:
+    return load_model(resolve_paths(BbtConfig(task="demo_topic", threads=1)))
+
+
+def problem(model: FrozenModel, **changes: Any) -> FewShotProblem:
+    values: dict[str, Any] = {"task": "demo_sentiment", "test": False, "threads": 1, "max_tokens": 96}
+    config = resolve_paths(BbtConfig(**(values | changes)))
+    return FewShotProblem(config, load_card(config.task), model)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Task -> the result of a default run on its 32 examples."""
+    root = tmp_path_factory.mktemp("own")
+    own_tasks.write_tasks(root, seed=8)
+    found = {}
+    for task in own_tasks.TASKS:
+        where = ("--task", root / f"{task}.toml", "--data", root, "--out", root / "runs")
+        found[task] = mp2_json("bbt", *where, *SHORT) | {"test": root / task / "test.jsonl"}
+    return found
+
+
+def test_the_default_is_no_worse_than_simple_baselines_on_four_of_five_tasks(
+    own: dict[str, dict[str, Any]],
+) -> None:
+    for baseline in ("tfidf", "probe"):
+        wins = [
+            result["test_score"] >= result["baselines"][baseline]["test_score"] for result in own.values()
+        ]
+        assert sum(wins) >= 4, {task: (r["test_score"], r["baselines"]) for task, r in own.items()}
+    for result in own.values():
+        assert result["test_score"] > result["baselines"]["majority"]["test_score"] or result["verdict"]
+        assert result["head"]["kind"] == "ridge"
+        assert "of the span head" in result["head"]["reason"]
+        assert result["calibration"]["by"] == "leave-one-out"  # 32 examples leave none to dev
+
+
+def test_what_ridge_answers_over_pre_trained_prompts_is_predicted(own: dict[str, dict[str, Any]]) -> None:
+    result = own["departments"]
+    assert predicted_accuracy(result["run_dir"], result["test"]) == pytest.approx(result["test_score"])
+
+
+def test_the_span_head_stays_where_ridge_is_not_better_by_a_standard_error(model: FrozenModel) -> None:
+    found = problem(model)
+    assert found.head.kind == "span"
+    assert "under the best of 32 known prompts" in found.head.reason
+    assert "not better by a standard error" in found.head.reason
+    topics = problem(model, task="demo_topic")
+    assert topics.head.kind == "ridge"
+    assert topics.head.reason.startswith("leave-one-out loss")
+
+
+@pytest.mark.parametrize(
+    ("gain", "kind"), [(0.11, "ridge"), (0.09, "span"), (-1.0, "span"), (np.nan, "span")]
+)
+def test_the_margin_is_the_standard_error_of_the_mean_difference(
+    model: FrozenModel, monkeypatch: pytest.MonkeyPatch, gain: float, kind: str
+) -> None:
+    n = 25  # differences of deviation 0.5: a standard error of 0.1
+    noise = np.resize([0.5, -0.5], n - 1)
+    differences = np.append(noise * np.sqrt((n - 1) / (n - 1)), 0.0) + gain
+    span = HeadChoice("span", None, [], "")  # type: ignore[arg-type]
+    ridge = HeadChoice("ridge", None, [], "")  # type: ignore[arg-type]
+    assert np.isnan(gain) or np.std(differences, ddof=1) / np.sqrt(n) == pytest.approx(0.1)
+    losses = np.linspace(1, 2, n)
+    monkeypatch.setattr(HeadChooser, "_best_known_span", lambda self: (span, losses + differences, 3))
+    monkeypatch.setattr(HeadChooser, "_ridge", lambda self, reason: (losses, ridge))
+    chooser = HeadChooser(load_card("demo_topic"), model.runtime, model.prompts, None, [], "states")  # type: ignore[arg-type]
+    assert chooser.choose("auto").kind == kind
+
+
+def test_losses_of_the_best_known_prompt_are_those_of_the_labels(model: FrozenModel) -> None:
+    found = problem(model)
+    chooser = HeadChooser(
+        found.card, model.runtime, model.prompts, found.data.formatter, found.split.train, "states"
+    )
+    _, losses, n_known = chooser._best_known_span()
+    assert losses.shape == (found.n_train,)
+    means = []
+    for router in [torch.ones_like(model.prompts.routers[0]), *(model.prompts.routers > 0).float()]:
+        z = model.prompts.fuse(router).detach().numpy()
+        outputs = found.scorer.outputs(z, found.train_inputs).fetch()
+        rows = np.stack(
+            [found.head.head.scores(i, x) for i, x in zip(found.train_inputs, outputs, strict=True)]
+        )
+        labels = np.array([item.label for item in found.train_inputs])
+        means += [
+            np.mean(np.logaddexp.reduce(rows / t, 1) - (rows / t)[np.arange(len(labels)), labels])
+            for t in np.geomspace(0.2, 20, 60)
+        ]
+    assert losses.mean() == pytest.approx(min(means), abs=5e-3)  # smoothed targets, a grid
+    assert n_known <= len(model.prompts.routers) + 1
+
+
+def test_features_of_a_head_that_was_only_compared_are_said_to_be(tmp_path: Path) -> None:
+    words = ("--task", "demo_sentiment", *SHORT, "--no-test", "--no-baselines", "--ridge-features", "states")
+    done = mp2("bbt", *words, "--out", tmp_path)
+    assert done.exit_code == 0, done.stderr
+    (result,) = (json.loads(path.read_text("utf-8")) for path in tmp_path.glob("*/result.json"))
+    said = "mp2: --ridge-features states was for the ridge head that was compared\n"
+    assert (said in done.stderr) == (result["head"]["kind"] == "span")
+    assert f"mp2: head {result['head']['kind']}" in done.stderr
+    assert result["head"]["kind"] == "span" or result["head"]["ngrams"] is False
+
+
+def test_a_run_that_goes_on_does_not_choose_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--task", "demo_topic", *SHORT, "--no-test", "--no-baselines")
+    whole = mp2_json("bbt", *words, "--out", tmp_path)
+    run = Path(whole["run_dir"])
+    before = (run / "prompt.safetensors").read_bytes()
+    for name in ("prompt.safetensors", "result.json"):
+        (run / name).unlink()
+    journal = run / "journal.jsonl"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:30]))
+
+    def refuse(self: HeadChooser) -> HeadChoice:
+        raise AssertionError("chosen again")
+
+    monkeypatch.setattr(HeadChooser, "_span_or_ridge", refuse)
+    again = mp2_json("bbt", "--resume", run)
+    assert again["head"] == whole["head"]
+    assert (run / "prompt.safetensors").read_bytes() == before

@@ -28,7 +28,8 @@ import torch
 
 from benchmarks.command import one_line_errors
 from benchmarks.paper.cell_code import codes, made_by, mixed
-from benchmarks.paper.transfer import SEEDS, claim_folder
+from benchmarks.paper.cells import claim_folder
+from benchmarks.paper.options import SEEDS
 from benchmarks.provenance import RESULTS, provenance
 from mp2.backbone.load import EMBEDDED
 from mp2.errors import UsageError

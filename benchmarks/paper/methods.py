@@ -216,7 +216,7 @@ class Lab:
             return self._tuned(method, base, folder)
         name, prompts = self._prompts(method, base)
         router = RouterConfig(method="none") if method.startswith("bbt") else RouterConfig()
-        config = replace(base, prompts=name, router=router)
+        config = replace(base, prompts=name, router=router, head="span")
         model = FrozenModel(self.backbone, prompts, self.runtime)
         if not method.startswith("gradient"):
             return self._searched(config, folder, model)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.command import one_line_errors
-from benchmarks.paper.transfer import SEEDS
+from benchmarks.paper.options import SEEDS
 from benchmarks.provenance import RESULTS, provenance
 from mp2.files import write_json
 from mp2.runs import BbtConfig, start_run

@@ -24,6 +24,8 @@ from benchmarks.paper.baselines import table as baselines_table
 from benchmarks.paper.router_tables import cost_table, quality_table
 from benchmarks.paper.table3_render import beside_paper
 from benchmarks.paper.table3_render import markdown as transfer_table
+from benchmarks.serve.load import table as serve_load
+from benchmarks.speed.openvino import table as openvino
 from benchmarks.speed.rounds import ranged
 from benchmarks.speed.table4_render import table as table4
 
@@ -208,6 +210,26 @@ SECTIONS = [
         command="python -m benchmarks.paper.baselines --data DIR",
         text="As above, with a probe of mini; the two embedded tasks as well.",
         table=lambda results: baselines_table(results[0]["rows"]),
+    ),
+    Section(
+        title="Serving: many tasks on one backbone",
+        files=["serve_load.json"],
+        command="python -m benchmarks.serve.load",
+        text="`mp2 serve` over mini, 16 clients in a closed loop, one thread a server; median of the rounds "
+        "and their range. Measured on two cores with some eighteen busy processes of others: with one task "
+        "all systems are the same, and their rates differ by 1.8 times, so that no smaller difference means "
+        "anything here. What does not depend on the load: with 64 tasks a forward has six sequences where "
+        "tasks are mixed and one where they are not.",
+        table=serve_load,
+    ),
+    Section(
+        title="OpenVINO's provider on a CPU",
+        files=["openvino.json"],
+        command="python -m benchmarks.speed.openvino",
+        text="The whole graph of mini, 32 rows of 48 tokens, one thread. As it comes, OpenVINO computes in "
+        "bf16 where the processor has it, and says nothing: logits are off by half a unit. Told to compute "
+        "in float32 it is not faster beyond the range of a loaded machine. `auto` does not take it.",
+        table=openvino,
     ),
     Section(
         title="Speed: deep stage II on two CPU cores",

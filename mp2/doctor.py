@@ -71,6 +71,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("torch", f"missing: {torch['install']}"))
     if ort["available"]:
         lines.append(("onnxruntime", f"{ort['version']}: {', '.join(ort['providers'])}"))
+        lines += [(f"plugin {kind}", what) for kind, what in ort["plugins"].items()]
     else:
         lines.append(("onnxruntime", f"missing: {ort['install']}"))
     state = trt["version"] if trt["available"] else f"missing: {trt['install']}"
@@ -143,6 +144,7 @@ def _onnxruntime() -> dict[str, Any]:
             "install": "pip install onnxruntime (for CUDA onnxruntime-gpu; never both)",
         }
     from mp2.engine.onnx.library import load_onnxruntime
+    from mp2.engine.onnx.plugins import PLUGINS
 
     onnxruntime = load_onnxruntime()
     providers = [p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers()]
@@ -150,7 +152,21 @@ def _onnxruntime() -> dict[str, Any]:
         "available": True,
         "version": onnxruntime.__version__,
         "providers": providers,
+        "plugins": {kind: _plugin(kind) for kind in PLUGINS},
     }
+
+
+def _plugin(kind: str) -> str:
+    """What a plugin provider has here, in words."""
+    from mp2.engine.onnx.plugins import PLUGINS, installed, plugin_devices
+    from mp2.errors import MissingDependencyError
+
+    if not installed(kind):
+        return f"missing: pip install {PLUGINS[kind].package}"
+    try:
+        return f"{len(plugin_devices(kind))} device(s)"
+    except MissingDependencyError as error:
+        return str(error)
 
 
 def _tensorrt() -> dict[str, Any]:

@@ -15,7 +15,7 @@ class ServeConfig:
     bundle: str = option(help="Bundle of 'mp2 export --run'; or an engine folder: tensors only.", kind="path")
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 is every network.")
     port: int = option(8000, "Port; 0 takes a free one.", at_least=0, at_most=65535)
-    device: str = option("cpu", "What computes.", choices=("cpu", "cuda"))
+    device: str = option("cpu", "What computes.", choices=("cpu", "cuda", "tensorrt-rtx"))
     threads: int | None = option(
         None, "Threads of the forward.", default_text="the cores", at_least=1, at_most=MAX_THREADS
     )

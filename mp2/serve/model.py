@@ -11,6 +11,7 @@ import numpy as np
 from mp2.engine.bundle import BUNDLE_FORMAT, Bundle
 from mp2.engine.folder import MANIFEST, EngineFolder
 from mp2.engine.onnx.library import load_onnxruntime
+from mp2.engine.onnx.plugins import PLUGINS, add_plugin
 from mp2.errors import FormatError, MissingDependencyError, Mp2Error
 from mp2.export.bundle_files import reading
 from mp2.json_files import read_object
@@ -30,8 +31,8 @@ class ServedBundle:
     def __init__(self, path: str | Path, *, device: str = "cpu", threads: int | None = None) -> None:
         """Load every graph of the bundle or engine folder at ``path``.
 
-        Raises FormatError (a folder that is damaged), MissingDependencyError (no CUDA provider), Mp2Error (a
-        graph that ONNX Runtime refuses).
+        Raises FormatError (a folder that is damaged), MissingDependencyError (no such provider, or no device
+        of it), Mp2Error (a graph that ONNX Runtime refuses).
         """
         self._path = Path(path)
         self.tasks: dict[str, reading.Task] = {}
@@ -41,30 +42,32 @@ class ServedBundle:
         options.intra_op_num_threads = threads or usable_cores()
         options.log_severity_level = 4  # what goes wrong is raised, too
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # tokenizing needs the cores
-        providers: list[Any] = ["CPUExecutionProvider"]
+        wanted = "CPUExecutionProvider"
+        chosen: dict[str, Any] = {"providers": [wanted], "enable_fallback": 0}
         if device == "cuda":
             if "CUDAExecutionProvider" not in ort.get_available_providers():
                 raise MissingDependencyError(
                     "--device cuda needs the package onnxruntime-gpu in place of onnxruntime: "
                     "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
                 )
-            providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
+            wanted = "CUDAExecutionProvider"
+            chosen["providers"] = [(wanted, {"use_tf32": "0"}), "CPUExecutionProvider"]
+        elif device in PLUGINS:
+            wanted, chosen = add_plugin(options, device, {}), {}  # the options name its device
         self._sessions = {}
         self.graphs: dict[str, Any] = {}
         for graph in files:
             try:
-                session = ort.InferenceSession(
-                    self._path / graph, options, providers=providers, enable_fallback=0
-                )
+                session = ort.InferenceSession(self._path / graph, options, **chosen)
             except Exception as error:  # onnxruntime's have no common base
                 why = (str(error) or type(error).__name__).splitlines()[0]
                 raise Mp2Error(
                     f"onnxruntime {ort.__version__} cannot load {graph} in {self.precision} on "
                     f"{device}: {why}; export the runs with --precision fp32"
                 ) from error
-            if device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+            if session.get_providers()[0] != wanted:
                 raise MissingDependencyError(
-                    "onnxruntime left CUDA out: install the CUDA and cuDNN that it was built for"
+                    f"onnxruntime left {wanted} out: install the libraries that it was built for"
                 )
             self._sessions[Path(graph).stem] = session
             sides = (("inputs", session.get_inputs()), ("outputs", session.get_outputs()))

@@ -1,0 +1,101 @@
+"""Plugin providers: the calls that are made, checked against the installed onnxruntime, by stand-ins."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnxruntime as ort
+import pytest
+
+from mp2 import doctor
+from mp2.engine.onnx import plugins
+from mp2.engine.onnx.plugins import PLUGINS, add_plugin, installed, plugin_devices
+from mp2.errors import MissingDependencyError
+
+KIND = "tensorrt-rtx"
+
+
+def stand_in(
+    monkeypatch: pytest.MonkeyPatch, library: str, name: str = "NvTensorRTRTXExecutionProvider"
+) -> None:
+    """A package of that name whose library is ``library``."""
+    module: Any = ModuleType(PLUGINS[KIND].module)
+    module.__spec__ = importlib.machinery.ModuleSpec(PLUGINS[KIND].module, None)
+    module.get_ep_name, module.get_library_path = (lambda: name), (lambda: library)
+    monkeypatch.setitem(sys.modules, PLUGINS[KIND].module, module)
+    monkeypatch.setattr(plugins, "_registered", {})
+
+
+def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins, "_registered", {})
+    monkeypatch.setitem(sys.modules, PLUGINS[KIND].module, None)
+    with pytest.raises(MissingDependencyError, match="pip install onnxruntime-ep-nv-tensorrt-rtx"):
+        plugin_devices(KIND)
+
+
+def test_a_library_that_cannot_be_loaded_is_said_with_onnxruntimes_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The installed onnxruntime takes name and path, and refuses what is no library."""
+    stand_in(monkeypatch, str(tmp_path / "libnothing.so"))
+    assert installed(KIND)
+    with pytest.raises(
+        MissingDependencyError, match=r"cannot load onnxruntime-ep-nv-tensorrt-rtx: .*libnothing\.so"
+    ):
+        plugin_devices(KIND)
+    (tmp_path / "libnothing.so").write_bytes(b"no library")
+    with pytest.raises(MissingDependencyError, match="it needs an RTX card"):
+        plugin_devices(KIND)
+
+
+def test_a_machine_without_a_device_of_it_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, "x.so")
+    monkeypatch.setattr(ort, "register_execution_provider_library", lambda name, path: None)
+    with pytest.raises(MissingDependencyError, match="finds no device here"):
+        plugin_devices(KIND)
+
+
+def test_its_device_is_added_to_real_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's own device stands for the plugin's; the settings have the types that are asked for."""
+    stand_in(monkeypatch, "x.so", name="CPUExecutionProvider")
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        ort, "register_execution_provider_library", lambda name, path: asked.append((name, path))
+    )
+    options = ort.SessionOptions()
+    assert add_plugin(options, KIND, {}) == "CPUExecutionProvider"
+    assert add_plugin(ort.SessionOptions(), KIND, {}) == "CPUExecutionProvider"
+    assert asked == [("CPUExecutionProvider", "x.so")]  # once a process
+    from onnx import TensorProto, helper
+
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "g", [x], [y])
+    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)])
+    session = ort.InferenceSession(model.SerializeToString(), options)
+    assert session.get_providers()[0] == "CPUExecutionProvider"
+    assert session.run(None, {"x": [1.0]})[0].tolist() == [-1.0]
+
+
+def test_doctor_shows_each_plugin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stand_in(monkeypatch, str(tmp_path / "libnothing.so"))
+    found = doctor.examine()
+    lines = dict(doctor.rows(found))
+    assert "cannot load onnxruntime-ep-nv-tensorrt-rtx" in lines["plugin tensorrt-rtx"]
+    assert "plugin openvino" in lines
+
+
+def test_the_server_takes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from command_line import mp2
+
+    from mp2.backbone import load_backbone
+    from mp2.export import export_engine
+
+    engine = export_engine(load_backbone("mini"), tmp_path / "engine").path
+    stand_in(monkeypatch, str(tmp_path / "libnothing.so"))
+    done = mp2("serve", "--bundle", engine, "--device", "tensorrt-rtx")
+    assert done.exit_code == 2
+    assert "cannot load onnxruntime-ep-nv-tensorrt-rtx" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from mp2.cli import main
 from mp2.tasks import check_task
@@ -72,6 +74,44 @@ def test_the_program_of_the_readme_runs(
     monkeypatch.delenv("MP2_DATA", raising=False)
     exec(compile(program.replace("iters=600", "iters=121"), "README.md", "exec"), {})
     assert "'label': 'positive'" in capsys.readouterr().out
+
+
+QUICK = [
+    "--iters",
+    "12",
+    "--router-iters",
+    "6",
+    "--popsize",
+    "3",
+]  # added to what tunes: seconds, not minutes
+
+
+def test_the_commands_of_a_task_of_ones_own_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of docs/tasks.md, and README's of the card that it shows, but for those that load from the web."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MP2_DATA", raising=False)
+    rows = [f"房间{i}很{'干净' if i % 2 else '脏'},{'good' if i % 2 else 'bad'}\n" for i in range(40)]
+    Path("reviews.csv").write_text("text,label\n" + "".join(rows), "utf-8")
+    Path("texts.txt").write_text("房间很干净\n", "utf-8")
+    Path("new.txt").write_text("房间很干净\n", "utf-8")
+    Path("my_data/reviews").mkdir(parents=True)
+    lines = [json.dumps(dict(zip(("text", "label"), row.strip().split(","), strict=True))) for row in rows]
+    Path("my_data/reviews/train.jsonl").write_text("\n".join(lines), "utf-8")
+    shown = [(file, line) for file, line in shown_commands() if "reviews" in line or file == "tasks.md"]
+    n_run = 0
+    for file, line in sorted(shown, key=lambda pair: pair[0] == "README.md"):  # tasks.md makes the card
+        words = shlex.split(line)[1:]
+        if words[:2] == ["tasks", "fetch"]:
+            continue
+        stdin = Path("texts.txt").read_text("utf-8") if "<" in words else None
+        words = words[: words.index("<")] if "<" in words else words
+        words = [str(next(Path("runs").glob("*"))) if word.startswith("runs/") else word for word in words]
+        done = CliRunner().invoke(main, [*words, *(QUICK if words[0] == "bbt" else [])], input=stdin)
+        assert done.exit_code == 0, (file, line, done.output)
+        n_run += 1
+    assert n_run >= 9
 
 
 @pytest.mark.slow

@@ -174,7 +174,8 @@ class Lab:
             return None
         if method in PUBLISHED:
             if card.type != "classification":
-                return "label words are for classification; the paper has none either for extraction"
+                none = "; nor has the paper a number" if card.type == "extraction" else ""
+                return f"label words read classification, not {card.type.replace('_', ' ')}{none}"
             if self.backbone.mlm_head is None:
                 return f"the checkpoint of '{self.backbone.name}' has no masked-language-model head"
         try:

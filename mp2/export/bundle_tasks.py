@@ -78,6 +78,11 @@ def read_run(run_dir: Path, backbone: Backbone, prompts: str | None) -> TunedTas
     config = located(run_dir, config, {"prompts": prompts}, ("prompts",))
     prompt_set = run_prompts(config, backbone)
     check_fits(meta, z, prompt_set, backbone_sha256=backbone.sha256)
+    if not prompt_set.meta.prompt_tokens:
+        raise UsageError(
+            f"{run_dir} has no prompt (model or head tuning), and a bundle is one backbone under several: "
+            "answer with 'mp2 predict'"
+        )
     if prompt_set.meta.on_placeholders:
         raise UsageError(
             f"the {prompt_set.kind} prompts of {run_dir} were trained with {prompt_set.meta.injection} "

@@ -51,6 +51,10 @@ def make_problem(
     model = model or load_model(config)
     runtime = model.backend
     config = replace(config, runtime=runtime.name, precision=runtime.precision, device=str(runtime.device))
+    if not model.prompts.meta.prompt_tokens:
+        raise UsageError(
+            f"{config.prompts} is a span head without prompts: 'mp2 scratch --head' makes some with it"
+        )
     problem = FewShotProblem(config, card, model, data)
     _check_popsize(problem)
     return problem

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +209,8 @@ def test_names_are_listed_and_wrong_ones_answered() -> None:
     assert set(COMMANDS) == {"table3", "table4", "table5", "figure3", "figure4a", "figure4b", "figure5"}
 
 
+@pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install 'mp2[ray]'")
 def test_a_ray_cluster_computes_the_same_cells(world: Path, table: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="ray is not installed: pip install 'mp2[ray]'")
     methods, task = ("majority", "deep", "bbtv2"), world / f"{TASK}.toml"
     more = ("--tasks", task, "--methods", *methods, "--ray", "local")
     run(command(world, "table3", tmp_path, *more, prompts=ALL))

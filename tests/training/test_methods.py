@@ -244,3 +244,20 @@ def test_a_head_alone_is_what_scratch_can_take(world: World, model: FrozenModel,
     assert made.meta.provenance["span_head_of"] == head.sha256
     with pytest.raises(UsageError, match="has none"):
         TuneConfig(run=run_of(world), method="model-tuning", injection="inline")
+
+
+def test_a_head_alone_is_no_start_of_a_search(world: World, model: FrozenModel, tmp_path: Path) -> None:
+    save_prompts(first_prompt(METHODS["head-tuning"], model.backbone, None, 4), tmp_path / "head.safetensors")
+    where = [
+        "--task",
+        world.card,
+        "--data",
+        world.data,
+        "--backbone",
+        world.backbone,
+        "--out",
+        tmp_path / "runs",
+    ]
+    done = mp2("bbt", *where, "--prompts", tmp_path / "head.safetensors")
+    assert done.exit_code == 2, done.output
+    assert "is a span head without prompts: 'mp2 scratch --head' makes some" in done.stderr

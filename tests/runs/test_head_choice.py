@@ -82,21 +82,21 @@ def test_the_margin_is_the_standard_error_of_the_mean_difference(
 ) -> None:
     n = 25  # differences of deviation 0.5: a standard error of 0.1
     noise = np.resize([0.5, -0.5], n - 1)
-    differences = np.append(noise * np.sqrt((n - 1) / (n - 1)), 0.0) + gain
+    differences = np.append(noise, 0.0) + gain
     span = HeadChoice("span", None, [], "")  # type: ignore[arg-type]
     ridge = HeadChoice("ridge", None, [], "")  # type: ignore[arg-type]
     assert np.isnan(gain) or np.std(differences, ddof=1) / np.sqrt(n) == pytest.approx(0.1)
     losses = np.linspace(1, 2, n)
     monkeypatch.setattr(HeadChooser, "_best_known_span", lambda self: (span, losses + differences, 3))
     monkeypatch.setattr(HeadChooser, "_ridge", lambda self, reason: (losses, ridge))
-    chooser = HeadChooser(load_card("demo_topic"), model.runtime, model.prompts, None, [], "states")  # type: ignore[arg-type]
+    chooser = HeadChooser(load_card("demo_topic"), model.backend, model.prompts, None, [], "states")  # type: ignore[arg-type]
     assert chooser.choose("auto").kind == kind
 
 
 def test_losses_of_the_best_known_prompt_are_those_of_the_labels(model: FrozenModel) -> None:
     found = problem(model)
     chooser = HeadChooser(
-        found.card, model.runtime, model.prompts, found.data.formatter, found.split.train, "states"
+        found.card, model.backend, model.prompts, found.data.formatter, found.split.train, "states"
     )
     _, losses, n_known = chooser._best_known_span()
     assert losses.shape == (found.n_train,)

@@ -90,13 +90,12 @@ class TaskData:
             self._test_inputs[head] = self.inputs(self.fitting_tests, head)
         return self._test_inputs[head]
 
-    def lines(self) -> list[str]:
-        """What of the training texts is cut to the longest sequence, in words."""
+    def lines(self, head: str) -> list[str]:
+        """What of the training texts is cut to the longest sequence of a kind of head, in words."""
         from mp2.tasks.lengths import lengths
 
-        if "span" not in self._formatters:  # other heads show the text without template and options
-            return []
-        measured = lengths(self.card, self._backbone.tokenizer, self.max_tokens, self.pool[:N_MEASURED])
+        examples, formatter = self.pool[:N_MEASURED], type(self.formatter(head))
+        measured = lengths(self.card, self._backbone.tokenizer, self.max_tokens, examples, formatter)
         line = None if measured is None else measured.line("training texts")
         return [] if line is None else [line]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -60,13 +60,17 @@ class Lengths:
 
 
 def lengths(
-    card: TaskCard, tokenizer: Tokenizer, max_tokens: int, examples: Sequence[Example]
+    card: TaskCard,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    examples: Sequence[Example],
+    formatter: Callable[[TaskCard, Tokenizer, int], Any] = MrcFormatter,
 ) -> Lengths | None:
-    """Measure examples; None for none."""
+    """Measure examples as the class ``formatter`` writes them out; None for none."""
     if not examples:
         return None
-    uncut = MrcFormatter(card, tokenizer, UNCUT)
-    n_tokens = np.array([uncut.training_input(e, 0).n_tokens for e in examples])
+    uncut = formatter(card, tokenizer, UNCUT)
+    n_tokens = np.array([max(made.n_tokens for made in uncut.inputs(e, 0)) for e in examples])
     long = n_tokens[n_tokens > max_tokens]
     return Lengths(
         max_tokens=max_tokens,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from click.testing import CliRunner
 
 from mp2.backbone.tokenizer import Tokenizer
 from mp2.cli import main
-from mp2.tasks import check_task
+from mp2.tasks import FieldFormatter, check_task, load_card, load_examples
+from mp2.tasks.lengths import lengths
 
 Write = Callable[[Path, Any], Path]
 
@@ -231,3 +233,14 @@ def test_many_labels_are_summed_up(tmp_path: Path, card_toml: dict[str, str], wr
     write_jsonl(tmp_path / "fruit" / "train.jsonl", lines)
     shown = str(check_task(str(tmp_path / "fruit.toml"), tmp_path))
     assert "  train: 30 labels of 2 to 31; fewest: l0 2, l1 3, l2 4, l3 5, l4 6\n" in shown
+
+
+def test_lengths_are_those_of_what_a_head_reads(user: Path, tokenizer: Tokenizer) -> None:
+    card = load_card(user / "fruit.toml")
+    examples = [replace(e, fields={"text": "今" * 60}) for e in load_examples(card, "train", user)[:4]]
+    bare = lengths(card, tokenizer, 40, examples, FieldFormatter)
+    assert bare is not None
+    assert (bare.n_long, bare.median, bare.median_lost) == (4, 62, 22)  # [CLS] text [SEP]
+    written = lengths(card, tokenizer, 40, examples)
+    assert written is not None
+    assert written.median > bare.median

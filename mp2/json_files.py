@@ -190,6 +190,9 @@ def _is_text(value: Any) -> bool:
 
 
 text = _plain(_is_text, "a text")
+one_line = _plain(
+    lambda v: _is_text(v) and not any(c < " " for c in v) and len(v.splitlines()) < 2, "a text of one line"
+)
 boolean = _plain(lambda v: isinstance(v, bool), "true or false")
 sha256 = _plain(
     lambda v: isinstance(v, str) and len(v) == 64 and not v.strip("0123456789abcdef"), "a SHA-256 in hex"

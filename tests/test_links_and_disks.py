@@ -203,6 +203,7 @@ def test_no_line_of_a_message_has_more_than_400_characters() -> None:
     text = shortened("short\n" + "x" * 5000 + "END")
     assert [len(line) for line in text.split("\n")] == [5, 400]
     assert text.endswith("END")
+    assert shortened("a\x1b[31mb\n\tc") == "a\\x1b[31mb\n\tc"
 
 
 def test_a_tilde_in_mp2_data_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

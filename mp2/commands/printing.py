@@ -25,7 +25,11 @@ def note(line: str) -> None:
 
 
 def shortened(text: str) -> str:
-    """Text for people to read: the middle of a line of more than 400 characters is left out."""
+    """Text for people to read: the middle of a line of more than 400 characters is left out.
+
+    Control characters, which could do anything to a terminal, are written as escapes.
+    """
+    text = "".join(sign if sign >= " " or sign in "\n\t" else repr(sign)[1:-1] for sign in text)
     return "\n".join(
         line if len(line) <= _LONGEST_LINE else f"{line[:250]} ... {line[-_LONGEST_LINE + 255 :]}"
         for line in text.split("\n")

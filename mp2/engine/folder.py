@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mp2.errors import FormatError, MismatchError, shown
 from mp2.files import json_bytes
-from mp2.json_files import Fields, build, check, object_of, one_of, read_object, sha256, text, whole
+from mp2.json_files import Fields, build, check, object_of, one_line, one_of, read_object, sha256, text, whole
 
 if TYPE_CHECKING:
     from mp2.backbone import Backbone
@@ -227,7 +227,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 _SIZE = whole(1, 2**31 - 1)
 BACKBONE_FIELDS = Fields(
     {
-        "name": text,
+        "name": one_line,
         "sha256": sha256,
         "n_layers": whole(1, MAX_LAYERS),
         **dict.fromkeys(("hidden", "n_heads", "ffn", "vocab_size"), _SIZE),

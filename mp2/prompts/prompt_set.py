@@ -19,7 +19,7 @@ from mp2.backbone.load import Backbone
 from mp2.errors import FormatError, MismatchError, UnknownNameError, UsageError, shown
 from mp2.files import json_bytes, write_tensors
 from mp2.injection import INJECTIONS, Injection
-from mp2.json_files import build, parse_object
+from mp2.json_files import Fields, build, check, one_line, parse_object
 from mp2.prompts.bernoulli import inference_weights
 from mp2.tensor_files import float_tensor, open_safetensors
 
@@ -257,6 +257,7 @@ def read_meta(text: str | None, path: Path) -> PromptMeta:
         raise FormatError(
             f"is {shown(version)}, this mp2 reads version {SCHEMA_VERSION}", path=path, field="schema_version"
         )
+    check(raw, Fields({}, dict.fromkeys(("backbone", "backbone_sha256"), one_line)), path)
     return build(PromptMeta, raw, path)
 
 

@@ -20,6 +20,7 @@ from mp2.json_files import (
     check,
     dataclass_rule,
     number,
+    one_line,
     one_of,
     parse_object,
     whole,
@@ -58,6 +59,7 @@ class TunedMeta:
 
 
 _META: dict[str, Rule] = {
+    **dict.fromkeys(("task", "backbone", "backbone_sha256", "prompts", "prompts_sha256", "at"), one_line),
     "schema_version": one_of(SCHEMA_VERSION),
     "kind": one_of("deep", "shallow"),
     "max_tokens": whole(1),

@@ -36,7 +36,8 @@ def names(requirements: Iterable[str]) -> set[str]:
 def imported(folder: str) -> dict[str, str]:
     """Other people's packages that are imported under ``folder``, with a file that imports each."""
     own = {"mp2", "benchmarks", "tests", "training"} | {path.stem for path in (ROOT / "tests").rglob("*.py")}
-    own |= {path.name for path in (ROOT / "tests").iterdir()} | {"reading"}  # that stands beside a run.py
+    own |= {path.name for path in (ROOT / "tests").iterdir()}
+    own |= {"reading", "pytriton"}  # beside a run.py; of another interpreter
     found = {}
     for path in sorted((ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):

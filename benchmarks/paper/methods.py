@@ -4,7 +4,7 @@
 deep            ``mp2 bbt``: router search, then CMA-ES layer by layer, from the pre-trained deep prompts
 shallow         the same with shallow prompts
 gradient        ``mp2 tune``: both stages by Adam, deep; ``gradient-shallow`` with shallow prompts
-model-tuning, prompt-tuning, p-tuning-v2    ``mp2 tune --method ...``, nothing pre-trained
+model-tuning, prompt-tuning, p-tuning-v2    ``mp2 tune --method ...``, from random starts
 spot, ppt       prompt tuning from the single prompt of a file in --prompts, if there is one
 bbt, bbtv2      ``mp2 bbt --method ...``: as published; the checkpoint's own head, label words
 majority        no model: the test set's most frequent label or option; in extraction the whole context

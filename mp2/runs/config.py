@@ -39,7 +39,7 @@ class BbtConfig(SearchConfig):
     """Everything that `mp2 bbt` needs to run, and to run again: the search, and what it searches."""
 
     method: Literal["mp2", "bbt", "bbtv2"] = option(
-        "mp2", "mp2; or BBT, BBTv2 as published: nothing pre-trained, label words.", choices=METHODS
+        "mp2", "mp2; or BBT, BBTv2 as published: random projections, label words.", choices=METHODS
     )
     task: str = option(help="A name of 'mp2 tasks', or your own card (a TOML file).", kind="task")
     data: str | None = option(

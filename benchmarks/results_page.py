@@ -21,6 +21,8 @@ from typing import Any
 from benchmarks.command import one_line_errors
 from benchmarks.paper import figure3, figure4, table5
 from benchmarks.paper.baselines import table as baselines_table
+from benchmarks.paper.heads import table as heads_table
+from benchmarks.paper.own_tasks import table as own_tasks_table
 from benchmarks.paper.router_tables import cost_table, quality_table
 from benchmarks.paper.table3_render import beside_paper
 from benchmarks.paper.table3_render import markdown as transfer_table
@@ -230,6 +232,24 @@ SECTIONS = [
         "bf16 where the processor has it, and says nothing: logits are off by half a unit. Told to compute "
         "in float32 it is not faster beyond the range of a loaded machine. `auto` does not take it.",
         table=openvino,
+    ),
+    Section(
+        title="Small tasks of a user's own, default settings",
+        files=["own_tasks.json"],
+        command="python -m benchmarks.paper.own_tasks",
+        text="`tests/own_tasks.json`: templated sentences, 32 examples in all, the embedded backbone, "
+        "`--head auto`. Test accuracy, mean ± standard deviation over five draws of the examples. ECE: "
+        "expected calibration error on test.",
+        table=lambda results: own_tasks_table(results[0]["rows"]),
+    ),
+    Section(
+        title="Heads over a randomly initialised BERT, no pre-trained prompts",
+        files=["heads_random.json"],
+        command="python -m benchmarks.paper.heads --data DIR --backbone random --iters 100 --heads ridge",
+        text="BERT of 4 layers x 128, weights from a seed; deep prompts from scratch. Test accuracy, mean ± "
+        "standard deviation over the seeds that were run (the file says how many); the last line is the "
+        "mean over the tasks, of seeds that have all of them.",
+        table=lambda results: heads_table(results[0]["rows"]),
     ),
     Section(
         title="Speed: deep stage II on two CPU cores",

@@ -25,6 +25,7 @@ OF_MODULE = {
     "bayes_opt": "bayesian-optimization",
     "sklearn": "scikit-learn",
     "mlflow": "mlflow-skinny",
+    "google": "protobuf",  # nothing else of that name is imported
 }  # where the names differ
 OF_TORCH = {"triton"}  # its CUDA builds bring it; elsewhere nothing asks for it
 

@@ -9,6 +9,7 @@ seeded by its number: ``MP2_FUZZ_CASES`` (``make fuzz N=...``) says how many, an
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -105,7 +106,7 @@ def json_damage(rng: random.Random, value: Any) -> str:
         holder, key = rng.choice(places)
         kind = rng.random()
         if kind < 0.6:
-            holder[key] = rng.choice(_VALUES)
+            holder[key] = _value(rng)
         elif kind < 0.7:
             raws[mark := f"<{len(raws)}>"] = rng.choice(_RAW)
             holder[key] = mark
@@ -113,16 +114,20 @@ def json_damage(rng: random.Random, value: Any) -> str:
             del holder[key]
         elif kind < 0.9 and isinstance(holder, dict):
             mark = f"<{len(raws)}>"
-            raws[mark] = f"1, {json.dumps(key)}: {json.dumps(rng.choice(_VALUES))}"  # given twice
+            raws[mark] = f"1, {json.dumps(key)}: {json.dumps(_value(rng))}"  # given twice
             holder[key] = mark
         elif isinstance(holder, dict):
             holder[rng.choice(("unknown", key + "x", key.upper()))] = holder.pop(key)
         else:
-            holder.insert(key, rng.choice(_VALUES))
+            holder.insert(key, _value(rng))
     text = json.dumps(value, ensure_ascii=False)
     for mark, raw in raws.items():
         text = text.replace(json.dumps(mark), raw)
     return text
+
+
+def _value(rng: random.Random) -> Any:
+    return copy.deepcopy(rng.choice(_VALUES))
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:

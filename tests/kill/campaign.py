@@ -130,7 +130,7 @@ def kinds(world: Path) -> dict[str, Kind]:
         "--heads",
         2,
         "--vocab-size",
-        60,
+        150,
         "--steps",
         120,
         "--length",

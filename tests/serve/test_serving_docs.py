@@ -33,7 +33,8 @@ def test_the_page_runs_as_it_stands(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(program, "utf-8")
     tune = next(k for k, block in enumerate(blocks) if "--endpoint" in block)
     blocks.insert(tune, f"{sys.executable} program.py\n")
-    text = "set -euo pipefail\n" + "\n".join(blocks)
+    # a script that fails takes its server along, which would keep the pipes open
+    text = "set -euo pipefail\ntrap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n" + "\n".join(blocks)
     text = re.sub(r"^mp2 ", f"{sys.executable} -m mp2 ", text, flags=re.M)
     first, second = free_port(), free_port()
     text = text.replace("mp2 serve --bundle bundle", f"mp2 serve --bundle bundle --port {first}")

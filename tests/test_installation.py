@@ -58,7 +58,7 @@ def imported(folder: str) -> dict[str, str]:
     ("folder", "extras"),
     [
         ("mp2", {"gpu", "hub", "train", "serve", "mlflow", "wandb"}),
-        ("benchmarks", {"gpu"}),
+        ("benchmarks", {"gpu", "ray"}),
         ("tests", {"dev"}),
     ],
 )

@@ -13,7 +13,10 @@ import sys
 import threading
 import time
 
+from benchmarks.command import one_line_errors
 
+
+@one_line_errors()
 def main() -> None:
     """Ask until the time is over."""
     asked = json.load(sys.stdin)

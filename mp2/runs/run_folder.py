@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Iterator
@@ -42,7 +41,7 @@ def read_config(run_dir: Path) -> BbtConfig:
 
 def begun_head(run_dir: Path) -> tuple[str, str] | None:
     """Kind and reason of the head in a run's ``config.json``; None where an older version wrote it."""
-    head = json.loads((run_dir / "config.json").read_text(encoding="utf-8")).get("head")
+    head = read_object(run_dir / "config.json").get("head")
     try:
         return str(head["kind"]), str(head["reason"])
     except (TypeError, KeyError):

@@ -435,8 +435,7 @@ def test_several_seeds_give_a_run_each_and_a_mean(world: World) -> None:
     results = bbt(*world.options(), *short)
     scores = [100 * r["test_score"] for r in results]
     mean, deviation = statistics.mean(scores), statistics.stdev(scores)
-    last = done.stdout.strip().splitlines()[-1]
-    assert last.startswith("mood  mean of 2")
+    (last,) = (line for line in done.stdout.splitlines() if line.startswith("mood  mean of 2"))
     assert last.endswith(f"{mean:.1f} ± {deviation:.1f}")
     assert [r["seed"] for r in results] == [8, 13]
     assert len({r["run_dir"] for r in results}) == 2

@@ -300,7 +300,7 @@ def crowded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[FrozenModel],
     """Make memory run out with the 40th layer that is computed while more than one lane is in use."""
 
     def spoil(frozen: FrozenModel) -> None:
-        runtime: Any = frozen.runtime
+        runtime: Any = frozen.backend
         layer, n_left = runtime.packed_layer, 40
 
         def packed_layer(*arguments: Any) -> torch.Tensor:
@@ -334,7 +334,7 @@ def test_ctrl_c_in_a_launch_ends_all_and_their_folders_are_free(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     frozen, _ = model(world, 4)
-    runtime: Any = frozen.runtime
+    runtime: Any = frozen.backend
     layer, n_left = runtime.packed_layer, 60
 
     def interrupted(*arguments: Any) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def test_a_journal_that_cannot_be_replaced_stays_as_it_was(
     path = write(tmp_path / "losses.jsonl", [1, 2, 3])
 
     def full(*_: Any) -> None:
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("mp2.files.os.replace", full)
     with pytest.raises(OSError, match="No space left"):

@@ -184,7 +184,7 @@ def test_black_box_tuning_runs_an_inline_file_inline(tuned: tuple[Any, dict[str,
     small, result, options = tuned
     file = Path(result["run_dir"]) / "prompts.safetensors"
     options = [str(file) if o == str(small.deep) else o for o in options]
-    result = mp2_json("bbt", *options, "--iters", 24, "--router-iters", 4, "--popsize", 4)
+    result = mp2_json("bbt", *options, "--head", "span", "--iters", 24, "--router-iters", 4, "--popsize", 4)
     untuned = result["stages"]["untuned"]["train_loss"]
     prompts = load_prompts(file)
     from mp2.backbone import load_backbone

@@ -19,7 +19,7 @@ from mp2.engine.tensorrt.profiles import TaskShapes
 from mp2.engine.tensorrt.whole import PlannedGraph
 from mp2.errors import FormatError
 from mp2.export.bundle import build_bundle_plans, graph_interface
-from mp2.export.engine_folder import save_graph
+from mp2.export.engine_folder import backbone_entry, save_graph
 from mp2.export.graph_builder import GraphBuilder
 from mp2.export.graphs import (
     INLINE_GRAPH,
@@ -58,11 +58,11 @@ def bundle(tiny_backbone: Backbone, tmp_path: Path) -> Callable[[str], Bundle]:
         manifest = {
             "format": BUNDLE_FORMAT,
             "schema_version": BUNDLE_SCHEMA_VERSION,
-            "backbone": {},
+            "backbone": asdict(backbone_entry(tiny_backbone)),
             "precision": precision,
             "graphs": {graph: graph_interface(folder / graph) for graph in (PREFIX_GRAPH, INLINE_GRAPH)},
             "tasks": {},
-            "limits": {},
+            "limits": {"positions": tiny_backbone.config.max_positions, "pad_id": 0},
             "files": {path.name: file_sha256(path) for path in folder.iterdir()},
         }
         (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mp2.errors import Mp2Error, UsageError
 from mp2.folder_lock import folder_lock
@@ -41,7 +42,7 @@ def read_config(run_dir: Path) -> BbtConfig:
 
 def begun_head(run_dir: Path) -> tuple[str, str] | None:
     """Kind and reason of the head in a run's ``config.json``; None where an older version wrote it."""
-    head = read_object(run_dir / "config.json").get("head")
+    head: Any = read_object(run_dir / "config.json").get("head")
     try:
         return str(head["kind"]), str(head["reason"])
     except (TypeError, KeyError):

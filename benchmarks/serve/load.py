@@ -111,7 +111,8 @@ def measured(ports: dict[str, int], args: argparse.Namespace, seed: int) -> dict
     texts = [example.fields["text"] for example in load_examples(load_card(TASK), "test")][:200]
     asked = {"ports": ports, "texts": texts, "clients": args.clients, "seconds": args.seconds, "seed": seed}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("clients.py"))],
+        [sys.executable, "-m", "benchmarks.serve.clients"],
+        cwd=Path(__file__).parents[2],  # the script's own folder would hide the package "benchmarks"
         input=json.dumps(asked),
         capture_output=True,
         text=True,

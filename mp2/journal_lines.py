@@ -29,12 +29,12 @@ def journal_line(values: Mapping[str, Any]) -> bytes:
 class LineReader:
     """Reads the lines of one journal, in order.
 
-    ``problem`` is what is wrong with the last line, which can be read: its checksum is another one, or it has
+    ``fault`` is what is wrong with the last line, which can be read: its checksum is another one, or it has
     none and one before has.
     """
 
     def __init__(self) -> None:
-        self.problem: str | None = None
+        self.fault: str | None = None
         self._checked = False
 
     def read(self, line: bytes) -> dict[str, Any]:
@@ -47,11 +47,11 @@ class LineReader:
         found = _CHECK.fullmatch(line, max(cut, 0))
         if found is not None:
             line, written = line[:cut] + b"}", int(found[1], 16)
-            got, self._checked, self.problem = zlib.crc32(line), True, None
+            got, self._checked, self.fault = zlib.crc32(line), True, None
             if got != written:
-                self.problem = f"its checksum is {got:08x}, expected {written:08x} as it was written"
+                self.fault = f"its checksum is {got:08x}, expected {written:08x} as it was written"
         else:
-            self.problem = "has no checksum, as lines before it have" if self._checked else None
+            self.fault = "has no checksum, as lines before it have" if self._checked else None
         try:
             values = parse_json(line.decode("utf-8"))
         except UnicodeDecodeError as error:
@@ -59,5 +59,5 @@ class LineReader:
         if not isinstance(values, dict):
             raise JsonError("not a JSON object")
         if "crc32" in values:
-            self.problem = f"its checksum {shown(values['crc32'])} is not as it was written"
+            self.fault = f"its checksum {shown(values['crc32'])} is not as it was written"
         return values

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from mp2.engine.cuda.graphs import Capture, Graph
 from mp2.engine.cuda.lanes import Arrival, Lane, Lanes
+from mp2.engine.cuda.replays import Capture, Graph
 
 
 class Recorded:

@@ -167,16 +167,16 @@ def test_any_flipped_character_of_a_journals_lines_is_noticed() -> None:
                 found = reader.read(damaged)
             except JsonError:
                 continue
-            assert reader.problem is not None, (found, damaged)
+            assert reader.fault is not None, (found, damaged)
 
 
 def test_journals_without_checksums_are_read() -> None:
     reader = LineReader()
     assert reader.read(b'{"step": 1}') == {"step": 1}
-    assert reader.problem is None
+    assert reader.fault is None
     assert reader.read(journal_line({"step": 2}).rstrip()) == {"step": 2}
     assert reader.read(b'{"step": 3}') == {"step": 3}
-    assert reader.problem == "has no checksum, as lines before it have"
+    assert reader.fault == "has no checksum, as lines before it have"
 
 
 def test_a_path_that_is_no_utf8_survives_json() -> None:

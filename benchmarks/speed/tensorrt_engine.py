@@ -31,8 +31,8 @@ from mp2.engine.folder import TENSORRT_PRECISIONS, EngineFolder
 from mp2.engine.tensorrt.profiles import TaskShapes
 from mp2.errors import MissingDependencyError
 from mp2.export import build_plans, export_engine
-from mp2.export.calibration import task_inputs
 from mp2.export.emulated import EmulatedBackend
+from mp2.export.input_maxima import task_inputs
 from mp2.prompts import PromptSet, load_prompts, random_prompts
 from mp2.tasks import MrcInput
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mp2.heads import Head
     from mp2.prompts import PromptSet
 
-Prefixes = tuple[torch.Tensor, torch.Tensor]
+PopulationPrefix = tuple[torch.Tensor, torch.Tensor]
 """Keys and values ``[P or 1, N or 1, h, m, d_h]``, put before a layer's own."""
 
 PRECISIONS = ("fp32", "bf16", "int8")

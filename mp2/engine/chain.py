@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from mp2.backbone import Backbone, add_to_rows
-from mp2.engine.backend import CACHE_BYTES, Prefixes, Probe, is_out_of_memory
-from mp2.engine.forward import Arrival, Batch, Forward, Run
+from mp2.engine.backend import CACHE_BYTES, PopulationPrefix, Probe, is_out_of_memory
+from mp2.engine.forward import Arrival, Batch, Evaluation, Forward
 from mp2.errors import UsageError
 from mp2.heads import Head
 from mp2.prompts import PrefixProjector, PromptSet
@@ -77,7 +77,7 @@ class ChainBackend(ABC):
 
     @abstractmethod
     def layer(
-        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefixes | None
+        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: PopulationPrefix | None
     ) -> torch.Tensor:
         """Return layer ``index``'s output ``[P, N, T, H]``.
 
@@ -181,14 +181,14 @@ class ChainForward(Forward):
         self._config = backend.backbone.config
         self._encoder = backend.backbone.encoder
         self._projector = PrefixProjector(self._encoder, prompts, backend.device)
-        self._incumbent: dict[int, Prefixes] = {}
+        self._incumbent: dict[int, PopulationPrefix] = {}
         self._rows_weights: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys', values' of the last layer
 
     def chunk_of_candidates(self) -> int:
         """See `Forward.chunk_of_candidates`; here by the memory of their keys and values."""
         return most_candidates(self.prompts)
 
-    def prefix(self, layer: int, z: torch.Tensor) -> Prefixes:
+    def prefix(self, layer: int, z: torch.Tensor) -> PopulationPrefix:
         """Return the keys and values [P, 1, h, m, d_h] of intrinsic prompts ``z`` [P, d] at ``layer``."""
         try:
             keys, values = self._projector.keys_values(layer, z)
@@ -201,7 +201,7 @@ class ChainForward(Forward):
         place = self.backend.device
         return keys.unsqueeze(1).to(place), values.unsqueeze(1).to(place)
 
-    def every_layer(self, z: torch.Tensor, *, scoring: bool = False) -> Run:
+    def every_layer(self, z: torch.Tensor, *, scoring: bool = False) -> Evaluation:
         """See `Forward.every_layer`."""
         population = self._stages.candidates(z)
         states = self._prefixed(population) if self.prefixed else self._inlined(population)
@@ -212,7 +212,7 @@ class ChainForward(Forward):
 
         return run
 
-    def visit(self, layer: int, z: torch.Tensor) -> Run:
+    def visit(self, layer: int, z: torch.Tensor) -> Evaluation:
         """See `Forward.visit`."""
         population = self._stages.candidates(z)
         prefix = self.prefix(layer, population.z)
@@ -300,7 +300,7 @@ class ChainForward(Forward):
 
         return states
 
-    def _rows_prefix(self, rows: torch.Tensor) -> Prefixes:
+    def _rows_prefix(self, rows: torch.Tensor) -> PopulationPrefix:
         """Return the last layer's keys and values [P, N, h, m, d_h] of hidden rows [P, N, m, H]."""
         if not self._rows_weights:
             body = self._encoder.body(self.n_layers - 1)

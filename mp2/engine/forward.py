@@ -69,8 +69,8 @@ class Batch:
         return len(self.indices)
 
 
-class Run(Protocol):
-    """A population, ready to run over batches."""
+class Evaluation(Protocol):
+    """A population, ready to be evaluated over batches."""
 
     def __call__(self, batch: Batch, candidates: slice, *, again: bool = True) -> Arrival:
         """Begin the head's outputs [p, n, ...] (p may be 1 where nothing differs) of some ``candidates``.
@@ -129,15 +129,15 @@ class Forward(ABC):
     def _batches(self, inputs: Sequence[MrcInput], n_candidates: int) -> Sequence[Batch]: ...
 
     @abstractmethod
-    def every_layer(self, z: torch.Tensor, *, scoring: bool = False) -> Run:
-        """Return the run of candidates ``z`` [P, L', d] through all layers.
+    def every_layer(self, z: torch.Tensor, *, scoring: bool = False) -> Evaluation:
+        """Return the evaluation of candidates ``z`` [P, L', d] through all layers.
 
         Outputs are the head's for training, or those for ``scoring``.
         """
 
     @abstractmethod
-    def visit(self, layer: int, z: torch.Tensor) -> Run:
-        """Return the run, from cached inputs, of candidates that have ``z`` [P, d] at ``layer``.
+    def visit(self, layer: int, z: torch.Tensor) -> Evaluation:
+        """Return the evaluation, from cached inputs, of candidates that have ``z`` [P, d] at ``layer``.
 
         All other layers have the incumbent's prompts. For prefixes only.
         """

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mp2.engine.forward import Arrival, Batch, Forward, Pending, Run
+from mp2.engine.forward import Arrival, Batch, Evaluation, Forward, Pending
 from mp2.errors import UsageError
 from mp2.heads import Head
 from mp2.prompts import PromptSet
@@ -116,7 +116,7 @@ class Objective:
         return self.forward.backend.side_by_side(min(self.forward.micro_batch_tokens, _POPULATION * tokens))
 
     def _losses(
-        self, candidates: torch.Tensor, begin: Callable[[torch.Tensor], Run], population: int | None
+        self, candidates: torch.Tensor, begin: Callable[[torch.Tensor], Evaluation], population: int | None
     ) -> Pending[np.ndarray]:
         started = time.perf_counter()
 
@@ -131,7 +131,7 @@ class Objective:
         return self._outputs(candidates, begin, population).then(losses)
 
     def _outputs(
-        self, candidates: torch.Tensor, begin: Callable[[torch.Tensor], Run], population: int | None
+        self, candidates: torch.Tensor, begin: Callable[[torch.Tensor], Evaluation], population: int | None
     ) -> Pending[np.ndarray]:
         """Begin the head's outputs [P, N, ...] of ``candidates`` [P, ...], examples in their own order.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mp2.engine.forward import Arrival, Batch, Forward, Pending, Run
+from mp2.engine.forward import Arrival, Batch, Evaluation, Forward, Pending
 
 if TYPE_CHECKING:
     from mp2.tasks import MrcInput
@@ -26,7 +26,7 @@ class Scorer:
         self.forward = forward
         self._kept: list[tuple[list[MrcInput], Sequence[Batch]]] = []
         self._generation = forward.generation
-        self._held: tuple[np.ndarray, Run] | None = None  # a prompt, and what was made of it
+        self._held: tuple[np.ndarray, Evaluation] | None = None  # a prompt, and what was made of it
 
     def prepare(self, z: np.ndarray) -> None:
         """Make what every output under ``z`` [L', d] needs, so that the first one does not wait for it."""
@@ -57,7 +57,7 @@ class Scorer:
 
         return Pending(fetch) if self.forward.queues else Pending.of(fetch())
 
-    def _under(self, z: np.ndarray) -> Run:
+    def _under(self, z: np.ndarray) -> Evaluation:
         """Return the run under ``z``, the last one again for the same prompt: text is labelled under one."""
         if self._held is None or not np.array_equal(self._held[0], z):
             prompt = self.forward.intrinsic(z, "L' d").unsqueeze(0)

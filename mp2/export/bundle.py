@@ -34,7 +34,7 @@ from mp2.export.graphs import (
     backbone_model,
 )
 from mp2.export.parity import Comparison, check, compare_whole, emulated_graph
-from mp2.export.weights import store_backbone, store_mlm
+from mp2.export.stored_arrays import store_backbone, store_mlm
 from mp2.files import write_bytes, write_json
 
 if TYPE_CHECKING:

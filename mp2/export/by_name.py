@@ -15,9 +15,9 @@ from mp2.engine.tensorrt.profiles import TaskShapes
 from mp2.errors import UnknownNameError, UsageError
 from mp2.export.bundle import build_bundle_plans, write_bundle
 from mp2.export.bundle_tasks import run_backbone
-from mp2.export.calibration import calibration_inputs, task_inputs
 from mp2.export.emulated import EmulatedBackend
 from mp2.export.engine_folder import build_plans, check_target, export_engine, precision_cost
+from mp2.export.input_maxima import calibration_inputs, task_inputs
 from mp2.export.parity import REPORT_HEADER, Comparison
 from mp2.export.triton import TRITON, write_triton
 from mp2.json_files import parse_json

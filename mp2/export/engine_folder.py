@@ -34,11 +34,11 @@ from mp2.engine.tensorrt.plans import SHAPES
 from mp2.engine.tensorrt.profiles import TaskShapes
 from mp2.errors import Mp2Error, UnknownNameError, UsageError
 from mp2.export import graphs
-from mp2.export.calibration import calibration_inputs, input_maxima
 from mp2.export.emulated import EmulatedBackend
 from mp2.export.graph_builder import OPSET, GraphBuilder
+from mp2.export.input_maxima import calibration_inputs, input_maxima
 from mp2.export.parity import Comparison, check, compare_stages, compare_whole
-from mp2.export.weights import WeightStore, store_backbone
+from mp2.export.stored_arrays import WeightStore, store_backbone
 from mp2.limits import check_new_folder, check_utf8
 
 if TYPE_CHECKING:

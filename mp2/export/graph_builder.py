@@ -22,7 +22,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from mp2.backbone import BackboneConfig
-from mp2.export.weights import ELEMENTS, WeightStore
+from mp2.export.stored_arrays import ELEMENTS, WeightStore
 
 OPSET = 20
 IR_VERSION = 10
@@ -133,7 +133,7 @@ class GraphBuilder:
             weight = self.one("DequantizeLinear", weight, self.weight(f"{name}.weight_scale"), zero)
         return self.one("Add", self.one("MatMul", x, weight), self.weight(f"{name}.bias"))
 
-    def activate(self, x: str) -> str:
+    def activation(self, x: str) -> str:
         """The backbone's activation."""
         if self.config.activation == "relu":
             return self.one("Relu", x)
@@ -195,7 +195,7 @@ class GraphBuilder:
         outer = self.join(self.ints(-1), self.sizes(hidden, 1, 4))
         y = self.one("Add", self.full(self.one("Reshape", projected, outer)), self.full(hidden))
         y = self.half(self.norm(self.one("Reshape", y, width), f"{name}.attention_norm"))
-        down = self.linear(self.activate(self.linear(y, f"{name}.intermediate")), f"{name}.output")
+        down = self.linear(self.activation(self.linear(y, f"{name}.intermediate")), f"{name}.output")
         y = self.norm(self.one("Add", self.full(down), self.full(y)), f"{name}.output_norm")
         return self.one("Reshape", self.half(y), outer)
 

@@ -181,7 +181,7 @@ def _word_log_probs(b: GraphBuilder, mlm: MlmHead, states: str) -> str:
     rows = b.one("Reshape", states, b.ints(-1, b.config.hidden))
     if mlm.transform is not None:
         dense = b.one("Gemm", rows, b.weight("mlm.dense.weight"), b.weight("mlm.dense.bias"), transB=1)
-        rows = b.norm(b.activate(dense), "mlm.norm")
+        rows = b.norm(b.activation(dense), "mlm.norm")
     words = b.weight("word_embeddings" if mlm.tied else "mlm.decoder")
     logits = b.one("Gemm", rows, words, b.weight("mlm.bias"), transB=1)
     outer = b.join(b.sizes(states, 0, 2), b.ints(b.config.vocab_size))

@@ -16,7 +16,7 @@ from mp2.export.graphs import INLINE_GRAPH
 
 if TYPE_CHECKING:
     from mp2.backbone.mlm_head import MlmHead
-    from mp2.engine.backend import Prefixes
+    from mp2.engine.backend import PopulationPrefix
     from mp2.engine.onnx.stages import GraphStages
 
 # relative to the largest magnitude: one layer, and what comes out after all of them. Below float32, a few
@@ -79,7 +79,7 @@ class _Probe:
         self.bias = torch.randn(_P, 2, generator=rng)
 
     def layer(
-        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefixes | None
+        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: PopulationPrefix | None
     ) -> torch.Tensor:
         """`ChainBackend.layer` by the encoder, a candidate at a time; prefix [P or 1, 1, h, m, d_h]."""
         rows = []
@@ -128,7 +128,7 @@ def compare_stages(backend: GraphStages, backbone: Backbone) -> Iterator[Compari
         two = text if len(text) == _P else torch.cat([text, text.flip(1)])
         prefixes = (probe.keys[i].unsqueeze(1), probe.values[i].unsqueeze(1))
         one = (prefixes[0][:1], prefixes[1][:1])
-        cases: Mapping[str, tuple[torch.Tensor, torch.Tensor | None, Prefixes | None]] = {
+        cases: Mapping[str, tuple[torch.Tensor, torch.Tensor | None, PopulationPrefix | None]] = {
             "no prompt": (two[:1], None, None),
             "no prompt, padded": (two, mask, None),
             "P prefixes, one text": (two[:1], None, prefixes),

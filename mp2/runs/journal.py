@@ -151,10 +151,10 @@ def read_journal(path: Path) -> tuple[dict[str, Any] | None, list[Record], int]:
                     f"expected a journal header with schema_version {SCHEMA_VERSION}", path=path, line=at
                 )
             found = check(line, _HEADER, path, line=at)
-            if reader.problem is not None:
+            if reader.fault is not None:
                 if at == len(lines) - 1:
                     break  # torn, too
-                raise FormatError(f"{reader.problem}; {_DAMAGED}", path=path, line=at)
+                raise FormatError(f"{reader.fault}; {_DAMAGED}", path=path, line=at)
             header = found
             n_bytes = position
             continue
@@ -188,10 +188,10 @@ def read_journal(path: Path) -> tuple[dict[str, Any] | None, list[Record], int]:
                 )
         elif pending:
             raise FormatError("scores inside a generation", path=path, line=at)
-        if reader.problem is not None:
+        if reader.fault is not None:
             if at == len(lines) - 1:
                 break  # torn, too
-            raise FormatError(f"{reader.problem}; {_DAMAGED}", path=path, line=at)
+            raise FormatError(f"{reader.fault}; {_DAMAGED}", path=path, line=at)
         if event == "losses":
             pending.append(line)
             if line["iteration"] < last:

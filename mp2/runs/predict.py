@@ -17,7 +17,7 @@ from mp2.runs.needs import located
 from mp2.runs.run_folder import OWN_BACKBONE, OWN_PROMPTS, how_to_end, read_config
 from mp2.runs.scratch import ON_THE_FLY
 from mp2.runs.tuned import check_fits, load_tuned, run_card, tuned_head
-from mp2.tasks.problems import FirstProblem
+from mp2.tasks.faults import FirstFault
 from mp2.tasks.record import Columns, RecordParser, is_blank
 from mp2.tasks.record_files import Records, is_lines, json_lines, read_records
 
@@ -121,7 +121,7 @@ class Predictor:
 
         The columns ``keep`` stand before them, all columns where it is None.
         """
-        yield from self._predict_records(read_records(path, FirstProblem(), to_label=True), str(path), keep)
+        yield from self._predict_records(read_records(path, FirstFault(), to_label=True), str(path), keep)
 
     def _predict_records(
         self, records: Records, name: str, keep: Sequence[str] | None
@@ -199,12 +199,12 @@ def _text_records(card: TaskCard, lines: Iterable[bytes], name: str) -> Records:
                     f"{', '.join(card.fields)}: write each line as a JSON object with them"
                 )
         if not plain:
-            yield from json_lines([line], name, FirstProblem(), first=number)
+            yield from json_lines([line], name, FirstFault(), first=number)
             continue
         try:
             yield number, {card.fields[0]: line.decode("utf-8-sig").strip()}
         except UnicodeDecodeError:
-            yield from json_lines([line], name, FirstProblem(), first=number)  # it says what is wrong
+            yield from json_lines([line], name, FirstFault(), first=number)  # it says what is wrong
     if plain is None:
         raise FormatError("nothing to label; expected a text, or a JSON object, on each line", path=name)
 
@@ -242,7 +242,7 @@ def _lines(
         if empty:
             yield _Line(None, f"{', '.join(empty)} is empty", kept)
             continue
-        example = RecordParser(card, name, number, FirstProblem(), False).example(record)
+        example = RecordParser(card, name, number, FirstFault(), False).example(record)
         yield _Line(example, None, kept)
 
 

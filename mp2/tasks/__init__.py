@@ -6,24 +6,24 @@ from mp2.tasks.cloze import ClozeFormatter
 from mp2.tasks.data import has_split, load_examples, parse_lines, read_examples
 from mp2.tasks.decode import decode
 from mp2.tasks.example import Answer, Example
+from mp2.tasks.faults import AllFaults, Fault, FirstFault
 from mp2.tasks.fewshot import FewShotSplit, few_shot_split
 from mp2.tasks.fields import FieldFormatter
 from mp2.tasks.metrics import accuracy, character_f1, exact_match, score
 from mp2.tasks.mrc import MrcFormatter, MrcInput, filled_template, label_words
-from mp2.tasks.problems import AllProblems, FirstProblem, Problem
 
 __all__ = [
-    "AllProblems",
+    "AllFaults",
     "Answer",
     "CheckReport",
     "ClozeFormatter",
     "Example",
+    "Fault",
     "FewShotSplit",
     "FieldFormatter",
-    "FirstProblem",
+    "FirstFault",
     "MrcFormatter",
     "MrcInput",
-    "Problem",
     "Source",
     "TaskCard",
     "accuracy",

@@ -21,7 +21,7 @@ from pathlib import Path
 from mp2.errors import UnknownNameError, UsageError
 from mp2.tasks.card_rules import DEFAULT_HUB_SPLITS, DEFAULT_MAX_ANSWER_TOKENS, CardRules, template_parts
 from mp2.tasks.encodings import not_utf8
-from mp2.tasks.problems import FirstProblem, Problems
+from mp2.tasks.faults import Faults, FirstFault
 
 CARDS_DIR = Path(__file__).parent / "cards"
 
@@ -147,34 +147,34 @@ def _package_card(name: str) -> TaskCard:
 
 
 def _read(path: Path) -> TaskCard:
-    card = read_card(path, FirstProblem())
-    assert card is not None  # FirstProblem raised otherwise
+    card = read_card(path, FirstFault())
+    assert card is not None  # FirstFault raised otherwise
     return card
 
 
-def read_card(path: Path, problems: Problems) -> TaskCard | None:
-    """Read and validate one card; report to ``problems`` and return None if there are any."""
+def read_card(path: Path, faults: Faults) -> TaskCard | None:
+    """Read and validate one card; report to ``faults`` and return None if there are any."""
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        problems.add(not_utf8(data, path, f" ({error.reason} at byte {error.start})"), path)
+        faults.add(not_utf8(data, path, f" ({error.reason} at byte {error.start})"), path)
         return None
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         where = re.search(r"at line (\d+)", str(error))
-        problems.add(f"not TOML: {error}", path, line=int(where[1]) if where else None)
+        faults.add(f"not TOML: {error}", path, line=int(where[1]) if where else None)
         return None
     except (
         ValueError,
         RecursionError,
     ) as error:  # of Python itself: an integer too long, or too many brackets
-        problems.add(f"not TOML that can be read: {error}", path)
+        faults.add(f"not TOML that can be read: {error}", path)
         return None
-    rules = CardRules(path, text, problems)
+    rules = CardRules(path, text, faults)
     rules.check(raw)
-    if rules.n_problems:
+    if rules.n_faults:
         return None
     source = raw.get("source")
     return TaskCard(

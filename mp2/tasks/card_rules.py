@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mp2.errors import shown
-from mp2.tasks.problems import Problems
+from mp2.tasks.faults import Faults
 from mp2.tasks.source_formats import SOURCE_FORMATS
 
 TYPES = ("classification", "extraction", "multiple_choice")
@@ -68,14 +68,14 @@ def template_parts(template: str) -> tuple[tuple[str, str | None], ...]:
 class CardRules:
     """Validates the raw table of one card, with line numbers."""
 
-    def __init__(self, path: Path, text: str, problems: Problems) -> None:
-        self.path, self.problems, self.n_problems = path, problems, 0
+    def __init__(self, path: Path, text: str, faults: Faults) -> None:
+        self.path, self.faults, self.n_faults = path, faults, 0
         self.lines = text.split("\n")
 
     def report(self, message: str, *keys: str) -> None:
-        """Report a problem of the key at the path ``keys``."""
-        self.n_problems += 1
-        self.problems.add(message, self.path, line=self.line(*keys), field=".".join(keys) or None)
+        """Report a fault of the key at the path ``keys``."""
+        self.n_faults += 1
+        self.faults.add(message, self.path, line=self.line(*keys), field=".".join(keys) or None)
 
     def line(self, *keys: str) -> int | None:
         """Return the line (from 1) where a key, or else the innermost table around it, is written."""

@@ -1,6 +1,6 @@
 """Checks a card and its data and reports everything that is wrong: what ``mp2 tasks check`` runs.
 
-Problems are what ``mp2 bbt`` would refuse, found by the same code; remarks are what it would cut, drop or
+Faults are what ``mp2 bbt`` would refuse, found by the same code; remarks are what it would cut, drop or
 say.
 """
 
@@ -16,11 +16,11 @@ from mp2.errors import UsageError
 from mp2.tasks.card import TaskCard, find_card, read_card
 from mp2.tasks.data import parse_records, read_examples
 from mp2.tasks.example import Example
+from mp2.tasks.faults import AllFaults, Fault, grouped
 from mp2.tasks.fewshot import few_shot_split
 from mp2.tasks.lengths import lengths, none_fits
 from mp2.tasks.mrc import MrcFormatter
 from mp2.tasks.place import DataSet, Files, find_place
-from mp2.tasks.problems import AllProblems, Problem, grouped
 from mp2.tasks.record import MANY_LABELS, parse_fields
 
 if TYPE_CHECKING:
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What was found: ``problems`` (empty: all is well), counts a split and a label, and remarks."""
+    """What was found: ``faults`` (empty: all is well), counts a split and a label, and remarks."""
 
     card: TaskCard | None
-    problems: tuple[Problem, ...]
+    faults: tuple[Fault, ...]
     n_examples: dict[str, int]
     n_by_label: dict[str, dict[str, int]]
     remarks: tuple[str, ...]
@@ -40,16 +40,15 @@ class CheckReport:
     @property
     def ok(self) -> bool:
         """True if nothing is wrong."""
-        return not self.problems
+        return not self.faults
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON-able values."""
         return {
             "task": self.card.task if self.card else None,
             "ok": self.ok,
-            "problems": [
-                {"path": p.path, "line": p.line, "field": p.field, "message": p.message}
-                for p in self.problems
+            "faults": [
+                {"path": p.path, "line": p.line, "field": p.field, "message": p.message} for p in self.faults
             ],
             "examples": self.n_examples,
             "labels": self.n_by_label,
@@ -57,8 +56,8 @@ class CheckReport:
         }
 
     def __str__(self) -> str:
-        lines = kinds = grouped(self.problems)
-        n, n_kinds = len(self.problems), len(kinds)
+        lines = kinds = grouped(self.faults)
+        n, n_kinds = len(self.faults), len(kinds)
         if self.card is not None:
             counts = ", ".join(f"{n} {split}" for split, n in self.n_examples.items())
             lines.append(f"{self.card.task}: {self.card.type}" + (f", {counts}" if counts else ""))
@@ -66,7 +65,7 @@ class CheckReport:
             lines.append(f"  {split}: {_counts(labels)}")
         lines += [f"  note: {remark}" for remark in self.remarks]
         of_kinds = f" of {n_kinds} kind{'s' if n_kinds > 1 else ''}" if n_kinds < n else ""
-        lines.append(f"{n} problem{'s' if n > 1 else ''}{of_kinds}" if n else "no problems")
+        lines.append(f"{n} fault{'s' if n > 1 else ''}{of_kinds}" if n else "no faults")
         return "\n".join(lines)
 
 
@@ -96,12 +95,10 @@ def check_task(
     card or data folder).
     """
     path = find_card(name_or_path)
-    problems = AllProblems()
-    card = read_card(path, problems)
+    faults = AllFaults()
+    card = read_card(path, faults)
     if card is None:
-        return CheckReport(
-            None, tuple(problems.found), {}, {}, ("the data is checked once the card is right",)
-        )
+        return CheckReport(None, tuple(faults.found), {}, {}, ("the data is checked once the card is right",))
     names = parse_fields(fields, card)
     remarks: list[str] = []
     place = find_place(card, data)
@@ -109,7 +106,7 @@ def check_task(
     if place is None:
         remarks.append("no data was checked; --data DIR (or MP2_DATA) names it")
     else:
-        splits = _read_splits(card, place, problems, names)
+        splits = _read_splits(card, place, faults, names)
         if "test" not in splits:
             remarks.append(
                 "no test data; tune with --no-test, or put labelled examples beside those of train"
@@ -119,9 +116,9 @@ def check_task(
         try:
             formatter = MrcFormatter(card, tokenizer, max_tokens)
         except UsageError as error:
-            problems.add(str(error), path)
-    if not problems.found and "train" in splits:
-        remarks += _as_tuning_does(card, splits, formatter, shots, problems)
+            faults.add(str(error), path)
+    if not faults.found and "train" in splits:
+        remarks += _as_tuning_does(card, splits, formatter, shots, faults)
     n_by_label: dict[str, dict[str, int]] = {}
     if card.type == "classification":
         for split, examples in splits.items():
@@ -129,7 +126,7 @@ def check_task(
             n_by_label[split] = {label: counts[label] for label in card.labels}
     return CheckReport(
         card,
-        tuple(problems.found),
+        tuple(faults.found),
         {split: len(examples) for split, examples in splits.items()},
         n_by_label,
         tuple(remarks),
@@ -137,7 +134,7 @@ def check_task(
 
 
 def _read_splits(
-    card: TaskCard, place: Files | DataSet, problems: AllProblems, names: Mapping[str, str]
+    card: TaskCard, place: Files | DataSet, faults: AllFaults, names: Mapping[str, str]
 ) -> dict[str, list[Example]]:
     splits = {}
     if isinstance(place, DataSet):
@@ -145,22 +142,22 @@ def _read_splits(
 
         for split in set_splits(card, place):
             name, records = set_records(card, place, split, names)
-            splits[split] = list(parse_records(card, records, name, problems))
+            splits[split] = list(parse_records(card, records, name, faults))
         if "train" not in splits:
-            problems.add("has no train split", place.name)
+            faults.add("has no train split", place.name)
         return splits
     for split in ("train", "dev", "test"):
         path = place.by_split.get(split)
         if path is None:
             if split == "train":  # dev is optional, it is drawn from train; so is test, with --no-test
-                problems.add("missing; expected data, as JSON lines", place.folder / "train.jsonl")
+                faults.add("missing; expected data, as JSON lines", place.folder / "train.jsonl")
         elif path.is_dir():
-            problems.add("is a folder, expected a file of data", path)
+            faults.add("is a folder, expected a file of data", path)
         else:
-            before = len(problems.found)
-            splits[split] = list(read_examples(card, path, problems, fields=names))
-            if not splits[split] and len(problems.found) == before:
-                problems.add("no examples; expected one a line", path)
+            before = len(faults.found)
+            splits[split] = list(read_examples(card, path, faults, fields=names))
+            if not splits[split] and len(faults.found) == before:
+                faults.add("no examples; expected one a line", path)
     return splits
 
 
@@ -169,9 +166,9 @@ def _as_tuning_does(
     splits: dict[str, list[Example]],
     formatter: MrcFormatter | None,
     shots: int | None,
-    problems: AllProblems,
+    faults: AllFaults,
 ) -> list[str]:
-    """Draw the few-shot split as ``mp2 bbt`` does; what it refuses is a problem, what it says a remark."""
+    """Draw the few-shot split as ``mp2 bbt`` does; what it refuses is a fault, what it says a remark."""
     remarks = []
     fitting = splits
     if formatter is not None:
@@ -187,12 +184,12 @@ def _as_tuning_does(
             if measured is not None and (line := measured.line(f"{split} texts")):
                 remarks.append(line)
         if "test" in splits and not fitting["test"]:
-            problems.add(none_fits(card, formatter.max_tokens), card.path)
+            faults.add(none_fits(card, formatter.max_tokens), card.path)
     try:
         drawn = few_shot_split(card, fitting["train"], 8, shots, dev_examples=fitting.get("dev", ()))
         remarks += drawn.remarks
     except UsageError as error:
-        problems.add(str(error), card.path)
+        faults.add(str(error), card.path)
     seen = {_texts(example) for example in splits["train"]}
     for name in ("dev", "test"):
         if n := sum(_texts(example) in seen for example in splits.get(name, ())):

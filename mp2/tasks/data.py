@@ -26,8 +26,8 @@ from mp2.errors import UnknownNameError, UsageError
 from mp2.tasks.card import TaskCard
 from mp2.tasks.card_rules import SPLITS
 from mp2.tasks.example import Example
+from mp2.tasks.faults import Faults, FirstFault
 from mp2.tasks.place import Files, find_place
-from mp2.tasks.problems import FirstProblem, Problems
 from mp2.tasks.record import Columns, RecordParser, mapped
 from mp2.tasks.record_files import json_lines, read_records
 
@@ -49,14 +49,14 @@ def load_examples(
         raise UnknownNameError("split", split, SPLITS)
     place = find_place(card, data)
     if isinstance(place, Files):
-        found = read_examples(card, split_file(card, place, split), FirstProblem(), fields=fields)
+        found = read_examples(card, split_file(card, place, split), FirstFault(), fields=fields)
     else:
         from mp2.tasks.hub import hub_records, set_records
 
         name, records = (
             hub_records(card, split) if place is None else set_records(card, place, split, fields or {})
         )
-        found = parse_records(card, records, name, FirstProblem())
+        found = parse_records(card, records, name, FirstFault())
     examples = list(islice(found, limit))
     if not examples:
         raise UsageError(f"the {split} data of task '{card.task}' is empty")
@@ -91,34 +91,34 @@ def has_split(card: TaskCard, split: str, data: str | Path | None = None) -> boo
 def read_examples(
     card: TaskCard,
     path: Path,
-    problems: Problems,
+    faults: Faults,
     *,
     labelled: bool = True,
     fields: Mapping[str, str] | None = None,
 ) -> Iterator[Example]:
-    """Yield the good examples of a file, skipping blank lines; bad ones go to ``problems``."""
-    records = mapped(Columns(card, fields or {}), read_records(path, problems))
-    yield from parse_records(card, records, str(path), problems, labelled=labelled)
+    """Yield the good examples of a file, skipping blank lines; bad ones go to ``faults``."""
+    records = mapped(Columns(card, fields or {}), read_records(path, faults))
+    yield from parse_records(card, records, str(path), faults, labelled=labelled)
 
 
 def parse_lines(
-    card: TaskCard, lines: Iterable[bytes | str], path: str, problems: Problems, *, labelled: bool = True
+    card: TaskCard, lines: Iterable[bytes | str], path: str, faults: Faults, *, labelled: bool = True
 ) -> Iterator[Example]:
     """Yield the good examples of JSON lines; ``labelled=False``: label and answers may be missing."""
-    records = mapped(Columns(card), json_lines(lines, path, problems))
-    yield from parse_records(card, records, path, problems, labelled=labelled)
+    records = mapped(Columns(card), json_lines(lines, path, faults))
+    yield from parse_records(card, records, path, faults, labelled=labelled)
 
 
 def parse_records(
     card: TaskCard,
     records: Iterable[tuple[int, Any]],
     path: str,
-    problems: Problems,
+    faults: Faults,
     *,
     labelled: bool = True,
 ) -> Iterator[Example]:
-    """Yield the good examples among (line, object) pairs; the bad ones go to ``problems``."""
+    """Yield the good examples among (line, object) pairs; the bad ones go to ``faults``."""
     for line, record in records:
-        example = RecordParser(card, path, line, problems, labelled).example(record)
+        example = RecordParser(card, path, line, faults, labelled).example(record)
         if example is not None:
             yield example

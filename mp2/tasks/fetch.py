@@ -21,7 +21,7 @@ from mp2.json_files import Fields, check, list_of, object_of, read_object, text,
 from mp2.tasks.card import Source, TaskCard, list_cards, load_card
 from mp2.tasks.download import download, member
 from mp2.tasks.example import Example
-from mp2.tasks.problems import AllProblems
+from mp2.tasks.faults import AllFaults
 from mp2.tasks.record import Columns, RecordParser, mapped
 from mp2.tasks.source_formats import source_records
 
@@ -120,33 +120,33 @@ def by_hand(card: TaskCard, to: Path) -> str:
 
 def _examples(card: TaskCard, source: Source, split: str, to: Path, remarks: list[str]) -> list[Example]:
     """Return the good examples of a split, each text once."""
-    problems = AllProblems()
+    faults = AllFaults()
     if source.hub:
         from mp2.tasks.hub import hub_records
 
         name, records = hub_records(card, split)
     else:
-        name, records = source.files[split], _file_records(card, source, split, to, problems)
+        name, records = source.files[split], _file_records(card, source, split, to, faults)
     found: dict[Any, Example] = {}
     n_all = 0
     for line, record in records:
         n_all += 1
-        example = RecordParser(card, name, line, problems, True).example(record)
+        example = RecordParser(card, name, line, faults, True).example(record)
         if example is not None:
             found.setdefault((*example.fields.items(), example.options), example)
-    n_bad = len({problem.line for problem in problems.found})
+    n_bad = len({fault.line for fault in faults.found})
     if not found or n_bad > MAX_BAD_SHARE * n_all:
-        first = problems.found[0] if problems.found else f"{name}: no examples"
+        first = faults.found[0] if faults.found else f"{name}: no examples"
         raise UsageError(
             f"{n_bad} of {n_all} {split} examples are not what the card says; the first: {first}"
         )
     if n_bad:
-        remarks.append(f"{n_bad} of {n_all} {split} examples were left out; the first: {problems.found[0]}")
+        remarks.append(f"{n_bad} of {n_all} {split} examples were left out; the first: {faults.found[0]}")
     return list(found.values())
 
 
 def _file_records(
-    card: TaskCard, source: Source, split: str, to: Path, problems: AllProblems
+    card: TaskCard, source: Source, split: str, to: Path, faults: AllFaults
 ) -> Iterator[tuple[int, Any]]:
     """Yield the records of a split's files."""
     columns = Columns(card, hub=True)
@@ -156,7 +156,7 @@ def _file_records(
         path = download(url, to / DOWNLOADS, source.digests.get(split) or source.digests.get("all"))
         if inside:
             path = member(path, inside, to / DOWNLOADS)
-        yield from mapped(columns, source_records(path, source.format, names, source.separator, problems))
+        yield from mapped(columns, source_records(path, source.format, names, source.separator, faults))
 
 
 def _hold_out(splits: dict[str, list[Example]], share: float) -> dict[str, list[Example]]:

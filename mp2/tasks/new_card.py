@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mp2.errors import UsageError
-from mp2.tasks.problems import FirstProblem
+from mp2.tasks.faults import FirstFault
 from mp2.tasks.record import written
 from mp2.tasks.record_files import read_records
 
@@ -53,7 +53,7 @@ def new_card(path: Path, task: str | None = None) -> NewCard:
     """
     if not path.is_file():
         raise UsageError(f"there is no file {path}; give a data file: .jsonl, .json, .csv, .tsv or .parquet")
-    rows = [row for _, row in read_records(path, FirstProblem()) if isinstance(row, dict)]
+    rows = [row for _, row in read_records(path, FirstFault()) if isinstance(row, dict)]
     if not rows:
         raise UsageError(f"{path} has no records; expected an object, or a row of a table, for each example")
     name = task or _task_name(path)

@@ -17,7 +17,7 @@ from mp2.errors import UsageError, shown
 from mp2.json_files import JsonError, parse_json
 from mp2.tasks.card import TaskCard
 from mp2.tasks.example import Answer, Example
-from mp2.tasks.problems import Problems
+from mp2.tasks.faults import Faults
 
 MANY_LABELS = 20  # a message lists as many
 
@@ -136,19 +136,19 @@ def mapped(columns: Columns, records: Iterator[tuple[int, Any]]) -> Iterator[tup
 
 
 class RecordParser:
-    """Makes an example of one JSON object, or reports everything that is wrong with it to ``problems``.
+    """Makes an example of one JSON object, or reports everything that is wrong with it to ``faults``.
 
     With ``labelled`` false, label and answers may be missing.
     """
 
-    def __init__(self, card: TaskCard, path: str, line: int, problems: Problems, labelled: bool) -> None:
+    def __init__(self, card: TaskCard, path: str, line: int, faults: Faults, labelled: bool) -> None:
         self._card, self._path, self._line = card, path, line
-        self._problems, self._labelled = problems, labelled
+        self._faults, self._labelled = faults, labelled
         self._good = True
 
     def _report(self, message: str, field: str | None = None) -> None:
         self._good = False
-        self._problems.add(message, self._path, line=self._line, field=field)
+        self._faults.add(message, self._path, line=self._line, field=field)
 
     def example(self, record: object) -> Example | None:
         """Return the example; None if the object is not a good one."""

@@ -17,30 +17,30 @@ from typing import Any
 from mp2.errors import MissingDependencyError, UsageError, shown
 from mp2.json_files import JsonError, parse_json
 from mp2.tasks.encodings import not_utf8
-from mp2.tasks.problems import Problems
+from mp2.tasks.faults import Faults
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 Records = Iterator[tuple[int, Any]]
 """(line or row from 1, object)"""
 
 
-def read_records(path: Path, problems: Problems, *, to_label: bool = False) -> Records:
-    """Yield the records of a file by its suffix; lines that cannot be read go to ``problems``.
+def read_records(path: Path, faults: Faults, *, to_label: bool = False) -> Records:
+    """Yield the records of a file by its suffix; lines that cannot be read go to ``faults``.
 
     With ``to_label`` tables keep their blank rows, and may have one column.
     """
     if path.suffix == ".parquet":
-        return _parquet(path, problems)
+        return _parquet(path, faults)
     if path.suffix in (".csv", ".tsv"):
-        return _table(path, problems, to_label)
+        return _table(path, faults, to_label)
     if not is_lines(path):
-        return _array(path, problems)
+        return _array(path, faults)
     if path.suffix not in FORMATS:
         raise UsageError(f"{path}: expected a file that ends in {', '.join(FORMATS)}")
-    return _lines(path, problems)
+    return _lines(path, faults)
 
 
-def json_lines(lines: Iterable[bytes | str], path: str, problems: Problems, first: int = 1) -> Records:
+def json_lines(lines: Iterable[bytes | str], path: str, faults: Faults, first: int = 1) -> Records:
     """Yield the objects of JSON lines, skipping blank ones; ``first`` is the number of the first line."""
     for number, line in enumerate(lines, first):
         try:
@@ -49,10 +49,10 @@ def json_lines(lines: Iterable[bytes | str], path: str, problems: Problems, firs
                 yield number, parse_json(text)
         except UnicodeDecodeError as error:
             where = f" (byte {error.start})"
-            problems.add(not_utf8(error.object, path, where), path, line=number)
+            faults.add(not_utf8(error.object, path, where), path, line=number)
         except JsonError as error:
             at = f" at column {error.column}; expected one object a line" if error.column else ""
-            problems.add(f"{error}{at}", path, line=number)
+            faults.add(f"{error}{at}", path, line=number)
 
 
 def is_lines(path: Path) -> bool:
@@ -66,36 +66,36 @@ def _first_sign(path: Path) -> bytes:
         return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
 
 
-def _lines(path: Path, problems: Problems) -> Records:
+def _lines(path: Path, faults: Faults) -> Records:
     with path.open("rb") as file:
-        yield from json_lines(file, str(path), problems)
+        yield from json_lines(file, str(path), faults)
 
 
-def _text(path: Path, problems: Problems) -> str | None:
+def _text(path: Path, faults: Faults) -> str | None:
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        problems.add(not_utf8(data, path), path, line=line)
+        faults.add(not_utf8(data, path), path, line=line)
         return None
 
 
-def _array(path: Path, problems: Problems) -> Records:
-    text = _text(path, problems)
+def _array(path: Path, faults: Faults) -> Records:
+    text = _text(path, faults)
     if text is None:
         return
     try:
         values = parse_json(text)
     except JsonError as error:
-        problems.add(f"{error}; expected an array of objects", path, line=error.line)
+        faults.add(f"{error}; expected an array of objects", path, line=error.line)
         return
     yield from enumerate(values, 1)
 
 
-def _table(path: Path, problems: Problems, to_label: bool) -> Records:
+def _table(path: Path, faults: Faults, to_label: bool) -> Records:
     """CSV as spreadsheets write it; TSV as it is published: tabs, no quotes, no line breaks in cells."""
-    text = _text(path, problems)
+    text = _text(path, faults)
     if text is None:
         return
     csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is shorter than an article
@@ -117,7 +117,7 @@ def _table(path: Path, problems: Problems, to_label: bool) -> Records:
                 columns = [name.strip() for name in row]
                 least = 1 if to_label else 2
                 if len(columns) < least or len(set(columns)) < len(columns):
-                    problems.add(
+                    faults.add(
                         f"the first line is {shown(row)}, expected the names of {least} or more columns, "
                         "each once",
                         path,
@@ -125,7 +125,7 @@ def _table(path: Path, problems: Problems, to_label: bool) -> Records:
                     )
                     return
             elif len(row) != len(columns):
-                problems.add(
+                faults.add(
                     f"has {len(row)} cells, expected {len(columns)}: {', '.join(columns)}",
                     path,
                     line=cells.line_num,
@@ -133,10 +133,10 @@ def _table(path: Path, problems: Problems, to_label: bool) -> Records:
             else:
                 yield cells.line_num, dict(zip(columns, row, strict=True))
     except csv.Error as error:
-        problems.add(f"not {path.suffix[1:].upper()}: {error}", path, line=cells.line_num)
+        faults.add(f"not {path.suffix[1:].upper()}: {error}", path, line=cells.line_num)
 
 
-def _parquet(path: Path, problems: Problems) -> Records:
+def _parquet(path: Path, faults: Faults) -> Records:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
@@ -149,4 +149,4 @@ def _parquet(path: Path, problems: Problems) -> Records:
                 number += 1
                 yield number, row
     except (ValueError, OSError) as error:  # pyarrow's errors are children of these
-        problems.add(f"not a parquet file: {str(error).splitlines()[0]}", path)
+        faults.add(f"not a parquet file: {str(error).splitlines()[0]}", path)

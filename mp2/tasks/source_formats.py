@@ -13,35 +13,35 @@ from typing import Any
 
 from mp2.json_files import parse_json
 from mp2.tasks.encodings import not_utf8
-from mp2.tasks.problems import Problems
+from mp2.tasks.faults import Faults
 from mp2.tasks.record_files import Records, read_records
 
 SOURCE_FORMATS = ("", "lines", "squad", "c3")
 
 
 def source_records(
-    path: Path, form: str, columns: tuple[str, ...], separator: str, problems: Problems
+    path: Path, form: str, columns: tuple[str, ...], separator: str, faults: Faults
 ) -> Records:
     """Yield the (line or number, object) pairs of a source file in its ``form``."""
     if form == "":
-        yield from read_records(path, problems)
+        yield from read_records(path, faults)
         return
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        problems.add(not_utf8(error.object, path, f" ({error.reason})"), path)
+        faults.add(not_utf8(error.object, path, f" ({error.reason})"), path)
         return
     if form == "lines":
-        yield from _cells(text, path, columns, separator, problems)
+        yield from _cells(text, path, columns, separator, faults)
         return
     try:
         nested = parse_json(text)
         yield from enumerate(_squad(nested) if form == "squad" else _c3(nested), 1)
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        problems.add(f"not the format {form}: {type(error).__name__}: {error}", path)
+        faults.add(f"not the format {form}: {type(error).__name__}: {error}", path)
 
 
-def _cells(text: str, path: Path, columns: tuple[str, ...], separator: str, problems: Problems) -> Records:
+def _cells(text: str, path: Path, columns: tuple[str, ...], separator: str, faults: Faults) -> Records:
     """Lines of cells; a line of another number of cells, which published files have, is left out."""
     n_left_out = 0
     for number, line in enumerate(text.split("\n"), 1):
@@ -51,7 +51,7 @@ def _cells(text: str, path: Path, columns: tuple[str, ...], separator: str, prob
         elif line.strip():
             n_left_out += 1
     if n_left_out * 10 > text.count("\n") + 1:
-        problems.add(f"{n_left_out} lines do not have the {len(columns)} cells {', '.join(columns)}", path)
+        faults.add(f"{n_left_out} lines do not have the {len(columns)} cells {', '.join(columns)}", path)
 
 
 def _squad(nested: Any) -> Iterator[dict[str, Any]]:

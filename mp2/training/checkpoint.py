@@ -178,7 +178,7 @@ def cut_back(
             at = rule(reader.read(line), "")["step"]
         except (JsonError, WrongValue):
             continue
-        if at <= step and reader.problem is None:
+        if at <= step and reader.fault is None:
             kept.append(line + b"\n")
             found.add(at)
     if lines and (len(kept) < len(lines) - 1 or lines[-1]):
@@ -201,8 +201,8 @@ def read_steps(path: Path, rule: Rule = LOSS_LINE) -> list[dict[str, Any]]:
         except JsonError as error:
             raise FormatError(f"{error}; the journal was edited or damaged", path=path, line=at) from error
         lines.append(check(values, rule, path, line=at))
-        if reader.problem is not None:
-            raise FormatError(f"{reader.problem}; the journal was edited or damaged", path=path, line=at)
+        if reader.fault is not None:
+            raise FormatError(f"{reader.fault}; the journal was edited or damaged", path=path, line=at)
     return lines
 
 

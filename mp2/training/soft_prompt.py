@@ -72,19 +72,19 @@ class SoftPromptTuner(Tuner):
         """Epochs of all rates together."""
         return self.config.n_epochs * len(self.rates)
 
-    def runtime(self, trained: bool) -> Backend:
-        """See `Tuner.runtime`; a new one over the weights as they are now."""
-        runtime = self.problem.model.backend
+    def scoring_backend(self, trained: bool) -> Backend:
+        """See `Tuner.scoring_backend`; a new one over the weights as they are now."""
+        backend = self.problem.model.backend
         if not (trained and self.method.trains_backbone):
-            return runtime
+            return backend
         config = self.problem.config
         backbone = replace(self._backbone, encoder=self._encoder.eval())
         return create_backend(
-            runtime.name,
+            backend.name,
             backbone,
-            device=str(runtime.device),
+            device=str(backend.device),
             threads=config.threads,
-            precision=runtime.precision,
+            precision=backend.precision,
         )
 
     def parameters(self) -> list[nn.Parameter]:
@@ -169,7 +169,7 @@ class SoftPromptTuner(Tuner):
         return checkpoint
 
     def _tuned_backbone(self) -> Backbone:
-        """The selected weights as a backbone with its own hash, which `runtime` has from now on."""
+        """The selected weights as a backbone with its own hash, which `scoring_backend` has from now on."""
         if self._selected:  # else no checkpoint was better than the start
             self._encoder.load_state_dict(self._selected)
         config = replace(self._backbone.config, name=OWN_BACKBONE)

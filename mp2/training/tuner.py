@@ -85,7 +85,7 @@ class Tuner(ABC):
     def run(self) -> TuneOutcome:
         """Tune; raises ``LossError`` at a loss that is not finite."""
 
-    def runtime(self, trained: bool) -> Backend:
+    def scoring_backend(self, trained: bool) -> Backend:
         """What scores: over the backbone as it is loaded, or as it is ``trained``, where that differs."""
         return self.problem.model.backend
 
@@ -97,7 +97,7 @@ class Tuner(ABC):
         """The same examples under other soft prompts."""
         problem = copy.copy(self.problem)
         problem.model = replace(problem.model, prompts=prompts)
-        forward = self.runtime(trained).forward(prompts)
+        forward = self.scoring_backend(trained).forward(prompts)
         problem.objective, problem.scorer = Objective(forward, problem.train_inputs), Scorer(forward)
         return problem
 

@@ -10,9 +10,9 @@ from torch.overrides import TorchFunctionMode
 
 from mp2.backbone import Backbone
 from mp2.engine import Objective, Scorer
-from mp2.engine.backend import Prefixes, is_out_of_memory
+from mp2.engine.backend import PopulationPrefix, is_out_of_memory
 from mp2.engine.cpu.backend import CpuBackend
-from mp2.engine.forward import Run
+from mp2.engine.forward import Evaluation
 from mp2.errors import MismatchError, OutOfMemoryError, UsageError
 from mp2.prompts import PrefixProjector, PromptSet, random_prompts
 from mp2.tasks import MrcInput
@@ -153,7 +153,7 @@ def test_a_prompt_is_prepared_once_and_another_one_replaces_it(
     made = []
     every_layer = forward.every_layer
 
-    def counted(z: torch.Tensor, *, scoring: bool = False) -> Run:
+    def counted(z: torch.Tensor, *, scoring: bool = False) -> Evaluation:
         made.append(z)
         return every_layer(z, scoring=scoring)
 
@@ -202,7 +202,7 @@ class SmallMemory(CpuBackend):
     largest = 0
 
     def layer(
-        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefixes | None
+        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: PopulationPrefix | None
     ) -> torch.Tensor:
         p = max(hidden.shape[0], 1 if prefix is None else prefix[0].shape[0])
         tokens = p * hidden.shape[1] * hidden.shape[2]
@@ -263,7 +263,7 @@ def test_out_of_memory_drops_cached_inputs_before_it_halves_the_batch(
         armed = False
 
         def layer(
-            self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefixes | None
+            self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: PopulationPrefix | None
         ) -> torch.Tensor:
             if self.armed and index == 2:
                 self.armed = False

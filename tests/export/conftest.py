@@ -13,11 +13,11 @@ from mp2.backbone.mlm_head import MlmHead, MlmTransform
 from mp2.engine.folder import EngineFolder
 from mp2.engine.tensorrt.profiles import TaskShapes
 from mp2.export import export_engine
-from mp2.export.calibration import input_maxima, random_inputs
 from mp2.export.engine_folder import save_graph
 from mp2.export.graph_builder import GraphBuilder
 from mp2.export.graphs import INLINE_GRAPH, PREFIX_GRAPH, backbone_inline_model, backbone_model
-from mp2.export.weights import store_backbone, store_mlm
+from mp2.export.input_maxima import input_maxima, random_inputs
+from mp2.export.stored_arrays import store_backbone, store_mlm
 from mp2.prompts import random_prompts
 
 SHAPES = TaskShapes(candidates=4, examples=3, lengths=(8, 20), prompt_tokens=5)

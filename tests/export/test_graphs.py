@@ -21,11 +21,11 @@ from mp2.engine.tensorrt.profiles import TaskShapes, grown
 from mp2.errors import FormatError, Mp2Error, UnknownNameError, UsageError
 from mp2.export import export_engine
 from mp2.export import parity as parity_module
-from mp2.export.calibration import calibration_inputs, input_maxima, random_inputs, task_inputs
 from mp2.export.emulated import emulated
 from mp2.export.graphs import INLINE_GRAPH, PREFIX_GRAPH
+from mp2.export.input_maxima import calibration_inputs, input_maxima, random_inputs, task_inputs
 from mp2.export.parity import compare_whole, emulated_graph
-from mp2.export.weights import FP8_MAX, fp8_scale, quantize
+from mp2.export.stored_arrays import FP8_MAX, fp8_scale, quantize
 
 TABLE = json.loads(Path(__file__).with_name("tensorrt_operators.json").read_text())
 NARROW = {"fp16": "FLOAT16", "bf16": "BFLOAT16", "fp8": "FLOAT16"}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mp2.errors import FormatError, UnknownNameError, UsageError
-from mp2.tasks import AllProblems, Example, card_names, filled_template, list_cards, load_card
+from mp2.tasks import AllFaults, Example, card_names, filled_template, list_cards, load_card
 from mp2.tasks.card import read_card
 
 # Table 8 of the paper, and the task type it gives
@@ -208,14 +208,14 @@ def test_a_card_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         load_card(path)
 
 
-def test_checking_reports_every_problem_of_a_card(tmp_path: Path) -> None:
+def test_checking_reports_every_fault_of_a_card(tmp_path: Path) -> None:
     path = tmp_path / "my.toml"
     path.write_text(
         'task = 3\ntype = "classification"\ntemplate = "{a}"\nmetric = "f1"\nodd = 1\n', encoding="utf-8"
     )
-    problems = AllProblems()
-    assert read_card(path, problems) is None
-    found = Counter(problem.field for problem in problems.found)
+    faults = AllFaults()
+    assert read_card(path, faults) is None
+    found = Counter(fault.field for fault in faults.found)
     assert found == Counter(["odd", "task", "family", "track", "version", "metric", "labels", "template"])
 
 

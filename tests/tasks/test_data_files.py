@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mp2.errors import FormatError, MissingDependencyError, UsageError
-from mp2.tasks import AllProblems, Answer, TaskCard, load_card, load_examples
+from mp2.tasks import AllFaults, Answer, TaskCard, load_card, load_examples
 from mp2.tasks.encodings import looks_like
 from mp2.tasks.place import DataSet, Files, find_place, tasks_in
 from mp2.tasks.record import parse_fields
@@ -81,7 +81,7 @@ def test_cells_keep_quotes_commas_and_line_breaks(make_card: MakeCard, tmp_path:
     assert [e.fields["text"] for e in examples] == ['一,二"三"\n四', "五\u2028六"]
     tsv = tmp_path / "t.tsv"
     tsv.write_text('text\tlabel\n他说"好\ta\n', encoding="utf-8")  # published files have such quotes
-    assert list(read_records(tsv, AllProblems())) == [(2, {"text": '他说"好', "label": "a"})]
+    assert list(read_records(tsv, AllFaults())) == [(2, {"text": '他说"好', "label": "a"})]
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,9 @@ def test_a_file_in_gbk_is_named_with_the_command_that_converts_it(
     path = file_of(tmp_path, f"fruit/train{suffix}", "gbk")
     with pytest.raises(FormatError, match=rf"train\{suffix}:\d: not UTF-8.*looks like GBK: convert it with"):
         load_examples(make_card("classification"), "train", tmp_path)
-    problems = AllProblems()
-    list(read_records(path, problems))
-    assert f"iconv -f GB18030 -t UTF-8 train{suffix} > utf8-train{suffix}" in str(problems.found[0])
+    faults = AllFaults()
+    list(read_records(path, faults))
+    assert f"iconv -f GB18030 -t UTF-8 train{suffix} > utf8-train{suffix}" in str(faults.found[0])
 
 
 def test_cards_may_have_a_byte_order_mark_and_name_their_encoding(
@@ -356,7 +356,7 @@ def test_new_writes_a_card_that_check_accepts(tmp_path: Path, monkeypatch: pytes
     assert card.source.fields == {"text": "content", "label": "category"}
     done = mp2("tasks", "check", "tickets.toml", "--data", "tickets.csv")
     assert done.exit_code == 0, done.output
-    assert "no problems" in done.output
+    assert "no faults" in done.output
     done = mp2("tasks", "new", "tickets.csv")
     assert done.exit_code == 2
     assert "tickets.toml is there already" in done.output

@@ -41,17 +41,17 @@ def test_a_folder_in_a_files_place_is_called_that(user: Path, split: str) -> Non
     path = user / "fruit" / f"{split}.jsonl"
     path.unlink(missing_ok=True)
     path.mkdir()
-    (problem,) = check_task(str(user / "fruit.toml"), user).problems
-    assert str(problem) == f"{path}: is a folder, expected a file of data"
+    (fault,) = check_task(str(user / "fruit.toml"), user).faults
+    assert str(fault) == f"{path}: is a folder, expected a file of data"
 
 
-def test_every_problem_is_reported_with_its_line(user: Path, write_jsonl: Write) -> None:
+def test_every_fault_is_reported_with_its_line(user: Path, write_jsonl: Write) -> None:
     bad = [{"text": "x", "label": "z"}, "{", {"label": "a"}, {"text": "x", "label": "a"}]
     path = write_jsonl(user / "fruit" / "train.jsonl", bad)
     (user / "fruit" / "test.jsonl").unlink()
     write_jsonl(user / "fruit" / "dev.jsonl", [])
     report = check_task(str(user / "fruit.toml"), user)
-    assert [(Path(p.path).name, p.line, p.field) for p in report.problems] == [
+    assert [(Path(p.path).name, p.line, p.field) for p in report.faults] == [
         (path.name, 1, "label"),
         (path.name, 2, None),
         (path.name, 3, "text"),
@@ -67,23 +67,23 @@ def test_without_test_examples_a_task_is_ok_with_a_note(user: Path) -> None:
     (remark,) = report.remarks
     assert "no test data; tune with --no-test" in remark
     (user / "fruit" / "train.jsonl").unlink()
-    (problem,) = check_task(str(user / "fruit.toml"), user).problems
-    assert Path(problem.path).name == "train.jsonl"
+    (fault,) = check_task(str(user / "fruit.toml"), user).faults
+    assert Path(fault.path).name == "train.jsonl"
 
 
 def test_the_command_exits_0_or_2_and_prints_the_report(user: Path, write_jsonl: Write) -> None:
     card = str(user / "fruit.toml")
     done = CliRunner().invoke(main, ["tasks", "check", card, "--data", str(user)])
-    assert (done.exit_code, done.output.splitlines()[-1]) == (0, "no problems")
+    assert (done.exit_code, done.output.splitlines()[-1]) == (0, "no faults")
     path = write_jsonl(user / "fruit" / "test.jsonl", [{"text": "", "label": "q"}])
     done = CliRunner().invoke(main, ["tasks", "check", card, "--data", str(user)])
     assert done.exit_code == 2
     assert f"{path}:1: field 'text': empty" in done.output
     assert f"{path}:1: field 'label': unknown label 'q'; the card knows a, b, c" in done.output
-    assert done.output.splitlines()[-1] == "2 problems"
+    assert done.output.splitlines()[-1] == "2 faults"
     done = CliRunner().invoke(main, ["tasks", "check", card, "--data", str(user), "--json"])
     assert done.exit_code == 2
-    assert [p["field"] for p in json.loads(done.output)["problems"]] == ["text", "label"]
+    assert [p["field"] for p in json.loads(done.output)["faults"]] == ["text", "label"]
 
 
 def test_a_bad_card_is_reported_whole_before_its_data(user: Path) -> None:
@@ -93,10 +93,10 @@ def test_a_bad_card_is_reported_whole_before_its_data(user: Path) -> None:
     assert done.exit_code == 2
     assert f"{path}:2: field 'type': got 'sorting'" in done.output
     assert "the data is checked once the card is right" in done.output
-    assert done.output.splitlines()[-1] == "6 problems"
+    assert done.output.splitlines()[-1] == "6 faults"
 
 
-def test_fewer_examples_than_shots_are_remarks_and_fewer_than_two_a_problem(
+def test_fewer_examples_than_shots_are_remarks_and_fewer_than_two_a_fault(
     user: Path, write_jsonl: Write
 ) -> None:
     write_jsonl(user / "fruit" / "train.jsonl", [{"text": f"好{i}", "label": "abc"[i % 3]} for i in range(9)])
@@ -105,24 +105,22 @@ def test_fewer_examples_than_shots_are_remarks_and_fewer_than_two_a_problem(
     assert any("3 of 1" in remark and "with label 'a'" in remark for remark in report.remarks)
     assert any("no dev set: train takes 9 of 9 examples" in remark for remark in report.remarks)
     write_jsonl(user / "fruit" / "train.jsonl", [{"text": f"好{i}", "label": "abc"[i % 3]} for i in range(5)])
-    (problem,) = check_task(str(user / "fruit.toml"), user).problems
-    assert "too few different training examples: 1 with label 'c'; expected at least 2 of each" in str(
-        problem
-    )
+    (fault,) = check_task(str(user / "fruit.toml"), user).faults
+    assert "too few different training examples: 1 with label 'c'; expected at least 2 of each" in str(fault)
 
 
-def test_a_repeated_problem_is_one_line_with_a_count_and_three_places(user: Path, write_jsonl: Write) -> None:
+def test_a_repeated_fault_is_one_line_with_a_count_and_three_places(user: Path, write_jsonl: Write) -> None:
     lines = [{"text": f"好{i}", "label": "no" if i % 2 else "a"} for i in range(100)]
     path = write_jsonl(user / "fruit" / "train.jsonl", [*lines, {"text": "好", "label": 7}, {"text": "好"}])
     report = check_task(str(user / "fruit.toml"), user)
-    assert len(report.problems) == 52
+    assert len(report.faults) == 52
     first, second, third, *rest = str(report).splitlines()
     assert first == (
         f"{path}:2: field 'label': unknown label 'no'; the card knows a, b, c (51 such lines, first 2, 4, 6)"
     )
     assert second == f"{path}:102: field 'label': missing; expected one of a, b, c"
     assert "fruit: classification" in third
-    assert rest[-1] == "52 problems of 2 kinds"
+    assert rest[-1] == "52 faults of 2 kinds"
 
 
 def test_long_values_are_shown_shortened(user: Path, write_jsonl: Write) -> None:
@@ -130,7 +128,7 @@ def test_long_values_are_shown_shortened(user: Path, write_jsonl: Write) -> None
     assert all(len(line) < 300 for line in str(check_task(str(user / "fruit.toml"), user)).splitlines())
 
 
-def test_what_a_backbone_cuts_is_said_and_what_it_cannot_spell_is_a_problem(
+def test_what_a_backbone_cuts_is_said_and_what_it_cannot_spell_is_a_fault(
     user: Path, write_jsonl: Write, tokenizer: Tokenizer
 ) -> None:
     lines = [{"text": f"{'今' * (60 if i % 3 else 5)}{i:02}", "label": "abc"[i % 3]} for i in range(90)]
@@ -142,9 +140,9 @@ def test_what_a_backbone_cuts_is_said_and_what_it_cannot_spell_is_a_problem(
         "67 % of the train texts are too long and are cut to 40, half of them by" in r for r in report.remarks
     )
     card.write_text(card.read_text(encoding="utf-8").replace("房", "龘"), encoding="utf-8")
-    (problem,) = check_task(str(card), user, tokenizer=tokenizer, max_tokens=40).problems
-    assert "cannot spell the label words '龘' (c)" in str(problem)
-    (problem,) = check_task(str(card), user, tokenizer=tokenizer, max_tokens=20).problems
+    (fault,) = check_task(str(card), user, tokenizer=tokenizer, max_tokens=40).faults
+    assert "cannot spell the label words '龘' (c)" in str(fault)
+    (fault,) = check_task(str(card), user, tokenizer=tokenizer, max_tokens=20).faults
 
 
 def test_options_that_do_not_fit_are_counted(
@@ -159,10 +157,8 @@ def test_options_that_do_not_fit_are_counted(
     report = check_task(str(tmp_path / "pick.toml"), tmp_path, tokenizer=tokenizer, max_tokens=60)
     assert any("7 of 40 train examples do not fit 60 tokens" in r for r in report.remarks)
     write_jsonl(tmp_path / "pick" / "train.jsonl", lines[:7])
-    (problem,) = check_task(
-        str(tmp_path / "pick.toml"), tmp_path, tokenizer=tokenizer, max_tokens=60
-    ).problems
-    assert "too few different training examples: 0" in str(problem)
+    (fault,) = check_task(str(tmp_path / "pick.toml"), tmp_path, tokenizer=tokenizer, max_tokens=60).faults
+    assert "too few different training examples: 0" in str(fault)
 
 
 def test_without_data_only_the_card_is_checked(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,11 +171,11 @@ def test_without_data_only_the_card_is_checked(user: Path, monkeypatch: pytest.M
 def test_every_card_of_the_package_is_fine() -> None:
     from mp2.tasks import card_names
     from mp2.tasks.card import CARDS_DIR, read_card
-    from mp2.tasks.problems import AllProblems
+    from mp2.tasks.faults import AllFaults
 
     for name in card_names():
-        problems = AllProblems()
-        assert read_card(CARDS_DIR / f"{name}.toml", problems), problems.found
+        faults = AllFaults()
+        assert read_card(CARDS_DIR / f"{name}.toml", faults), faults.found
 
 
 def test_an_unknown_card_exits_2_with_the_nearest_name() -> None:
@@ -188,7 +184,7 @@ def test_an_unknown_card_exits_2_with_the_nearest_name() -> None:
     assert "Did you mean 'tnews'" in done.output
 
 
-def test_problems_of_one_kind_are_one_line_whatever_they_show(
+def test_faults_of_one_kind_are_one_line_whatever_they_show(
     tmp_path: Path, card_toml: dict[str, str], write_jsonl: Write
 ) -> None:
     (tmp_path / "fruit.toml").write_text(card_toml["classification"], encoding="utf-8")
@@ -203,7 +199,7 @@ def test_problems_of_one_kind_are_one_line_whatever_they_show(
     counts = [int(n) for line in shown for n in re.findall(r"\((\d+) such lines", line)]
     # unknown labels, missing texts, values that are no texts, values that are no labels
     assert counts == [50, 90, 70, 40]
-    assert shown[-1] == f"{sum(counts)} problems of {len(counts)} kinds"
+    assert shown[-1] == f"{sum(counts)} faults of {len(counts)} kinds"
     assert all(len(line) < 300 for line in shown)
 
 
@@ -216,7 +212,7 @@ def test_options_that_leave_no_room_in_any_test_example_are_refused_as_bbt_does(
     write_jsonl(tmp_path / "pick" / "test.jsonl", [short | {"options": ["今" * 60, "明" * 60]}])
     vocab = Tokenizer.from_vocab(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"今明天选项：；。，？“”"])
     report = check_task(str(tmp_path / "pick.toml"), tmp_path, tokenizer=vocab, max_tokens=90)
-    assert [problem.message for problem in report.problems] == ["no test example of 'pick' fits 90 tokens"]
+    assert [fault.message for fault in report.faults] == ["no test example of 'pick' fits 90 tokens"]
 
 
 def test_more_tokens_than_the_backbone_has_are_refused() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mp2.errors import FormatError, UnknownNameError, UsageError
-from mp2.tasks import AllProblems, Answer, TaskCard, load_card, load_examples, parse_lines, read_examples
+from mp2.tasks import AllFaults, Answer, TaskCard, load_card, load_examples, parse_lines, read_examples
 from mp2.tasks.place import DEMO_DIR
 
 MakeCard = Callable[..., TaskCard]
@@ -153,14 +153,14 @@ def test_a_bad_line_names_file_line_field_and_expectation(
 )
 def test_whole_numbers_and_truth_values_are_labels(make_card: MakeCard, label: object, raw: str) -> None:
     card = make_card("classification", ('a = "体育"', '1 = "体育"'), ('b = "财经"', 'true = "财经"'))
-    (example,) = parse_lines(card, [json.dumps({"text": "x", "label": label})], "f", AllProblems())
+    (example,) = parse_lines(card, [json.dumps({"text": "x", "label": label})], "f", AllFaults())
     assert example.label == raw
 
 
 @pytest.mark.parametrize("label", [1, "1", "B", "二"])
 def test_the_right_option_is_an_index_a_letter_or_its_text(make_card: MakeCard, label: object) -> None:
     line = json.dumps({**GOOD["multiple_choice"], "label": label})
-    (example,) = parse_lines(make_card("multiple_choice"), [line], "f", AllProblems())
+    (example,) = parse_lines(make_card("multiple_choice"), [line], "f", AllFaults())
     assert example.label == 1
 
 
@@ -172,28 +172,28 @@ def test_an_answer_without_a_start_is_where_the_context_has_it_first(make_card: 
         {"text": ["天气"], "answer_start": [2]},
     ):
         line = json.dumps({**GOOD["extraction"], "answers": answers})
-        (example,) = parse_lines(make_card("extraction"), [line], "f", AllProblems())
+        (example,) = parse_lines(make_card("extraction"), [line], "f", AllFaults())
         assert example.answers == (Answer("天气", 2),)
 
 
-def test_collecting_keeps_the_good_lines_and_every_problem(
+def test_collecting_keeps_the_good_lines_and_every_fault(
     make_card: MakeCard, folder: Callable[..., Path]
 ) -> None:
     card = make_card("classification")
     path = folder(card, "{", GOOD["classification"], {"label": "z"}, {"text": "", "label": "a"})
-    problems = AllProblems()
-    examples = list(read_examples(card, path, problems))
+    faults = AllFaults()
+    examples = list(read_examples(card, path, faults))
     assert [e.source_line for e in examples] == [2]
-    assert [(p.line, p.field) for p in problems.found] == [(1, None), (3, "text"), (3, "label"), (4, "text")]
+    assert [(p.line, p.field) for p in faults.found] == [(1, None), (3, "text"), (3, "label"), (4, "text")]
 
 
-def test_bytes_that_are_not_utf8_are_a_problem_of_their_line(make_card: MakeCard, tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf8_are_a_fault_of_their_line(make_card: MakeCard, tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": "x", "label": "a"}\n{"text": "\xff"}\n')
-    problems = AllProblems()
-    assert len(list(read_examples(make_card("classification"), path, problems))) == 1
-    assert [p.line for p in problems.found] == [2]
-    assert "not UTF-8" in problems.found[0].message
+    faults = AllFaults()
+    assert len(list(read_examples(make_card("classification"), path, faults))) == 1
+    assert [p.line for p in faults.found] == [2]
+    assert "not UTF-8" in faults.found[0].message
 
 
 def test_unicode_line_separators_and_a_byte_order_mark_do_not_break_lines(
@@ -202,23 +202,23 @@ def test_unicode_line_separators_and_a_byte_order_mark_do_not_break_lines(
     path = tmp_path / "x.jsonl"
     line = json.dumps({"text": "一\u2028二\x85三", "label": "a"}, ensure_ascii=False)
     path.write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n{line}\n".encode())
-    examples = list(read_examples(make_card("classification"), path, AllProblems()))
+    examples = list(read_examples(make_card("classification"), path, AllFaults()))
     assert [e.fields["text"] for e in examples] == ["一\u2028二\x85三"] * 2
 
 
 def test_unlabelled_lines_can_be_read_for_prediction(make_card: MakeCard) -> None:
     for kind, record in GOOD.items():
         bare = {k: v for k, v in record.items() if k not in ("label", "answers")}
-        problems = AllProblems()
-        (example,) = parse_lines(make_card(kind), [json.dumps(bare)], "-", problems, labelled=False)
+        faults = AllFaults()
+        (example,) = parse_lines(make_card(kind), [json.dumps(bare)], "-", faults, labelled=False)
         assert example.label is None
-        assert not problems.found
+        assert not faults.found
 
 
 def test_unanswerable_questions_need_the_cards_leave(make_card: MakeCard) -> None:
     card = make_card("extraction", ("version = 1", "version = 1\nunanswerable = true"))
     line = json.dumps({"context": "天", "question": "?", "answers": []})
-    (example,) = parse_lines(card, [line], "-", AllProblems())
+    (example,) = parse_lines(card, [line], "-", AllFaults())
     assert example.answers == ()
 
 

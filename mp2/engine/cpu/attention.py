@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from mp2.engine.backend import Prefixes
+from mp2.engine.backend import PopulationPrefix
 from mp2.engine.cpu import native
 from mp2.engine.cpu.native.interface import MAX_HEAD
 
 
-def attend(qkv: torch.Tensor, mask: torch.Tensor | None, prefix: Prefixes | None) -> torch.Tensor:
+def attend(qkv: torch.Tensor, mask: torch.Tensor | None, prefix: PopulationPrefix | None) -> torch.Tensor:
     """Return contexts [P, N, T, h, d_h] for ``qkv`` [P, N, T, 3, h, d_h], the prefix before the text."""
     if _native(qkv):
         return _native_attend(qkv, mask, prefix)
@@ -34,7 +34,9 @@ def attend(qkv: torch.Tensor, mask: torch.Tensor | None, prefix: Prefixes | None
     return context.transpose(1, 2).reshape(p, n, t, h, d)
 
 
-def attend_shared_text(qkv: torch.Tensor, mask: torch.Tensor | None, prefix: Prefixes) -> torch.Tensor:
+def attend_shared_text(
+    qkv: torch.Tensor, mask: torch.Tensor | None, prefix: PopulationPrefix
+) -> torch.Tensor:
     """Return contexts [P, N, T, h, d_h] of P prefixes over one text ``qkv`` [N, T, 3, h, d_h].
 
     The text's own attention is computed once. For each candidate it then enters the softmax as one further
@@ -72,14 +74,16 @@ def _native(qkv: torch.Tensor) -> bool:
     return small and native.load() is not None
 
 
-def _native_attend(qkv: torch.Tensor, mask: torch.Tensor | None, prefix: Prefixes | None) -> torch.Tensor:
+def _native_attend(
+    qkv: torch.Tensor, mask: torch.Tensor | None, prefix: PopulationPrefix | None
+) -> torch.Tensor:
     p, n, t, _, h, d = qkv.shape
     out = qkv.new_empty(p, n, t, h, d)
     return _call(qkv, mask, prefix, out)
 
 
 def _native_attend_shared_text(
-    qkv: torch.Tensor, mask: torch.Tensor | None, prefix: Prefixes
+    qkv: torch.Tensor, mask: torch.Tensor | None, prefix: PopulationPrefix
 ) -> torch.Tensor:
     n, t, _, h, d = qkv.shape
     text = qkv.new_empty(1, n, t, h, d)
@@ -92,7 +96,7 @@ def _native_attend_shared_text(
 def _call(
     qkv: torch.Tensor,
     mask: torch.Tensor | None,
-    prefix: Prefixes | None,
+    prefix: PopulationPrefix | None,
     out: torch.Tensor,
     *,
     text: torch.Tensor | None = None,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mp2.backbone import Backbone, Layer
-from mp2.engine.backend import Prefixes
+from mp2.engine.backend import PopulationPrefix
 from mp2.engine.chain import ChainBackend
 from mp2.engine.cpu import native
 from mp2.engine.cpu.attention import attend, attend_shared_text
@@ -68,7 +68,7 @@ class CpuBackend(ChainBackend):
 
     @torch.inference_mode()
     def layer(
-        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefixes | None
+        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: PopulationPrefix | None
     ) -> torch.Tensor:
         """See `ChainBackend.layer`."""
         layer = self._layers.get(index) or self._prepare(index)

@@ -19,7 +19,7 @@ import torch
 
 from mp2.backbone import Backbone
 from mp2.backbone.encoder import activate
-from mp2.engine.backend import Prefixes
+from mp2.engine.backend import PopulationPrefix
 from mp2.engine.chain import Candidates
 from mp2.engine.cpu.attention import attend, attend_shared_text
 from mp2.engine.cpu.backend import CpuBackend
@@ -93,7 +93,7 @@ class DifferenceBackend(CpuBackend):
 
     @torch.inference_mode()
     def layer(
-        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefixes | None
+        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: PopulationPrefix | None
     ) -> torch.Tensor:
         """See `ChainBackend.layer`; with more than one candidate, the first is the reference."""
         n_blocks = max(len(hidden), 1 if prefix is None else len(prefix[0]))

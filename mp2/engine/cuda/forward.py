@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from mp2.backbone.encoder import Prefix
-from mp2.engine.cuda.graphs import Graphs
 from mp2.engine.cuda.lanes import Lane
 from mp2.engine.cuda.pack import Pack, PackedStates, make_packs
-from mp2.engine.forward import Arrival, Batch, Forward, Run
+from mp2.engine.cuda.replays import Graphs
+from mp2.engine.forward import Arrival, Batch, Evaluation, Forward
 from mp2.errors import UsageError
 from mp2.heads import Head
 from mp2.prompts import PromptSet
@@ -78,7 +78,7 @@ class PackedForward(Forward):
             self.graphs.restart(self._lane.record)
         return self._lane.queue()
 
-    def every_layer(self, z: torch.Tensor, *, scoring: bool = False) -> Run:
+    def every_layer(self, z: torch.Tensor, *, scoring: bool = False) -> Evaluation:
         """See `Forward.every_layer`."""
         placed, finite = self._on_lane.upload(z), z.isfinite().flatten(1).all(1)
 
@@ -99,7 +99,7 @@ class PackedForward(Forward):
 
         return run
 
-    def visit(self, layer: int, z: torch.Tensor) -> Run:
+    def visit(self, layer: int, z: torch.Tensor) -> Evaluation:
         """See `Forward.visit`."""
         placed, finite = self._on_lane.upload(z), z.isfinite().all(1)
 

@@ -24,7 +24,7 @@ from weakref import WeakSet
 import numpy as np
 import torch
 
-from mp2.engine.cuda.graphs import Capture, CudaCapture
+from mp2.engine.cuda.replays import Capture, CudaCapture
 
 Arrival = Callable[[], "np.ndarray"]
 """Waits for a tensor that is on its way to the host, and returns a copy of it; callable from any thread."""

@@ -19,7 +19,7 @@ from mp2.engine.backend import CACHE_BYTES, Probe, say
 from mp2.engine.chain import Bucket, buckets_of, most_candidates
 from mp2.engine.endpoint.client import Endpoints
 from mp2.engine.endpoint.views import head_inputs, view_of
-from mp2.engine.forward import Arrival, Batch, Forward, Run
+from mp2.engine.forward import Arrival, Batch, Evaluation, Forward
 from mp2.errors import MismatchError, UsageError
 from mp2.heads import Head
 from mp2.prompts import PrefixProjector, PromptSet
@@ -169,7 +169,7 @@ class EndpointForward(Forward):
         """See `Forward.chunk_of_candidates`; here by the memory of their keys and values."""
         return most_candidates(self.prompts)
 
-    def every_layer(self, z: torch.Tensor, *, scoring: bool = False) -> Run:
+    def every_layer(self, z: torch.Tensor, *, scoring: bool = False) -> Evaluation:
         """See `Forward.every_layer`."""
         if not self.prefixed:
             rows = self._projector.inline(z[:, 0]).float().numpy()  # [P, m, H]
@@ -177,7 +177,7 @@ class EndpointForward(Forward):
         layers = [self._projector.keys_values(i, z[:, i]) for i in range(self.n_layers)]
         return self._run(PREFIX_MODEL, self._stacked(layers, len(z)), len(z), scoring)
 
-    def visit(self, layer: int, z: torch.Tensor) -> Run:
+    def visit(self, layer: int, z: torch.Tensor) -> Evaluation:
         """See `Forward.visit`; the server runs the layers below, too."""
         own = self._projector.keys_values(layer, z)
         layers = [own if i == layer else self._held[i] for i in range(self.n_layers)]
@@ -213,7 +213,7 @@ class EndpointForward(Forward):
                 feeds[name][:, i] = pair[k].float().numpy()
         return feeds
 
-    def _run(self, model: str, prompts: Feeds, n_candidates: int, scoring: bool) -> Run:
+    def _run(self, model: str, prompts: Feeds, n_candidates: int, scoring: bool) -> Evaluation:
         view = self._view
         length = np.array([self.prompts.meta.prompt_tokens], np.int64)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from mp2.backbone import Backbone
-from mp2.engine.backend import Prefixes
+from mp2.engine.backend import PopulationPrefix
 from mp2.engine.chain import ChainBackend
 from mp2.engine.folder import layer_file, plain_layer_file
 from mp2.engine.forward import check_positions
@@ -46,7 +46,7 @@ class GraphStages(ChainBackend):
         return self._run("embed_inline.onnx", {"prompts": prompts}, (p, 1, m, width))
 
     def layer(
-        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: Prefixes | None
+        self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, prefix: PopulationPrefix | None
     ) -> torch.Tensor:
         """See `ChainBackend.layer`."""
         p, n, t, width = hidden.shape

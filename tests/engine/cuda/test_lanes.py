@@ -17,8 +17,8 @@ from mp2.engine import Objective, Scorer
 from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.cuda.backend import CudaBackend
 from mp2.engine.cuda.forward import PackedForward
-from mp2.engine.cuda.graphs import CudaCapture, Graphs
 from mp2.engine.cuda.lanes import CudaLane, HostLane
+from mp2.engine.cuda.replays import CudaCapture, Graphs
 from mp2.errors import OutOfMemoryError
 from mp2.prompts import PromptSet
 from mp2.tasks import MrcInput

@@ -18,7 +18,6 @@ from mp2.engine import Objective, Scorer, create_backend
 from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.cuda.attention import Kernels, Part, PlainKernels, attend, choose_kernels, what_is_wrong
 from mp2.engine.cuda.backend import MOST_TOKENS, CudaBackend, lanes_that_fit, tokens_that_fit
-from mp2.engine.cuda.graphs import Graphs
 from mp2.engine.cuda.linear import (
     FP8,
     FP8_MAX,
@@ -29,6 +28,7 @@ from mp2.engine.cuda.linear import (
     quantize_rows,
 )
 from mp2.engine.cuda.pack import PackedStates, Spans, make_packs
+from mp2.engine.cuda.replays import Graphs
 from mp2.errors import UnknownNameError
 from mp2.prompts import random_prompts
 from mp2.tasks import MrcInput

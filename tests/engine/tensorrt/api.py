@@ -218,7 +218,7 @@ def _split(text: str) -> list[str]:
     return [part for part in (*parts, text[start:]) if part.strip()]
 
 
-def problem(use: Use, classes: dict[str, dict[str, object] | None]) -> str | None:
+def fault(use: Use, classes: dict[str, dict[str, object] | None]) -> str | None:
     """Return what is wrong with ``use`` in recorded ``classes``, None if nothing is."""
     owner, member = (use.owner, use.member) if use.owner else (use.member, "__init__")
     recorded = classes.get(owner)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .api import Use, parse_signature, problem, touched_members, touched_uses, unresolved
+from .api import Use, fault, parse_signature, touched_members, touched_uses, unresolved
 from .record import RECORD, VERSIONS, CannotRecordError, fetch_bindings, record
 
 RECORDED = {entry["version"]: entry["classes"] for entry in json.loads(RECORD.read_text())}
@@ -32,8 +32,8 @@ def test_the_source_touches_what_a_builder_and_a_runtime_need() -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_use_fits_the_recorded_bindings(version: str) -> None:
-    problems = [found for use in touched_uses() if (found := problem(use, RECORDED[version]))]
-    assert problems == [], "after a new use: python tests/export/record_tensorrt.py"
+    faults = [found for use in touched_uses() if (found := fault(use, RECORDED[version]))]
+    assert faults == [], "after a new use: python tests/export/record_tensorrt.py"
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -75,7 +75,7 @@ def test_the_real_bindings_are_as_recorded(version: str, cache: Path) -> None:
 )
 def test_a_wrong_use_is_found(use: Use, message: str) -> None:
     for version in VERSIONS:
-        assert message in (problem(use, RECORDED[version]) or "")
+        assert message in (fault(use, RECORDED[version]) or "")
 
 
 def test_signatures_are_read_with_their_defaults() -> None:

@@ -27,7 +27,7 @@ from mp2.export.graphs import (
     backbone_inline_model,
     backbone_model,
 )
-from mp2.export.weights import store_backbone
+from mp2.export.stored_arrays import store_backbone
 
 from .double import FakeDevice, FakeLibrary
 

@@ -21,21 +21,21 @@ def private_folder() -> Path:
     Raises:
         NoPrivateFolderError: neither can be used, with the reason for each.
     """
-    problems = []
+    faults = []
     for base in _bases():
         folder = (base / "mp2" / "kernels").resolve()
         try:
-            problem = _problem(folder)
-            if not problem:
+            fault = _fault(folder)
+            if not fault:
                 _make(folder)
-                problem = _problem(folder)
+                fault = _fault(folder)
         except OSError as error:
-            problem = f"{error.filename or folder}: {error.strerror}"
-        if not problem:
+            fault = f"{error.filename or folder}: {error.strerror}"
+        if not fault:
             return folder
-        problems.append(problem)
+        faults.append(fault)
     raise NoPrivateFolderError(
-        f"no cache folder for them ({'; '.join(problems) or 'there is no home'}): "
+        f"no cache folder for them ({'; '.join(faults) or 'there is no home'}): "
         "set XDG_CACHE_HOME to a folder that only you can write to"
     )
 
@@ -58,7 +58,7 @@ def _make(folder: Path) -> None:
             path.mkdir(mode=0o700, exist_ok=True)
 
 
-def _problem(folder: Path) -> str:
+def _fault(folder: Path) -> str:
     """Tell what lets others write to ``folder`` or replace it; of what does not exist, nothing is said."""
     ours = (folder, *folder.parents[:2])  # kernels, mp2, the cache folder
     for path in (folder, *folder.parents):

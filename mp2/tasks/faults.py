@@ -1,7 +1,7 @@
 """What is wrong with a card or its data: one validator serves loading (the first) and checking (all).
 
-The functions that read cards and examples report to a ``Problems`` sink:
-``FirstProblem`` raises at once, ``AllProblems`` keeps a list.
+The functions that read cards and examples report to a ``Faults`` sink:
+``FirstFault`` raises at once, ``AllFaults`` keeps a list.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mp2.errors import FormatError
 
 
 @dataclass(frozen=True)
-class Problem:
+class Fault:
     """One thing that is wrong, and where."""
 
     message: str
@@ -25,50 +25,50 @@ class Problem:
     field: str | None = None
 
     def error(self) -> FormatError:
-        """Return the error that loading raises for this problem."""
+        """Return the error that loading raises for this fault."""
         return FormatError(self.message, path=self.path, line=self.line, field=self.field)
 
     def __str__(self) -> str:
         return str(self.error())
 
 
-class Problems(Protocol):
+class Faults(Protocol):
     """Where a validator reports to."""
 
     def add(
         self, message: str, path: str | Path, *, line: int | None = None, field: str | None = None
     ) -> None:
-        """Report one problem."""
+        """Report one fault."""
 
 
-class FirstProblem:
-    """Raises the first problem as a ``FormatError``."""
+class FirstFault:
+    """Raises the first fault as a ``FormatError``."""
 
     def add(
         self, message: str, path: str | Path, *, line: int | None = None, field: str | None = None
     ) -> None:
-        """Raise the problem."""
-        raise Problem(message, str(path), line, field).error()
+        """Raise the fault."""
+        raise Fault(message, str(path), line, field).error()
 
 
 @dataclass
-class AllProblems:
-    """Keeps every problem in the order found."""
+class AllFaults:
+    """Keeps every fault in the order found."""
 
-    found: list[Problem] = field(default_factory=list)
+    found: list[Fault] = field(default_factory=list)
 
     def add(
         self, message: str, path: str | Path, *, line: int | None = None, field: str | None = None
     ) -> None:
-        """Keep the problem."""
-        self.found.append(Problem(message, str(path), line, field))
+        """Keep the fault."""
+        self.found.append(Fault(message, str(path), line, field))
 
 
-def grouped(problems: Sequence[Problem]) -> list[str]:
-    """Return a line for each kind of problem: its first one, their number and the first three places."""
-    kinds: dict[tuple[str, str | None, str], list[Problem]] = {}
-    for problem in problems:
-        kinds.setdefault((problem.path, problem.field, _kind(problem.message)), []).append(problem)
+def grouped(faults: Sequence[Fault]) -> list[str]:
+    """Return a line for each kind of fault: its first one, their number and the first three places."""
+    kinds: dict[tuple[str, str | None, str], list[Fault]] = {}
+    for fault in faults:
+        kinds.setdefault((fault.path, fault.field, _kind(fault.message)), []).append(fault)
     lines = []
     for members in kinds.values():
         places = ", ".join(str(p.line) for p in members[:3])

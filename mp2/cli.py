@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -23,12 +24,13 @@ from mp2.commands.export import export
 from mp2.commands.predict import predict
 from mp2.commands.pretrain import pretrain
 from mp2.commands.pretrain_backbone import pretrain_backbone
-from mp2.commands.printing import note, prepare_streams, shortened
+from mp2.commands.printing import note, prepare_streams
 from mp2.commands.scratch import scratch
 from mp2.commands.serve import serve
 from mp2.commands.tasks import tasks
 from mp2.commands.tune import tune
 from mp2.errors import Mp2Error
+from mp2.messages import shortened
 
 # of a file: the machine's doing, for its owner to mend, and no mistake of ours
 _MACHINE = {
@@ -58,6 +60,18 @@ def _forget_output(error: OSError) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+@contextlib.contextmanager
+def _shortened_errors() -> Iterator[None]:
+    """Click's own errors, shortened: an option or a name that was typed can be of any length."""
+    try:
+        yield
+    except click.UsageError as error:
+        text = shortened(f"Error: {error.format_message()}").removeprefix("Error: ")
+        if text == error.format_message():
+            raise
+        raise click.UsageError(text, error.ctx) from error
+
+
 class _Group(click.Group):
     """A group that prints ``Mp2Error`` as one message and exits with its own status; with 130 on Ctrl-C."""
 
@@ -70,14 +84,16 @@ class _Group(click.Group):
         prepare_streams()
         return super().main(*args, **settings)
 
+    def make_context(self, *args: Any, **settings: Any) -> click.Context:
+        """As click's; a wrong option before the command's name is answered as one after it."""
+        with _shortened_errors():
+            return super().make_context(*args, **settings)
+
     def invoke(self, ctx: click.Context) -> object:
         environment.prepare()
         try:
-            return super().invoke(ctx)
-        except click.UsageError as error:
-            if (text := error.format_message()) == shortened(text):
-                raise
-            raise click.UsageError(shortened(text), error.ctx) from error
+            with _shortened_errors():
+                return super().invoke(ctx)
         except Mp2Error as error:
             note(f"mp2: {error}")
             sys.exit(error.exit_code)
@@ -89,7 +105,7 @@ class _Group(click.Group):
             _forget_output(error)
             sys.exit(1 if error.errno in _MACHINE else 2)
         except KeyboardInterrupt:
-            click.echo("mp2: stopped", err=True)
+            note("mp2: stopped")
             sys.exit(130)
         except (MemoryError, RuntimeError, ImportError) as error:
             if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in _NO_MEMORY):

@@ -87,6 +87,23 @@ def _hold(number: int) -> bool:
     return True
 
 
+def own_folder(path: Path) -> Path:
+    """The folder, made if it is not there.
+
+    Raises:
+        UsageError: it is a symbolic link, or no folder: what is written in it would be elsewhere.
+    """
+    if path.is_symlink():
+        raise UsageError(
+            f"{path} is a symbolic link, and mp2 writes through none: put the folder itself there"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UsageError(f"{path} is a file, expected a folder, or nothing") from error
+    return path
+
+
 def open_own(path: Path, flags: int) -> int:
     """``os.open`` of a file that we write in place (a journal, a lock), made if it is not there.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mp2.errors import RunLockedError, UsageError
 from mp2.files import open_own
+from mp2.messages import say
 
 LOCK = "lock"  # in every folder of a run
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # of some network file systems
@@ -59,7 +59,4 @@ def _lock(number: int, folder: Path, taken: str) -> None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise UsageError(f"cannot lock {folder / LOCK}: {error.strerror}") from error
-        print(
-            f"mp2: the file system of {folder} has no locks: nothing would stop a second process there",
-            file=sys.stderr,
-        )
+        say(f"the file system of {folder} has no locks: nothing would stop a second process there")

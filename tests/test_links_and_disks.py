@@ -17,7 +17,6 @@ import torch
 from fuzz.test_run_files import META
 
 from mp2.commands.paths import checked_path
-from mp2.commands.printing import shortened
 from mp2.errors import FormatError, MismatchError, Mp2Error, RunLockedError, UsageError
 from mp2.files import open_to_append, whole_file, write_all, write_bytes, write_tensors
 from mp2.folder_lock import folder_lock
@@ -199,13 +198,6 @@ def test_paths_are_looked_at_when_they_are_typed(monkeypatch: pytest.MonkeyPatch
             checked_path(text, "--data")
     with pytest.raises(UsageError, match="zero byte"):
         checked_path("a\0b", "--data")
-
-
-def test_no_line_of_a_message_has_more_than_400_characters() -> None:
-    text = shortened("short\n" + "x" * 5000 + "END")
-    assert [len(line) for line in text.split("\n")] == [5, 400]
-    assert text.endswith("END")
-    assert shortened("a\x1b[31mb\n\tc") == "a\\x1b[31mb\n\tc"
 
 
 def test_a_tilde_in_mp2_data_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

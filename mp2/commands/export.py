@@ -8,7 +8,7 @@ import click
 
 from mp2.commands.options import BACKBONE, TASK, Choice
 from mp2.commands.paths import PATH
-from mp2.commands.printing import as_json_text
+from mp2.commands.printing import as_json_text, tell
 from mp2.errors import UsageError
 
 
@@ -42,7 +42,7 @@ def export(as_json: bool, first: str | None, more: tuple[str, ...], **options: A
     """
     from mp2.export import bundle_command, export_command
 
-    show = (lambda line: None) if as_json else click.echo
+    show = (lambda line: None) if as_json else tell
     if first is not None:
         engines_own = ("task", "data", "popsize", "graphs_only")
         if wrong := [f"--{name.replace('_', '-')}" for name in engines_own if options[name]]:

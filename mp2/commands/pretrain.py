@@ -8,7 +8,7 @@ import click
 
 from mp2.commands.options import BACKBONE, TASK, config_options, field_values
 from mp2.commands.paths import PATH
-from mp2.commands.printing import given, notes, quiet_option, typed
+from mp2.commands.printing import given, notes, quiet_option, tell, typed
 from mp2.training.config import PretrainConfig
 
 
@@ -51,4 +51,5 @@ def pretrain(ctx: click.Context, /, device: str, threads: int | None, quiet: boo
     names = ("names", "more", "data", "corpus", "backbone", "revision", "out", "resume", "init")
     asked = {name: options[name] for name in names} | field_values(PretrainConfig, options)
     inputs, config, out = asked_run(asked, given(ctx) - {"quiet"}, typed())
-    pretrain_command(inputs, config, out, device, threads, log=notes(quiet), show=click.echo)
+    resumed = options["resume"] is not None
+    pretrain_command(inputs, config, out, device, threads, resumed=resumed, log=notes(quiet), show=tell)

@@ -9,7 +9,7 @@ import click
 
 from mp2.commands.options import build, config_options
 from mp2.commands.paths import PATH
-from mp2.commands.printing import notes, quiet_option, typed
+from mp2.commands.printing import notes, quiet_option, tell, typed
 from mp2.training.config import MlmConfig
 
 
@@ -54,4 +54,4 @@ def pretrain_backbone(
         command=typed(),
     )
     if is_main():
-        click.echo(f"{out}: {backbone.name}, {backbone.sha256[:12]}")
+        tell(f"{out}: {backbone.name}, {backbone.sha256[:12]}")

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-_LONGEST_LINE = 400  # characters of a message
+from mp2.messages import printable, shortened, warnings_are_lines
+
 _UNLIMITED = 10_000  # columns: of a file or a pipe
 
 if TYPE_CHECKING:
@@ -24,16 +25,9 @@ def note(line: str) -> None:
     click.echo(shortened(line), err=True)
 
 
-def shortened(text: str) -> str:
-    """Text for people to read: the middle of a line of more than 400 characters is left out.
-
-    Control characters, which could do anything to a terminal, are written as escapes.
-    """
-    text = "".join(sign if sign >= " " or sign in "\n\t" else repr(sign)[1:-1] for sign in text)
-    return "\n".join(
-        line if len(line) <= _LONGEST_LINE else f"{line[:250]} ... {line[-_LONGEST_LINE + 255 :]}"
-        for line in text.split("\n")
-    )
+def tell(text: str) -> None:
+    """Print a result for people; JSON and tables for programs, which are not shortened, go past this."""
+    click.echo(shortened(text))
 
 
 def prepare_streams() -> None:
@@ -46,6 +40,7 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    warnings_are_lines()
 
 
 def notes(quiet: bool) -> Callable[[str], None]:
@@ -65,8 +60,9 @@ def show(what: RenderableType) -> None:
     width = None if sys.stdout.isatty() else _UNLIMITED
     console = Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False)
     with console.capture() as captured:
-        console.print(what, soft_wrap=isinstance(what, str))
-    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+        console.print(shortened(what) if isinstance(what, str) else what, soft_wrap=isinstance(what, str))
+    text = "\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n"))
+    (tell if width else click.echo)(text)  # a terminal's lines are no longer than it is wide
 
 
 def show_table(
@@ -81,7 +77,7 @@ def show_table(
         numeric = numbers_from is not None and i >= numbers_from
         table.add_column(head[i] if head else "", overflow="fold", justify="right" if numeric else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     show(table)
 
 

@@ -9,6 +9,7 @@ import click
 
 from mp2.commands.options import BACKBONE
 from mp2.commands.paths import PATH
+from mp2.commands.printing import tell
 from mp2.errors import UsageError
 
 
@@ -44,4 +45,4 @@ def scratch(
     if like is None and kind is None and backbone == "mini":
         like = "mini-deep"
     meta = scratch_command(backbone, like, kind or "deep", seed, Path(out), revision=revision, head=head).meta
-    click.echo(f"{out}: {meta.kind}, m = {meta.prompt_tokens}, d = {meta.intrinsic_dim}, random projections")
+    tell(f"{out}: {meta.kind}, m = {meta.prompt_tokens}, d = {meta.intrinsic_dim}, random projections")

@@ -11,7 +11,7 @@ import click
 
 from mp2.commands.options import BACKBONE, TASK, revision_option
 from mp2.commands.paths import PATH, PathName
-from mp2.commands.printing import as_json_text, note, show, show_table
+from mp2.commands.printing import as_json_text, note, show, show_table, tell
 from mp2.errors import UsageError
 
 
@@ -84,7 +84,10 @@ def tasks_check(
     max_tokens = tokens_allowed(max_tokens, backbone_positions(backbone, revision))
     tokenizer = backbone_tokenizer(backbone, revision)
     report = check_task(card, tokenizer=tokenizer, max_tokens=max_tokens, **options)
-    click.echo(as_json_text(report.as_dict()) if as_json else str(report))
+    if as_json:
+        click.echo(as_json_text(report.as_dict()))
+    else:
+        tell(str(report))
     sys.exit(0 if report.ok else 2)
 
 
@@ -102,8 +105,8 @@ def tasks_new(file: Path, name: str | None, out: Path | None) -> None:
     if path.exists():
         raise UsageError(f"{path} is there already; give another --out")
     write_text(path, made.text)
-    click.echo("\n".join([*made.found, f"wrote {path}; edit it, then:"]))
-    click.echo(f"  mp2 tasks check {path} --data {file}\n  mp2 bbt --task {path} --data {file} --no-test")
+    tell("\n".join([*made.found, f"wrote {path}; edit it, then:"]))
+    tell(f"  mp2 tasks check {path} --data {file}\n  mp2 bbt --task {path} --data {file} --no-test")
 
 
 @tasks.command("fetch")
@@ -121,7 +124,7 @@ def tasks_fetch(names: tuple[str, ...], to: Path, as_json: bool) -> None:
     if as_json:
         click.echo(as_json_text([asdict(one) for one in fetched]))
     else:
-        click.echo("\n".join([*map(str, fetched), f"{len(fetched)} tasks in {to}: --data {to} reads them"]))
+        tell("\n".join([*map(str, fetched), f"{len(fetched)} tasks in {to}: --data {to} reads them"]))
     sys.exit(1 if failed else 0)
 
 

@@ -10,7 +10,6 @@ have prompts, d their intrinsic size.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -111,8 +110,3 @@ def is_out_of_memory(error: BaseException) -> bool:
             "bad allocation",
         )
     )
-
-
-def say(line: str) -> None:
-    """Print a line of a backend's log."""
-    print(f"mp2: {line}", file=sys.stderr, flush=True)

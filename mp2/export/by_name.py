@@ -21,6 +21,9 @@ from mp2.export.input_maxima import calibration_inputs, task_inputs
 from mp2.export.parity import REPORT_HEADER, Comparison
 from mp2.export.triton import TRITON, write_triton
 from mp2.json_files import parse_json
+from mp2.messages import say
+from mp2.runs.needs import say_what_it_loads, untyped
+from mp2.runs.run_folder import read_config
 
 if TYPE_CHECKING:
     from mp2.backbone import Backbone
@@ -175,6 +178,9 @@ def bundle_command(
     if runtime == "tensorrt":  # before any work
         load_tensorrt()
         resolve_device("cuda")
+    moved = {"backbone": backbone, "prompts": prompts}
+    for run in map(Path, runs):
+        say_what_it_loads(run, untyped(read_config(run), moved, tuple(moved)), say)
     comparisons, report = _reporter(show)
     manifest = write_bundle(
         [Path(run) for run in runs],

@@ -7,13 +7,17 @@ them, of a hub backbone the commit; hashes say whether what is found now is the 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from mp2.backbone.load import EMBEDDED as BACKBONES
 from mp2.errors import UsageError
 from mp2.json_files import read_object
+from mp2.prompts.prompt_set import EMBEDDED as PROMPTS
 from mp2.runs.config import BbtConfig
+from mp2.runs.run_folder import OWN_BACKBONE, OWN_PROMPTS
+from mp2.runs.scratch import ON_THE_FLY
 
 NEEDS = {
     "backbone": "the backbone",
@@ -58,6 +62,33 @@ def located(
         engine=given.get("engine", config.engine),
         data=given.get("data", config.data),
     )
+
+
+def untyped(
+    config: BbtConfig,
+    moved: Mapping[str, str | None],
+    names: Collection[str] = ("backbone", "prompts", "engine"),
+) -> dict[str, str | None]:
+    """What the run's config says of ``names`` that ``moved`` does not say."""
+    return {name: getattr(config, name) for name in names if moved.get(name) is None}
+
+
+def say_what_it_loads(run_dir: Path, named: Mapping[str, str | None], say: Callable[[str], None]) -> None:
+    """Say what is ``named`` by the ``config.json`` of a run and by nobody here: it may be a stranger's.
+
+    What ships with the package or lies in the folder itself is not said.
+    """
+    ours = {*BACKBONES, *PROMPTS, *ON_THE_FLY}
+    own = [str((run_dir / name).resolve()) for name in (OWN_PROMPTS, OWN_BACKBONE)]
+    source = f"({run_dir / 'config.json'} says so)"
+    for what, name in named.items():
+        if name is None or name in ours or name in own:
+            continue
+        if what == "endpoint":
+            say(f"sending texts to {name} {source}")
+            continue
+        where = "" if os.path.exists(name) else ", which is not on this machine: a name of the hub"
+        say(f"loading {what} {name}{where} {source}")
 
 
 def _commit(run_dir: Path) -> str | None:

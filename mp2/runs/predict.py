@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -13,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from mp2.errors import FormatError, LossError, MissingDependencyError, UsageError, shown
 from mp2.runs.config import BbtConfig
 from mp2.runs.frozen_model import FrozenModel, load_model
-from mp2.runs.needs import located
-from mp2.runs.run_folder import OWN_BACKBONE, OWN_PROMPTS, how_to_end, read_config
-from mp2.runs.scratch import ON_THE_FLY
+from mp2.runs.needs import located, say_what_it_loads, untyped
+from mp2.runs.run_folder import how_to_end, read_config
 from mp2.runs.tuned import check_fits, load_tuned, run_card, tuned_head
 from mp2.tasks.faults import FirstFault
 from mp2.tasks.record import Columns, RecordParser, is_blank
@@ -83,7 +81,7 @@ class Predictor:
         if runtime == "torch":
             config = replace(config, engine=None)  # that one needs none, wherever it is now
         recorded, config = config, located(run_dir, config, places | {"revision": revision})
-        _say_what_it_loads(recorded, run_dir, places, note)
+        say_what_it_loads(run_dir, untyped(recorded, places), note)
         if runtime or precision or device:
             config = _computed_with(config, runtime or "auto", precision or "auto", device or "auto")
             model = load_model(config)
@@ -248,23 +246,6 @@ def _lines(
 
 def _is_blank(value: Any) -> bool:
     return isinstance(value, str) and is_blank(value)
-
-
-def _say_what_it_loads(
-    config: BbtConfig, run_dir: Path, typed: Mapping[str, str | None], note: Callable[[str], None]
-) -> None:
-    """Note what the run's config names and nobody typed: the folder may be a stranger's."""
-    from mp2.backbone.load import EMBEDDED as BACKBONES
-    from mp2.prompts.prompt_set import EMBEDDED as PROMPTS
-
-    ours = {*BACKBONES, *PROMPTS, *ON_THE_FLY}
-    own = [str((run_dir / name).resolve()) for name in (OWN_PROMPTS, OWN_BACKBONE)]
-    for what, given in typed.items():
-        name = getattr(config, what)
-        if given or name is None or name in ours or name in own:
-            continue
-        where = "" if os.path.exists(name) else ", which is not on this machine: a name of the hub"
-        note(f"loading {what} {name}{where} (the run's config.json says so)")
 
 
 def _computed_with(config: BbtConfig, runtime: str, precision: str, device: str) -> BbtConfig:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import platform
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mp2.errors import MismatchError
+from mp2.messages import say
 from mp2.runs.config import SCHEMA_VERSION, BbtConfig
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def check_identity(path: Path, recorded: dict[str, Any], now: dict[str, Any]) ->
     changed = {n: v for n, v in recorded.get("versions", {}).items() if current.get(n) != v}
     if changed:
         was = ", ".join(f"{n} {v} (now {current.get(n, 'missing')})" for n, v in changed.items())
-        print(f"mp2: the run was begun with {was}; the result may differ in the last bits", file=sys.stderr)
+        say(f"the run was begun with {was}; the result may differ in the last bits")
 
 
 def config_file(config: BbtConfig, model: FrozenModel) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,11 +16,12 @@ from typing import Any
 from mp2.errors import FormatError, LossError, Mp2Error, UsageError
 from mp2.folder_lock import ReadOnlyFolderError
 from mp2.limits import check_new_folder
+from mp2.messages import say as log
 from mp2.runs.config import BbtConfig
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.runs.frozen_model import FrozenModel, load_model, resolve_paths
 from mp2.runs.loggers.logger import Logger
-from mp2.runs.needs import NEEDS, located
+from mp2.runs.needs import NEEDS, located, say_what_it_loads, untyped
 from mp2.runs.recorder import timed
 from mp2.runs.result import read_result
 from mp2.runs.run import Run, make_problem
@@ -166,7 +166,7 @@ def _ended(run_dir: Path) -> dict[str, Any] | None:
     if result is None and (run_dir / "tune.json").exists():
         raise UsageError(f"{damage or f'{run_dir} has no result'}; {how_to_end(run_dir)}")
     if damage is not None:
-        print(f"mp2: {damage}; replaying the run's journal to write it again", file=sys.stderr)
+        log(f"{damage}; replaying the run's journal to write it again")
     return result
 
 
@@ -196,6 +196,9 @@ def _go_on(
         return
     started = time.perf_counter()
     here = {run_dir: located(run_dir, config, moved, NEEDS) for run_dir, config in configs.items()}
+    for run_dir, config in configs.items():
+        named = untyped(config, moved, (*NEEDS, "endpoint"))
+        say_what_it_loads(run_dir, named, lambda line: say(f"mp2: {line}"))
     model = load_model(next(iter(here.values())))
     runs = []
     for run_dir, config in configs.items():  # as it was: its hash says that it is the same run
@@ -233,7 +236,7 @@ def _tune(runs: list[Run], say: Callable[[str], None]) -> Iterator[dict[str, Any
         left = [run for run in runs if not run.ended]
         where = f"at iteration {left[0].iteration}" if len(runs) == 1 else f"{len(left)} of {len(runs)} runs"
         command = resume_command(*(run.run_dir for run in left))
-        print(f"mp2: stopped {where}; go on with: {command}", file=sys.stderr)
+        log(f"stopped {where}; go on with: {command}")
         raise
 
 

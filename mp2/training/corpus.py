@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mp2.backbone.tokenizer import SPECIAL_TOKENS, Tokenizer
 from mp2.errors import FormatError, UsageError
-from mp2.files import whole_file, write_json, write_text
+from mp2.files import own_folder, whole_file, write_json, write_text
 from mp2.json_files import read_object
 
 _ALWAYS = (
@@ -107,7 +107,7 @@ def pack(files: Sequence[Path], tokenizer: Tokenizer, length: int, cache: Path) 
         packed[:, 0] = tokenizer.cls_id
         packed[:, 1:-1] = stream[: n * body].reshape(n, body)
         packed[:, -1] = tokenizer.sep_id
-        cache.mkdir(parents=True, exist_ok=True)
+        own_folder(cache)
         with whole_file(path) as partial, partial.open("wb") as packed_file:
             np.save(packed_file, packed)
     loaded: NDArray[np.uint16] = np.load(path, mmap_mode="r", allow_pickle=False)

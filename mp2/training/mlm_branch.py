@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mp2.errors import MismatchError, UsageError
+from mp2.files import whole_file
 from mp2.training.checkpoint import checkpoint_state, cut_back
 
 if TYPE_CHECKING:
@@ -46,11 +47,13 @@ def branch(run: MlmTrainer, start: Path) -> None:
     with run.ranks.main_first():
         if run.ranks.main:
             try:
-                shutil.copyfile(start / run.checkpoint.name, copy)
+                with whole_file(copy) as partial:
+                    shutil.copyfile(start / run.checkpoint.name, partial)
                 run.take(copy)
             finally:
                 copy.unlink(missing_ok=True)
-            shutil.copyfile(start / run.journal.name, run.journal)  # the other run may be writing a line
+            with whole_file(run.journal) as partial:  # the other run may be writing a line
+                shutil.copyfile(start / run.journal.name, partial)
             cut_back(run.journal, run.step, (), run.log)
             run.save()
         else:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from mp2.backbone.tokenizer import Tokenizer
 from mp2.errors import UsageError
-from mp2.files import whole_file
+from mp2.files import own_folder, whole_file
 from mp2.tasks import Example, MrcFormatter, MrcInput, TaskCard
 from mp2.training.corpus import corpus_files, document_lines, file_digests
 from mp2.training.mixture import MixtureTask
@@ -63,7 +63,7 @@ class Sentences:
         base = cache / f"sentences-{self.key}"
         paths = [base.with_suffix(suffix) for suffix in (".txt", ".ends.npy", ".first.npy")]
         if not all(path.is_file() for path in paths):
-            cache.mkdir(parents=True, exist_ok=True)
+            own_folder(cache)
             _write(files, paths)
         text, ends, first = paths
         self._text = np.memmap(text, np.uint8, "r") if text.stat().st_size else np.empty(0, np.uint8)

@@ -17,6 +17,7 @@ from mp2.json_files import build, read_object
 from mp2.limits import check_new_folder, check_threads, memory_bytes
 from mp2.prompts import PromptSet, load_prompts
 from mp2.prompts.prompt_set import EMBEDDED as PROMPTS
+from mp2.runs.needs import say_what_it_loads
 from mp2.tasks import TaskCard, list_cards, load_card
 from mp2.tasks.place import tasks_in
 from mp2.training.config import PRETRAIN_STEPS, PretrainConfig
@@ -167,17 +168,22 @@ def pretrain_command(
     device: str,
     threads: int | None,
     *,
+    resumed: bool = False,
     log: Callable[[str], None],
     show: Callable[[str], None],
 ) -> PretrainResult:
     """What ``mp2 pretrain`` does: resolve names, load, train, show the score table.
 
-    Without task names, every task that has training data in the data folder.
+    Without task names, every task that has training data in the data folder. ``resumed``: the inputs are
+    those that ``config.json`` in ``out`` names.
     """
     check_new_folder(Path(out))
     check_threads(threads)
     if threads:
         torch.set_num_threads(threads)
+    if resumed:
+        named = {name: getattr(inputs, name) for name in ("backbone", "data", "corpus", "init")}
+        say_what_it_loads(Path(out), named, lambda line: log(f"mp2: {line}"))
     backbone = load_backbone(inputs.backbone, revision=inputs.revision)
     root = Path(inputs.data) if inputs.data else None
     cards = [load_card(name) for name in inputs.tasks]

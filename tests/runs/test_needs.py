@@ -109,3 +109,37 @@ def test_a_hub_backbone_is_the_commit_that_the_run_found(
     assert located(copied, config, {"backbone": "cpt-base"}).revision is None
     (copied / "config.json").write_text(json.dumps(stored | {"backbone_revision": None}))
     assert located(copied, config, {}).revision is None
+
+
+def test_what_a_run_names_and_nobody_typed_is_said(moved: tuple[Path, World, Any], tmp_path: Path) -> None:
+    """A stranger's folder chooses no hub ids and no paths in silence: predict, export, resume, pretrain."""
+    run_dir, world, _ = moved
+    theirs = tmp_path / "theirs"
+    shutil.copytree(run_dir, theirs)
+    config = json.loads((theirs / "config.json").read_text())
+    config["config"] |= {"backbone": "somebody/model", "prompts": str(world.deep), "data": str(world.data)}
+    (theirs / "config.json").write_text(json.dumps(config))
+    for name in ("result.json", "prompt.safetensors"):
+        shutil.copy(theirs / name, tmp_path / name)
+    label = ("predict", "--run", theirs, "--input", world.data / "mood" / "test.jsonl")
+    bundle = ("export", "--run", theirs, "--out", tmp_path / "bundle")
+    for words in (label, bundle, ("bbt", "--resume", theirs)):
+        if words[0] == "bbt":
+            (theirs / "prompt.safetensors").unlink()
+        said = mp2(*words).stderr
+        assert "loading backbone somebody/model, which is not on this machine: a name of the hub" in said
+        assert f"loading prompts {world.deep} (" in said
+        assert all(len(line) <= 400 for line in said.splitlines())
+        typed = mp2(*words, "--backbone", world.backbone, "--prompts", world.deep).stderr
+        assert "loading backbone" not in typed
+        assert "loading prompts" not in typed
+
+
+def test_what_a_pretraining_names_is_said(tmp_path: Path) -> None:
+    inputs = {"tasks": ["demo_topic"], "backbone": "somebody/model", "init": "/nowhere/prompts.safetensors"}
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps({"inputs": inputs, "steps": 5}))
+    said = mp2("pretrain", "--resume", out).stderr
+    assert "loading backbone somebody/model, which is not on this machine" in said
+    assert "loading init /nowhere/prompts.safetensors" in said

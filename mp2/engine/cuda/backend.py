@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from mp2.backbone import Backbone, resolve_device
 from mp2.backbone.encoder import Prefix, activate
-from mp2.engine.backend import CACHE_BYTES, Probe, say
+from mp2.engine.backend import CACHE_BYTES, Probe
 from mp2.engine.cuda.attention import Attend, attend, choose_kernels
 from mp2.engine.cuda.forward import PackedForward
 from mp2.engine.cuda.lanes import CudaLane, HostLane, Lane, Lanes
@@ -27,6 +27,7 @@ from mp2.engine.cuda.pack import Pack, Spans, make_packs
 from mp2.engine.cuda.steps import choose_steps
 from mp2.errors import MissingDependencyError, UnknownNameError
 from mp2.heads import Head
+from mp2.messages import say
 from mp2.prompts import PrefixProjector, PromptSet
 
 CUDA_PRECISIONS = ("fp32", "fp16", "bf16", "fp8")

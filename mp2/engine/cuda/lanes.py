@@ -15,7 +15,6 @@ where it runs out, `Lanes.merge` goes back to one.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 
 from mp2.engine.cuda.replays import Capture, CudaCapture
+from mp2.messages import say
 
 Arrival = Callable[[], "np.ndarray"]
 """Waits for a tensor that is on its way to the host, and returns a copy of it; callable from any thread."""
@@ -122,11 +122,6 @@ class Member(Protocol):
     def leave_lane(self) -> None:
         """Forget the lane and all that lies in its memory."""
         ...
-
-
-def say(line: str) -> None:
-    """Print a line of the log."""
-    print(f"mp2: {line}", file=sys.stderr)
 
 
 class Lanes:

@@ -18,7 +18,7 @@ from weakref import WeakSet
 
 import torch
 
-from mp2.engine.backend import say
+from mp2.messages import say
 
 Tensors = tuple[torch.Tensor, ...]
 Work = Callable[[Tensors], torch.Tensor]

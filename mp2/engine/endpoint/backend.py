@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from mp2.backbone import Backbone
-from mp2.engine.backend import CACHE_BYTES, Probe, say
+from mp2.engine.backend import CACHE_BYTES, Probe
 from mp2.engine.chain import Bucket, buckets_of, most_candidates
 from mp2.engine.endpoint.client import Endpoints
 from mp2.engine.endpoint.views import head_inputs, view_of
 from mp2.engine.forward import Arrival, Batch, Evaluation, Forward
 from mp2.errors import MismatchError, UsageError
 from mp2.heads import Head
+from mp2.messages import say
 from mp2.prompts import PrefixProjector, PromptSet
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mp2.backbone import Backbone, resolve_device
-from mp2.engine.backend import is_out_of_memory, say
+from mp2.engine.backend import is_out_of_memory
 from mp2.engine.folder import EngineFolder
 from mp2.engine.onnx.library import load_onnxruntime
 from mp2.engine.onnx.model_files import ModelFiles, read_model
@@ -18,6 +18,7 @@ from mp2.engine.onnx.stages import GraphStages
 from mp2.engine.tensorrt.plans import SHAPES, read_shapes
 from mp2.engine.tensorrt.profiles import Profile, stretched
 from mp2.errors import MismatchError, Mp2Error
+from mp2.messages import say
 
 _CACHE = "onnxruntime"  # of the TensorRT provider, inside the engine folder
 _CHOSEN_BY_TENSORRT = ("fp16", "bf16")  # precisions that its provider can run a float32 graph in

@@ -12,6 +12,7 @@ import torch
 from mp2.engine.onnx.library import load_onnxruntime
 from mp2.engine.tensorrt.profiles import Profile, Shape, TaskShapes, joined
 from mp2.errors import MissingDependencyError
+from mp2.files import own_folder
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -105,7 +106,7 @@ class Provider:
         if profile is not None:
             options |= _profile(profile, inputs)
         if self.cache is not None:
-            self.cache.mkdir(parents=True, exist_ok=True)
+            own_folder(self.cache)
             options |= {
                 "trt_engine_cache_enable": "True",
                 "trt_engine_cache_path": str(self.cache),

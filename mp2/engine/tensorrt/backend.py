@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from mp2.backbone import Backbone, resolve_device
-from mp2.engine.backend import say
 from mp2.engine.folder import EngineFolder, layer_file, plain_layer_file
 from mp2.engine.onnx.stages import HIDDEN_TYPES, GraphStages
 from mp2.engine.tensorrt.builder import BuildSettings, input_shapes
@@ -17,6 +16,7 @@ from mp2.engine.tensorrt.library import load_tensorrt
 from mp2.engine.tensorrt.plans import Gpu, PlanStore
 from mp2.engine.tensorrt.profiles import sizes_of
 from mp2.errors import MismatchError
+from mp2.messages import say
 
 _TYPES = dict.fromkeys(
     ("prompts", "prefix_keys", "prefix_values", "span_weight", "span_bias", "logits"), torch.float32

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from mp2.engine.backend import say
 from mp2.engine.tensorrt.captures import Captures, Replay
 from mp2.engine.tensorrt.library import make_logger
 from mp2.engine.tensorrt.plans import Plan
 from mp2.engine.tensorrt.profiles import Shape, best_profile, sizes_of
 from mp2.errors import Mp2Error
+from mp2.messages import say
 
 if TYPE_CHECKING:
     import tensorrt as trt

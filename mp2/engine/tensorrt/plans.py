@@ -20,7 +20,7 @@ from mp2.engine.folder import EngineFolder
 from mp2.engine.tensorrt.builder import BuildSettings, build_plan
 from mp2.engine.tensorrt.profiles import Profile, Sizes, TaskShapes, best_profile, grown
 from mp2.errors import Mp2Error
-from mp2.files import write_bytes
+from mp2.files import own_folder, write_bytes
 from mp2.json_files import build, read_object
 
 PLANS = "plans"
@@ -192,5 +192,5 @@ def _short(value: object) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(exist_ok=True)
+    own_folder(path.parent)
     write_bytes(path, data)

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from mp2.backbone import resolve_device
-from mp2.engine.backend import say
 from mp2.engine.bundle import Bundle
 from mp2.engine.tensorrt.builder import BuildSettings, input_shapes
 from mp2.engine.tensorrt.calls import CudaDevice, Device, EngineCalls, Scratch
 from mp2.engine.tensorrt.library import load_tensorrt
 from mp2.engine.tensorrt.plans import Gpu, PlanStore
 from mp2.engine.tensorrt.profiles import sizes_of
+from mp2.messages import say
 
 _INTEGERS = ("input_ids", "attention_mask", "prompt_length", "segments")
 

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mp2.errors import MissingDependencyError, UnknownNameError
+from mp2.messages import say
 from mp2.optimizers.two_stage import Checkpoint, Observer, Progress
 
 LOGGERS = {"tensorboard": "train", "mlflow": "mlflow", "wandb": "wandb"}
@@ -84,7 +84,7 @@ class Several(Logger):
             except Exception as error:
                 del self._loggers[name]
                 why = " ".join(str(error).split())[:200]
-                print(f"mp2: the run goes on without {name}: {type(error).__name__}: {why}", file=sys.stderr)
+                say(f"the run goes on without {name}: {type(error).__name__}: {why}")
 
 
 def create_loggers(names: Sequence[str], line: Callable[[], Logger] | None = None) -> Callable[[], Logger]:

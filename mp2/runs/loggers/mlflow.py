@@ -14,7 +14,7 @@ from typing import Any
 
 from mp2.errors import FormatError
 from mp2.files import write_json
-from mp2.json_files import read_object
+from mp2.json_files import Fields, check, one_line, read_object
 from mp2.optimizers.two_stage import Checkpoint, Progress
 from mp2.runs.loggers.logger import Logger, RunStart, flat, of_checkpoint, of_progress, of_result
 
@@ -49,12 +49,12 @@ class MlflowLogger(Logger):
         kept = self._run_dir / "mlflow.json"
         if kept.is_file():
             try:
-                self._id = str(read_object(kept)["run_id"])
+                self._id = check(read_object(kept), Fields({"run_id": one_line}), kept)["run_id"]
                 for name in _SERIES:
                     history = self._client.get_metric_history(self._id, name)
                     self._logged[name] = max((metric.step for metric in history), default=0)
                 self._client.update_run(self._id, status="RUNNING")
-            except (FormatError, LookupError, MlflowException):
+            except (FormatError, MlflowException):
                 self._id = ""  # of another server, or damaged: a new one
         if not self._id:
             self._logged = dict.fromkeys(_SERIES, 0)

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mp2.errors import UsageError
+from mp2.files import own_folder
 from mp2.optimizers.two_stage import Checkpoint, Progress
 from mp2.runs.loggers.logger import Logger, RunStart, finite, of_checkpoint, of_progress, of_result
 
@@ -28,8 +30,10 @@ class Scalars:
             log("no TensorBoard scalars: the package opens no path whose name is not UTF-8")
             return
         folder = out / "tensorboard"
-        if folder.is_symlink():
-            log("no TensorBoard scalars: tensorboard is a symbolic link, and mp2 writes through none")
+        try:
+            own_folder(folder)
+        except UsageError as error:
+            log(f"no TensorBoard scalars: {error}")
             return
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)  # type: ignore[no-untyped-call]
 

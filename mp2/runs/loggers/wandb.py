@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mp2.errors import FormatError
-from mp2.files import write_json
-from mp2.json_files import read_object
+from mp2.files import own_folder, write_json
+from mp2.json_files import Fields, check, one_line, read_object
 from mp2.optimizers.two_stage import Checkpoint, Progress
 from mp2.runs.loggers.logger import Logger, RunStart, of_checkpoint, of_progress, of_result
 
@@ -34,11 +34,12 @@ class WandbLogger(Logger):
 
         kept = run.run_dir / "wandb.json"
         try:
-            number = str(read_object(kept)["id"])
+            number = check(read_object(kept), Fields({"id": one_line}), kept)["id"]
             self._known = True
-        except (FormatError, LookupError):
+        except FormatError:
             number = secrets.token_hex(4)
             write_json(kept, {"id": number})
+        own_folder(run.run_dir / "wandb")
         mode: Any = os.environ.get("WANDB_MODE") or "offline"
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or PROJECT,

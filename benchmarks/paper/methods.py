@@ -173,9 +173,8 @@ class Lab:
         if method in ("majority", "simple"):
             return None
         if method in PUBLISHED:
-            if card.type != "classification":
-                none = "; nor has the paper a number" if card.type == "extraction" else ""
-                return f"label words read classification, not {card.type.replace('_', ' ')}{none}"
+            if card.type == "extraction":
+                return "label words read classification and multiple choice; nor has the paper a number"
             if self.backbone.mlm_head is None:
                 return f"the checkpoint of '{self.backbone.name}' has no masked-language-model head"
         try:

@@ -90,6 +90,11 @@ def read_run(run_dir: Path, backbone: Backbone, prompts: str | None) -> TunedTas
             "with prompts trained with the default --injection, or answer with 'mp2 predict'"
         )
     card = run_card(run_dir, meta)
+    if card.type == "multiple_choice" and meta.head["kind"] == "mlm":
+        raise UsageError(
+            f"{run_dir} answers multiple choice with the letters of its options, which bundles do not write; "
+            "answer with 'mp2 predict'"
+        )
     words = label_words(card, backbone.tokenizer) if meta.head["kind"] == "mlm" else ()
     head = tuned_head(run_dir / "prompt.safetensors", meta, backbone, prompt_set, words)
     tensors = _tensors(backbone, prompt_set, torch.from_numpy(z), with_head=isinstance(head, SpanHead))

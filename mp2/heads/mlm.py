@@ -3,7 +3,8 @@
 Sun et al. 2022, "Black-Box Tuning for Language-Model-as-a-Service": the template has [MASK] where the answer
 stands, and a label's score is what the model gives its word there. Label words may have several tokens: the
 template then has as many [MASK], and the score is the mean log-probability of the word's tokens (an input for
-each length of word, see `mp2.tasks.ClozeFormatter`). The loss is the cross-entropy over the labels' scores.
+each length of word, see `mp2.tasks.ClozeFormatter`). The loss is the cross-entropy over the labels' scores; of
+multiple choice, whose words are the letters of its options, over those that the example has.
 """
 
 from __future__ import annotations
@@ -77,8 +78,9 @@ class LabelWordHead:
         """Mean cross-entropy [P] over the training examples, from their inputs' log-scores [P, N, C]."""
         losses = []
         for own in self._of_example:  # its inputs, one for each length of word
-            scores = outputs[:, own].max(1).astype(np.float64)  # [P, C]
-            gold = scores[:, self._train[own[0]].label]
+            item = self._train[own[0]]
+            scores = outputs[:, own, : _n_words(item)].max(1).astype(np.float64)  # [P, C]
+            gold = scores[:, item.label]
             losses.append(np.logaddexp.reduce(scores, 1) - gold)
         mean: Floats = np.mean(losses, axis=0)
         return mean
@@ -88,15 +90,20 @@ class LabelWordHead:
         return self
 
     def scores(self, item: MrcInput, output: NDArray[np.floating]) -> NDArray[np.floating]:
-        """Return the log-scores [C] of this input's words, the others -inf."""
-        return output
+        """Return the log-scores [C] of this input's words, the others -inf; as many as it has options."""
+        return output[: _n_words(item)]
 
     def gold_losses(self, inputs: Sequence[MrcInput], outputs: Sequence[NDArray[np.floating]]) -> list[float]:
         """Return the cross-entropy of each example's gold label."""
         rows: dict[int, Floats] = {}
         labels: dict[int, int] = {}
         for item, output in zip(inputs, outputs, strict=True):
-            row = np.asarray(output, dtype=np.float64)
+            row = np.asarray(self.scores(item, output), dtype=np.float64)
             rows[item.example] = np.maximum(rows.get(item.example, row), row)
             labels[item.example] = item.label
         return [float(np.logaddexp.reduce(row) - row[labels[i]]) for i, row in rows.items()]
+
+
+def _n_words(item: MrcInput) -> int | None:
+    """How many of the words are answers to this input: all of them where it brings no options of its own."""
+    return len(item.option_spans) or None

@@ -118,10 +118,12 @@ class HeadChooser:
         return replace(span, reason=reason, compared=True)
 
     def _ridge_or_mlm(self) -> HeadChoice:
+        if self._card.type == "multiple_choice" and self._backend.backbone.mlm_head is not None:
+            return self._mlm("letters of the options: the only head for multiple choice without prompts")[1]
         if self._card.type != "classification":
             raise UsageError(
-                f"task '{self._card.task}' is {self._card.type.replace('_', ' ')}, which only the span head "
-                "reads, and that comes with pre-trained prompts: give --prompts of 'mp2 pretrain'"
+                f"task '{self._card.task}' is {self._card.type.replace('_', ' ')}, which is read by the span "
+                "head of pre-trained prompts: give --prompts of 'mp2 pretrain'"
             )
         losses, best = self._ridge("")
         loss = float(losses.mean())
@@ -182,7 +184,7 @@ class HeadChooser:
     def _mlm(self, reason: str) -> tuple[float, HeadChoice]:
         from mp2.engine import Objective
         from mp2.heads import LabelWordHead
-        from mp2.tasks import label_words
+        from mp2.tasks.cloze import answer_words
 
         mlm = self._backend.backbone.mlm_head
         if mlm is None:
@@ -191,7 +193,7 @@ class HeadChooser:
                 "head: use --head ridge"
             )
         inputs = self._inputs("mlm")
-        words = label_words(self._card, self._backend.backbone.tokenizer)
+        words = answer_words(self._card, self._backend.backbone.tokenizer)
         head = LabelWordHead(mlm, words, inputs)
         objective = Objective(self._backend.forward(self._prompts, head), inputs)
         (loss,) = objective.full_losses(self._untuned()[None]).fetch()

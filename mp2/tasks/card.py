@@ -82,7 +82,7 @@ class TaskCard:
     path: Path
     unanswerable: bool = False
     max_answer_tokens: int = DEFAULT_MAX_ANSWER_TOKENS
-    cloze: str | None = None  # for the masked-language-model head: fields and {label}
+    cloze: str | None = None  # for the masked-language-model head: fields, {label}; {options} of choice
 
     @cached_property
     def parts(self) -> tuple[tuple[str, str | None], ...]:

@@ -151,8 +151,8 @@ class CardRules:
             self._cloze(raw["cloze"], kind)
 
     def _cloze(self, cloze: str, kind: str) -> None:
-        if kind != "classification":
-            self.report(f"a {kind} task has no cloze; remove it", "cloze")
+        if kind == "extraction":
+            self.report(f"an {kind} task has no cloze; remove it", "cloze")
             return
         try:
             names = [name for _, name in template_parts(cloze) if name is not None]
@@ -164,8 +164,10 @@ class CardRules:
         for name, times in Counter(names).items():
             if name != "label" and times > 1:
                 self.report(f"shows {{{name}}} {times} times, expected once", "cloze")
-        if "options" in names:
+        if kind == "classification" and "options" in names:
             self.report("shows {options}, which only the template has", "cloze")
+        if kind == "multiple_choice" and "options" not in names:
+            self.report("shows no {options}; a multiple_choice task brings them with each example", "cloze")
 
     def _template(self, template: str, kind: str) -> None:
         try:

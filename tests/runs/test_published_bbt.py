@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import own_tasks
 import pytest
-from command_line import mp2, mp2_json, predicted_accuracy
+from command_line import mp2, mp2_json, predicted_accuracy, predictions
 from transformers import BertForMaskedLM
 
 from mp2.backbone import load_backbone
@@ -30,8 +30,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def options(world: Path, out: Path, method: str) -> list[object]:
-    where = ("--task", world / "tickets.toml", "--data", world, "--backbone", world / "bert")
+def options(world: Path, out: Path, method: str, card: Path | None = None) -> list[object]:
+    card = card or world / "tickets.toml"
+    where = ("--task", card, "--data", card.parent, "--backbone", world / "bert")
     return ["bbt", "--method", method, *where, "--threads", 1, "--out", out, "--no-baselines", "--iters", 61]
 
 
@@ -115,6 +116,55 @@ def test_what_they_do_not_have_is_refused(
     done = mp2(*options(world, tmp_path, "bbtv2"), *given)
     assert done.exit_code == 2, done.output
     assert message in done.stderr
+
+
+CHOICE = """
+task = "choice"
+family = "own"
+type = "multiple_choice"
+template = "“{context}”{question}选项：{options}"
+metric = "accuracy"
+track = "extra"
+version = 1
+"""
+
+
+def write_choice(root: Path) -> None:
+    """A task whose examples have two to four options, some of them of several characters."""
+    kinds = ["房间", "服务", "早餐", "位置"]
+    (root / "choice").mkdir()
+    for split, n in (("train", 64), ("test", 12)):
+        lines = []
+        for i in range(n):
+            options = kinds[: 2 + i % 3]
+            lines.append(
+                {
+                    "context": f"{options[i % len(options)]}很好",
+                    "question": "",
+                    "options": options,
+                    "label": i % len(options),
+                }
+            )
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (root / "choice" / f"{split}.jsonl").write_text(text, "utf-8")
+    (root / "choice.toml").write_text(CHOICE, "utf-8")
+
+
+@pytest.mark.parametrize("method", ["bbt", "bbtv2"])
+def test_multiple_choice_is_answered_with_a_letter_of_the_examples_own(
+    world: Path, tmp_path: Path, method: str
+) -> None:
+    write_choice(tmp_path)
+    result = mp2_json(*options(world, tmp_path / "runs", method, tmp_path / "choice.toml"))
+    assert result["head"]["kind"] == "mlm"
+    assert result["stages"]["stage2"]["train_loss"] < result["stages"]["untuned"]["train_loss"] < 6
+    test = tmp_path / "choice" / "test.jsonl"
+    assert predicted_accuracy(result["run_dir"], test) == pytest.approx(result["test_score"])
+    n_options = [len(json.loads(line)["options"]) for line in test.read_text("utf-8").splitlines()]
+    found = predictions(result["run_dir"], test)
+    assert all(one["label"] < n for one, n in zip(found, n_options, strict=True))
+    chance = [1 / n for n in n_options]  # probabilities are over the example's own options
+    assert all(one["probability"] >= least for one, least in zip(found, chance, strict=True))
 
 
 def test_extraction_has_no_label_words(world: Path, tmp_path: Path) -> None:

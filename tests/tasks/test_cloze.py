@@ -77,3 +77,40 @@ def test_fields_stand_alone_and_the_longest_is_cut() -> None:
         TOKENIZER.sep_id,
         TOKENIZER.sep_id,
     ]
+
+
+def choice(*options: str, text: str = "春眠不觉晓") -> Example:
+    return Example(fields={"context": text}, label=1, options=options)
+
+
+def test_options_stand_behind_letters_and_a_letter_is_the_answer() -> None:
+    card = replace(load_card("ccpm"), cloze=None, template="哪句像“{context}”？选项：{options}")
+    (item,) = ClozeFormatter(card, TOKENIZER, 80).inputs(choice("花落", "夜来风雨"), 2)
+    written = TOKENIZER.encode("哪句像“春眠不觉晓”？选项：A、花落；B、夜来风雨。答案：").ids
+    mask = [TOKENIZER.mask_id, *TOKENIZER.encode("。").ids, TOKENIZER.sep_id]
+    assert item.input_ids.tolist() == [TOKENIZER.cls_id, *written, *mask]
+    assert (item.example, item.label) == (2, 1)
+    assert item.input_ids[item.segments[0]].tolist() == [TOKENIZER.mask_id] * 2
+    spans = [item.input_ids[a : b + 1].tolist() for a, b in item.option_spans]
+    assert spans == [TOKENIZER.encode(text).ids for text in ("A、花落", "；B、夜来风雨")]
+
+
+def test_the_cards_of_multiple_choice_have_the_cloze_of_the_published_bbt() -> None:
+    (item,) = ClozeFormatter(load_card("ccpm"), TOKENIZER, 80).inputs(choice("花落", "风雨"), 0)
+    written = TOKENIZER.encode("在选项A、花落；B、风雨中，与语段“春眠不觉晓”意思最接近的选项是").ids
+    assert item.input_ids[1 : 1 + len(written)].tolist() == written
+
+
+def test_long_options_are_cut_so_that_the_text_keeps_its_room() -> None:
+    card = load_card("ccpm")
+    (item,) = ClozeFormatter(card, TOKENIZER, 60).inputs(choice("好" * 90, "差", text="晓" * 50), 0)
+    (dawn,) = TOKENIZER.encode("晓").ids
+    assert item.n_tokens == 60
+    assert (item.input_ids == dawn).sum() == 8
+    (first, last) = item.option_spans[1]
+    assert item.input_ids[first : last + 1].tolist() == TOKENIZER.encode("；B、差").ids
+
+
+def test_more_options_than_letters_are_refused() -> None:
+    with pytest.raises(UsageError, match="11 options, expected at most 10"):
+        ClozeFormatter(load_card("ccpm"), TOKENIZER, 80).inputs(choice(*"一二三四五六七八九十百"), 0)

@@ -1,6 +1,6 @@
 """The paper's tables and figures, each one command.
 
-    python -m benchmarks.paper table3|table4|table5|figure3|figure4a|figure4b|figure5 [OPTION ...]
+    python -m benchmarks.paper table3|table4|table5|figure3|figure4a|figure4b|figure5|steering [OPTION ...]
 
 ``--help`` after a name says what it shows and takes. All of them but table4 and figure5 compute cells: one
 JSON file each, resumable, on one core, several (``--jobs``) or a Ray cluster (``--ray ADDRESS``).
@@ -23,6 +23,7 @@ COMMANDS = {
     "figure4a": ("benchmarks.paper.figure4", "run_a"),
     "figure4b": ("benchmarks.paper.figure4", "run_b"),
     "figure5": ("benchmarks.paper.figure5", "run"),
+    "steering": ("benchmarks.paper.steering", "run"),
 }
 
 

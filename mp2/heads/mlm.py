@@ -3,8 +3,8 @@
 Sun et al. 2022, "Black-Box Tuning for Language-Model-as-a-Service": the template has [MASK] where the answer
 stands, and a label's score is what the model gives its word there. Label words may have several tokens: the
 template then has as many [MASK], and the score is the mean log-probability of the word's tokens (an input for
-each length of word, see `mp2.tasks.ClozeFormatter`). The loss is the cross-entropy over the labels' scores; of
-multiple choice, whose words are the letters of its options, over those that the example has.
+each length of word, see `mp2.tasks.ClozeFormatter`). The loss is the cross-entropy over the labels' scores;
+of multiple choice, whose words are the letters of its options, over those that the example has.
 """
 
 from __future__ import annotations

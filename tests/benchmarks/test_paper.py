@@ -195,6 +195,31 @@ def test_table5_knows_which_prompts_learned_fast_and_slow(
     assert f"| {TASK} | deep | w/ |" in capsys.readouterr().out
 
 
+def test_steering_keeps_earlier_points_and_adds_further_ones(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, files = world / f"{TASK}.toml", (world / "bert", world / "deep.safetensors")
+    words = command(world, "steering", tmp_path, "--tasks", task)
+    at = words.index("--backbone")
+    words = [*words[:at], *words[words.index("--seeds") :]]
+    run([*words, "--point", "2e3", *map(str, files)])
+    first = json.loads((tmp_path / "steering.json").read_text())["rows"]
+    run([*words, "--point", "1000", *map(str, files)])
+    rows = json.loads((tmp_path / "steering.json").read_text())["rows"]
+    assert [row["tokens"] for row in rows] == [1000, 2000]
+    assert rows[1] == first[0]
+    by_column = {row["column"]: row["by_seed"]["8"] for row in rows[0]["scores"]}
+    gain = rows[0]["gains"]["over BBTv2 as published"]
+    assert gain["gap"] == pytest.approx(by_column["deep"] - by_column["BBTv2"], abs=0.01)
+    assert rows[0]["settings"]["backbone"] == "bert"  # no folder of this machine
+    assert (tmp_path / "steering.png").stat().st_size > 5000
+    assert "| 2,000 | 1 |" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="--point begins with 'many'"):
+        run([*words, "--point", "many", *map(str, files)])
+    with pytest.raises(UsageError, match="by --point"):
+        run([*words, "--backbone", "mini"])
+
+
 def test_differences_are_ours_less_the_papers() -> None:
     assert beside((90.46, 0.16), 80.0, 2.0, 5) == ("90.5", "80.0 ± 2.0", "-10.5")
     assert beside(None, 80.0, 2.0, 1) == ("", "80.0", "")
@@ -206,7 +231,16 @@ def test_names_are_listed_and_wrong_ones_answered() -> None:
         run(["table6"])
     with pytest.raises(UsageError, match="no table or figure was named"):
         run([])
-    assert set(COMMANDS) == {"table3", "table4", "table5", "figure3", "figure4a", "figure4b", "figure5"}
+    assert set(COMMANDS) == {
+        "table3",
+        "table4",
+        "table5",
+        "figure3",
+        "figure4a",
+        "figure4b",
+        "figure5",
+        "steering",
+    }
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install 'mp2[ray]'")

@@ -1,0 +1,62 @@
+"""recipes/ship.sh and recipes/mini.sh, from empty folders at 1/1000 of their steps."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from recipe_world import ROOT, run_recipe, write_corpus, write_upstream
+
+from mp2.backbone import load_backbone
+from mp2.prompts import load_prompts
+from mp2.tasks import load_card
+
+TINY = "--layers 2 --hidden 32 --heads 2 --batch-size 8 --vocab-size 400 --no-compile"
+
+
+@pytest.mark.slow
+def test_everything_that_ships_is_made_by_one_script(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", 600, ["waimai", "bq"])
+    write_upstream(tmp_path / "data", ["waimai", "bq", "cote_mfw", "ccpm"])
+    given = [tmp_path / name for name in ("corpus", "data", "work")]
+    options = {
+        "BACKBONE_OPTIONS": TINY,
+        "PRETRAIN_OPTIONS": "--batch-size 4 --max-tokens 128 --dev-limit 4 --threads 1 --schedule linear",
+        "TASKS": "waimai bq cote_mfw",
+    }
+    said = run_recipe("ship.sh", *given, "1000", **options)
+    backbone = load_backbone(tmp_path / "work" / "shipped" / "backbone")
+    assert backbone.mlm_head is not None
+    lengths = {}
+    for name in ("trunk", "long", "decayed"):
+        config = json.loads((tmp_path / "work" / name / "mlm_config.json").read_text())
+        lengths[name] = (config["length"], config["steps"], config["decay_steps"])
+    assert lengths == {"trunk": (128, 40, 0), "long": (512, 42, 0), "decayed": (512, 46, 4)}
+    for kind in ("deep", "shallow"):
+        prompts = load_prompts(tmp_path / "work" / "shipped" / "prompts" / f"{kind}.safetensors", backbone)
+        assert (prompts.kind, prompts.meta.prompt_tokens, prompts.meta.intrinsic_dim) == (kind, 32, 64)
+        assert set(prompts.meta.tasks) == {"waimai", "bq", "cote_mfw"}
+        assert prompts.meta.router_normalisation == "sum"
+    files = [f for f in (tmp_path / "work" / "shipped").glob("*/*") if f.is_file()]
+    assert f"{sum(f.stat().st_size for f in files)} bytes" in said
+    before = {f: f.read_bytes() for f in files}
+    run_recipe("ship.sh", *given, "1000", **options)  # started again: all is there
+    assert {f: f.read_bytes() for f in files} == before
+
+
+@pytest.mark.slow
+def test_the_recipe_of_mini_makes_a_backbone_and_prompts(tmp_path: Path) -> None:
+    script = (ROOT / "recipes" / "mini.sh").read_text("utf-8")
+    named = re.findall(r"^(?:joint|tasks)=\(([^)]*)\)", script, re.MULTILINE)
+    tasks = {task for words in named for task in words.split()}
+    assert len(tasks) > 15
+    write_corpus(tmp_path / "corpus", 200, sorted(tasks))
+    write_upstream(tmp_path / "data", sorted(tasks))
+    run_recipe("mini.sh", *(tmp_path / name for name in ("corpus", "data", "work")), "1000")
+    backbone = load_backbone(tmp_path / "work" / "mini")
+    assert (backbone.config.n_layers, backbone.config.hidden) == (4, 128)
+    for kind in ("deep", "shallow"):
+        prompts = load_prompts(tmp_path / "work" / "prompts" / f"{kind}.safetensors", backbone)
+        assert {load_card(task.removesuffix("~1")).task for task in prompts.meta.tasks} <= tasks

@@ -1,4 +1,4 @@
-"""What the recipes are given in tests: tasks with the names of the package's cards, text; how they are run."""
+"""What recipes are given in tests: tasks with the names of the package's cards, text; how they are run."""
 
 from __future__ import annotations
 

@@ -45,12 +45,12 @@ class RouterConfig:
 class LayerConfig:
     """Stage II: CMA-ES on the fused intrinsic prompts."""
 
-    popsize: int = option(  # appendix A.2; with 2, the library stops at the second generation
+    popsize: int = option(  # the code of BBT and MP2; the paper does not say. With 2, pycma stops at once
         20,
         "Population of CMA-ES.",
         at_least=3,
         at_most=MAX_POPSIZE,
-        expected=f"3 to {MAX_POPSIZE:,} (the paper uses 20)",
+        expected=f"3 to {MAX_POPSIZE:,} (the authors' code has 20)",
     )
     cma: Literal["full", "diagonal"] = option(  # the paper's; "diagonal" is cheaper at d = 300
         "full",

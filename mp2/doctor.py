@@ -31,7 +31,7 @@ _INSTRUCTIONS = (
     "asimd",
     "sve",
 )
-_NEEDS = "runtime 'tensorrt' needs "
+_NEEDS = "a TensorRT plan needs "
 
 
 def examine() -> dict[str, Any]:

@@ -111,7 +111,6 @@ def test_backends_are_told_apart_in_one_place_only() -> None:
         "DifferenceBackend",
         "CudaBackend",
         "OnnxBackend",
-        "TensorRTBackend",
         "ChainBackend",
     )
     for path in ROOT.rglob("*.py"):

@@ -1,8 +1,9 @@
 """TensorRT: build, verify and time the engine on one task; or, without a GPU, what each precision costs.
 
-On a machine with an NVIDIA GPU and TensorRT (``pip install 'mp2[gpu]'``), one command does it all: typed
-graphs, plans, every stage against torch in float32, ranks of populations, and ms an evaluation (one candidate
-on the whole few-shot set) of stage I and of deep stage II, beside the torch runtime on the same GPU.
+On a machine with an NVIDIA GPU, TensorRT and onnxruntime-gpu (docs/engines.md), one command does it all:
+typed graphs, engines of ONNX Runtime's TensorRT provider, every stage against torch in float32, ranks of
+populations, and ms an evaluation (one candidate on the whole few-shot set) of stage I and of deep stage II,
+beside the torch runtime on the same GPU.
 
     python -m benchmarks.speed.tensorrt_engine --work DIR [--precision fp16] [--backbone mini] [--task NAME]
 
@@ -27,15 +28,17 @@ from mp2.backbone import Backbone, load_backbone
 from mp2.engine import Objective, create_backend
 from mp2.engine.agreement import agreement
 from mp2.engine.chain import ChainBackend
-from mp2.engine.folder import TENSORRT_PRECISIONS, EngineFolder
+from mp2.engine.folder import TYPED_PRECISIONS
 from mp2.engine.tensorrt.profiles import TaskShapes
 from mp2.errors import MissingDependencyError
-from mp2.export import build_plans, export_engine
+from mp2.export import compare_stages, export_engine
 from mp2.export.emulated import EmulatedBackend
 from mp2.export.input_maxima import task_inputs
+from mp2.export.parity import check
 from mp2.prompts import PromptSet, load_prompts, random_prompts
 from mp2.tasks import MrcInput
 
+RUNTIME = "onnxruntime-tensorrt"
 POPULATION = 20
 RANKED = 60  # candidates whose order is compared: three generations' worth, so that the figure is steady
 ROUNDS = 5
@@ -102,7 +105,7 @@ def run(args: argparse.Namespace, precision: str) -> dict[str, Any]:
         "task": args.task,
         "examples": len(inputs),
         "precision": precision,
-        "runtime": "emulated on the CPU" if args.emulate else f"tensorrt on {torch.cuda.get_device_name()}",
+        "runtime": "emulated on the CPU" if args.emulate else f"{RUNTIME} on {torch.cuda.get_device_name()}",
     }
     started = time.perf_counter()
     export_engine(backbone, out, precision=precision, prompts=prompts, shapes=shapes)
@@ -111,7 +114,8 @@ def run(args: argparse.Namespace, precision: str) -> dict[str, Any]:
         runtime = EmulatedBackend(backbone, out, precision)
         return row | ranks(runtime, backbone, prompts, inputs)
     started = time.perf_counter()
-    runtime = build_plans(backbone, EngineFolder.open(out, backbone))  # raises if a stage differs from torch
+    runtime = create_backend(RUNTIME, backbone, engine_dir=out, device="cuda", precision=precision)
+    check(compare_stages(runtime, backbone), lambda comparison: None, f"{RUNTIME} in {precision}")
     row["build_s"] = round(time.perf_counter() - started, 1)
     row |= ranks(runtime, backbone, prompts, inputs)
     row |= times(runtime, backbone, prompts, inputs)
@@ -125,9 +129,7 @@ def main() -> None:
     """Run the precisions, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where engine folders are written")
-    parser.add_argument(
-        "--precision", nargs="+", default=list(TENSORRT_PRECISIONS), choices=TENSORRT_PRECISIONS
-    )
+    parser.add_argument("--precision", nargs="+", default=list(TYPED_PRECISIONS), choices=TYPED_PRECISIONS)
     parser.add_argument("--backbone", default="mini")
     parser.add_argument("--prompts", default="mini-deep", help="prompts of the backbone, or 'random'")
     parser.add_argument("--task", default="demo_sentiment")

@@ -18,20 +18,23 @@ from mp2.errors import UsageError
 @click.option("--backbone", type=BACKBONE, help="A name (cpt-large ...), a folder or a hub id.")
 @click.option("--revision", help="Of a hub backbone: a branch, tag or commit.")
 @click.option("--out", required=True, type=PATH, help="Folder to write.")
-@click.option("--prompts", help="tensorrt: prompts that plans are tuned for. --run: where they are now.")
+@click.option(
+    "--prompts", help="fp16 and less: prompts that engines are tuned for. --run: where they are now."
+)
 @click.option(
     "--runtime",
     type=Choice("runtime", ("onnxruntime", "tensorrt")),
-    help="What the engine folder is for.  [default: onnxruntime]",
+    help="--run: tensorrt also builds a plan of each graph on this GPU.  [default: onnxruntime]",
 )
 @click.option(
     "--precision",
-    help="fp32; tensorrt: fp16, bf16, fp8; --run: fp32, fp16, bf16.  [default: fp32; tensorrt: fp16]",
+    help="fp32; for GPUs fp16, bf16, and without --run fp8.  [default: fp32]",
 )
-@click.option("--task", type=TASK, help="tensorrt: tune plans for this task's few-shot set.")
+@click.option("--task", type=TASK, help="fp16 and less: tune engines for this task's few-shot set.")
 @click.option("--data", type=PATH, help="Folder with TASK/train.jsonl; or MP2_DATA.")
-@click.option("--popsize", type=int, help="tensorrt: population plans are tuned for.  [default: 20]")
-@click.option("--graphs-only", is_flag=True, help="tensorrt: build no plans, so that no GPU is needed.")
+@click.option(
+    "--popsize", type=int, help="fp16 and less: population that engines are tuned for.  [default: 20]"
+)
 @click.option("--triton", is_flag=True, help="--run: write a Triton model repository, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def export(as_json: bool, first: str | None, more: tuple[str, ...], **options: Any) -> None:
@@ -44,7 +47,7 @@ def export(as_json: bool, first: str | None, more: tuple[str, ...], **options: A
 
     show = (lambda line: None) if as_json else tell
     if first is not None:
-        engines_own = ("task", "data", "popsize", "graphs_only")
+        engines_own = ("task", "data", "popsize")
         if wrong := [f"--{name.replace('_', '-')}" for name in engines_own if options[name]]:
             raise UsageError(
                 f"{', '.join(wrong)}: for an engine folder, not for a bundle; drop --run or these"
@@ -58,7 +61,11 @@ def export(as_json: bool, first: str | None, more: tuple[str, ...], **options: A
             raise UsageError("--triton is for a bundle: give --run RUN")
         if options["backbone"] is None:
             raise UsageError("give --backbone NAME for an engine folder, or --run RUN for a bundle")
-        options["runtime"] = options["runtime"] or "onnxruntime"
+        if options.pop("runtime") == "tensorrt":
+            raise UsageError(
+                "--runtime tensorrt builds plans of a bundle: give --run RUN; an engine folder for TensorRT "
+                "is one with --precision fp16, bf16 or fp8, and ONNX Runtime's provider builds its engines"
+            )
         summary = export_command(**options, show=show)
     if as_json:
         click.echo(as_json_text(summary))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,15 @@ class Bundle:
         if name not in self.manifest["files"]:
             raise FormatError(f"'{name}' is not listed; {_AGAIN}", path=self.path / MANIFEST, field="files")
         return self.path / name
+
+    def read(self, name: str) -> bytes:
+        """Return what is in one of the manifest's files now; FormatError where that is not what it lists."""
+        path = self.file(name)
+        data = path.read_bytes()
+        got, expected = hashlib.sha256(data).hexdigest(), self.files[name]
+        if got != expected:
+            raise FormatError(f"sha256 is {got[:12]}, expected {expected[:12]}; {_AGAIN}", path=path)
+        return data
 
     def card(self, task: str) -> dict[str, Any]:
         """Return what a task's JSON file holds; UnknownNameError if there is no such task."""

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from mp2.backbone import Backbone
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MAX_LAYERS = 10_000  # every layer has five files, all named in the manifest
 _AGAIN = "export the engine again"
 FOLDER_PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
-TENSORRT_PRECISIONS = FOLDER_PRECISIONS[1:]
+TYPED_PRECISIONS = FOLDER_PRECISIONS[1:]  # of GPUs: the types are in the graphs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,6 @@ class Manifest:
     max_tokens: int  # prompt rows of inline injection count too
     precision: str
     opset: int
-    runtime: str
     versions: Mapping[str, str]
     files: Mapping[str, str]  # name -> sha256
 
@@ -241,7 +240,6 @@ _MANIFEST = Fields(
         "max_tokens": _SIZE,
         "precision": one_of(*FOLDER_PRECISIONS),
         "opset": whole(1),
-        "runtime": text,
         "versions": object_of(text),
         "files": object_of(sha256),
     }

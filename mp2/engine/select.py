@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,21 +17,19 @@ from mp2.engine.cuda.backend import CUDA_PRECISIONS, CudaBackend
 from mp2.engine.folder import (
     FOLDER_PRECISIONS,
     MANIFEST,
-    TENSORRT_PRECISIONS,
     EngineFolder,
-    layer_file,
-    plain_layer_file,
     read_manifest,
 )
 from mp2.engine.onnx.backend import OnnxBackend
+from mp2.engine.onnx.plugins import PLUGINS
 from mp2.engine.tensorrt.plans import SHAPES, read_shapes
 from mp2.errors import FormatError, MismatchError, Mp2Error, UnknownNameError, UsageError
 from mp2.limits import check_threads
 
-if TYPE_CHECKING:
-    from mp2.engine.tensorrt.backend import TensorRTBackend
-
-RUNTIMES = ("auto", "torch", "onnxruntime", "onnxruntime-tensorrt", "tensorrt", "endpoint")
+_PROVIDERS = {  # of ONNX Runtime, beside those of --device, by runtime
+    f"onnxruntime-{kind}": kind for kind in ("tensorrt", *PLUGINS)
+}
+RUNTIMES = ("auto", "torch", "onnxruntime", *_PROVIDERS, "endpoint")
 _PROBE_TOKENS = 512  # of a candidate: enough to show a layer's rate
 _CANDIDATES = 20  # that runtimes are compared on where there is a GPU, which one alone would not fill
 
@@ -54,13 +51,14 @@ def create_backend(
     fp32 on a CPU, where losses then are exact, and fp16 on a GPU, which orders candidates better than bf16;
     where the first evaluation overflows, bf16 (fp32 on one without bf16). For the runtimes that need an
     engine folder it is what the folder was exported in.
-    ``engine_dir`` is an engine folder (`mp2 export`), which ``onnxruntime`` and ``tensorrt`` need; without
-    one, ``auto`` is torch. ``auto`` builds no TensorRT plan only to compare. ``threads`` sets torch's threads
-    for the whole process, too. ``.reason`` of the result says why it was chosen.
+    ``engine_dir`` is an engine folder (`mp2 export`), which ONNX Runtime's need; without one, ``auto`` is
+    torch. ``auto`` tries neither TensorRT, which would build engines only to compare, nor plugins.
+    ``threads`` sets torch's threads for the whole process, too. ``.reason`` of the result says why it was
+    chosen.
 
     ``endpoint`` names servers (URLs, with commas) that compute instead of this machine.
 
-    Raises UnknownNameError (runtime or precision), MissingDependencyError (tensorrt, CUDA), UsageError (no
+    Raises UnknownNameError (runtime or precision), MissingDependencyError (a provider, CUDA), UsageError (no
     engine folder), FormatError or MismatchError (an engine folder that is damaged or another backbone's).
     """
     if name not in RUNTIMES:
@@ -74,6 +72,8 @@ def create_backend(
             f"'mp2 export --backbone {backbone.config.name} --out {folder}'"
         )
     check_threads(threads)
+    if _PROVIDERS.get(name) in PLUGINS and device not in ("auto", "cpu"):
+        raise UsageError(f"runtime '{name}' finds its device itself: drop --device {device}")
     why = []
     if device == "auto":
         device = "cuda" if name != "onnxruntime" and torch.cuda.is_available() else "cpu"
@@ -86,8 +86,6 @@ def create_backend(
         torch.set_num_threads(threads)
     if name == "torch":
         return asked.on_torch(f"asked for; {', '.join(why)}" if why else "")
-    if name == "tensorrt":
-        return asked.on_tensorrt("cuda" if device == "cpu" else device)
     if name != "auto":
         return asked.on_onnxruntime(name)
     if folder is not None:
@@ -165,34 +163,17 @@ class _Asked:
                 f"runtime '{name}' needs an engine folder; "
                 f"run 'mp2 export --backbone {self.backbone.config.name} --out DIR' and pass --engine DIR"
             )
-        provider = "tensorrt" if name == "onnxruntime-tensorrt" else None
+        provider, device = _PROVIDERS.get(name), self.device
+        if provider is not None:  # a plugin takes tensors from the host's memory and finds its device itself
+            device = "cpu" if provider in PLUGINS else "cuda" if device == "cpu" else device
         return OnnxBackend(
             self.backbone,
             self.folder,
-            device="cuda" if provider and self.device == "cpu" else self.device,
+            device=device,
             provider=provider,
             threads=self.threads,
             precision=self._folder_precision(self.folder),
         )
-
-    def on_tensorrt(self, device: str) -> TensorRTBackend:
-        from mp2.engine.tensorrt.backend import TensorRTBackend
-        from mp2.engine.tensorrt.library import load_tensorrt
-
-        load_tensorrt()
-        precision = "fp16" if self.folder is None else self._folder_precision(self.folder)
-        precision = self.precision if self.precision != "auto" else precision
-        if precision not in TENSORRT_PRECISIONS:
-            raise UnknownNameError(
-                "precision", precision, TENSORRT_PRECISIONS, "runtime 'tensorrt' has fp16, bf16 and fp8"
-            )
-        if self.folder is None:
-            raise UsageError(
-                f"runtime 'tensorrt' needs an engine folder of its own; run 'mp2 export --runtime tensorrt "
-                f"--backbone {self.backbone.config.name} --precision {precision} --out DIR' and pass "
-                "--engine DIR"
-            )
-        return TensorRTBackend(self.backbone, self.folder, device=device, precision=precision)
 
     def _folder_precision(self, folder: Path) -> str:
         return self.precision if self.precision != "auto" else read_manifest(folder / MANIFEST).precision
@@ -223,8 +204,6 @@ def _fastest(asked: _Asked, folder: Path) -> Backend:
     gpu = _is_gpu(asked.device)
     probe = _probe(asked.backbone, folder, gpu)
     makers: dict[str, Callable[[], Backend]] = {"torch": asked.on_torch, "onnxruntime": asked.on_onnxruntime}
-    if gpu and _is_for_tensorrt(folder):
-        makers["tensorrt"] = lambda: _with_plans(asked, probe)
     seconds: dict[str, float] = {}
     made: dict[str, Backend] = {}
     unusable: dict[str, str] = {}
@@ -269,23 +248,3 @@ def _probe(backbone: Backbone, folder: Path, gpu: bool) -> Probe:
         prompt_tokens=min(Probe.prompt_tokens, shapes.prompt_tokens),
         inline=shapes.shallow,
     )
-
-
-def _is_for_tensorrt(folder: Path) -> bool:
-    try:
-        return read_manifest(folder / MANIFEST).runtime == "tensorrt"
-    except FormatError:
-        return False
-
-
-def _with_plans(asked: _Asked, probe: Probe) -> Backend:
-    backend = asked.on_tensorrt(asked.device)
-    index = asked.backbone.config.n_layers // 2
-    graphs = ("embed.onnx", plain_layer_file(index) if probe.inline else layer_file(index, "onnx"))
-    for graph in graphs:
-        if not backend.has_plan(graph):
-            raise UsageError(
-                f"there is no plan of {graph} for this GPU yet, and none is built to compare; "
-                "'mp2 export --runtime tensorrt' builds them, --runtime tensorrt as well"
-            )
-    return backend

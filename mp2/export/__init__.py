@@ -9,12 +9,11 @@ from mp2.lazy import lazily
 if TYPE_CHECKING:
     from mp2.export.bundle import write_bundle
     from mp2.export.by_name import bundle_command, export_command
-    from mp2.export.engine_folder import build_plans, export_engine, precision_cost
+    from mp2.export.engine_folder import export_engine, precision_cost
     from mp2.export.parity import Comparison, compare_stages
 
 _MODULES = {
     "Comparison": "parity",
-    "build_plans": "engine_folder",
     "bundle_command": "by_name",
     "compare_stages": "parity",
     "export_command": "by_name",
@@ -24,7 +23,6 @@ _MODULES = {
 }
 __all__ = [
     "Comparison",
-    "build_plans",
     "bundle_command",
     "compare_stages",
     "export_command",

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from mp2.backbone import load_backbone, resolve_device
 from mp2.engine.bundle import Bundle
-from mp2.engine.folder import TENSORRT_PRECISIONS, EngineFolder
-from mp2.engine.tensorrt.library import NOT_RUN, load_tensorrt
+from mp2.engine.folder import FOLDER_PRECISIONS, TYPED_PRECISIONS
+from mp2.engine.tensorrt.library import load_tensorrt
 from mp2.engine.tensorrt.profiles import TaskShapes
 from mp2.errors import UnknownNameError, UsageError
 from mp2.export.bundle import build_bundle_plans, write_bundle
 from mp2.export.bundle_tasks import run_backbone
 from mp2.export.emulated import EmulatedBackend
-from mp2.export.engine_folder import build_plans, check_target, export_engine, precision_cost
+from mp2.export.engine_folder import check_target, export_engine, precision_cost
 from mp2.export.input_maxima import calibration_inputs, task_inputs
 from mp2.export.parity import REPORT_HEADER, Comparison
 from mp2.export.triton import TRITON, write_triton
@@ -30,46 +30,35 @@ if TYPE_CHECKING:
     from mp2.prompts import PromptSet
     from mp2.tasks import MrcInput
 
-EXPORT_RUNTIMES = ("onnxruntime", "tensorrt")
-
 
 def export_command(
     backbone: str,
     out: str,
     prompts: str | None = None,
-    runtime: str = "onnxruntime",
     precision: str | None = None,
     *,
     revision: str | None = None,
     task: str | None = None,
     data: str | None = None,
     popsize: int | None = None,
-    graphs_only: bool = False,
     show: Callable[[str], None] = lambda line: None,
 ) -> dict[str, object]:
     """Do what ``mp2 export`` does, ``show`` the report line by line, and return it as JSON values.
 
-    ``precision`` is fp32 for onnxruntime and fp16 (default), bf16 or fp8 for tensorrt, whose plans are tuned
-    for populations of ``popsize`` (None: 20) on the few-shot set of ``task``. With ``graphs_only`` no plan is
-    built: `TensorRTBackend` builds what it misses.
+    Engines that ONNX Runtime's TensorRT provider builds of a folder in fp16, bf16 or fp8 are tuned for
+    populations of ``popsize`` (None: 20) on the few-shot set of ``task``.
     """
-    if runtime not in EXPORT_RUNTIMES:
-        raise UnknownNameError("runtime", runtime, EXPORT_RUNTIMES)
-    typed = runtime == "tensorrt"
-    known = TENSORRT_PRECISIONS if typed else ("fp32",)
-    precision = precision or known[0]
-    if precision not in known:
-        raise UnknownNameError("precision", precision, known, f"runtime '{runtime}' has {', '.join(known)}")
-    if not typed and (graphs_only or task is not None or popsize is not None or prompts is not None):
-        raise UsageError("--graphs-only, --task, --popsize and --prompts are for --runtime tensorrt")
+    precision = precision or "fp32"
+    if precision not in FOLDER_PRECISIONS:
+        raise UnknownNameError("precision", precision, FOLDER_PRECISIONS)
+    typed = precision in TYPED_PRECISIONS
+    if not typed and (task is not None or popsize is not None or prompts is not None):
+        raise UsageError(f"--task, --popsize and --prompts are for --precision {', '.join(TYPED_PRECISIONS)}")
     if data is not None and task is None:
         raise UsageError("--data is read for a --task only; give both")
     popsize = 20 if popsize is None else popsize
     if popsize < 1:
         raise UsageError(f"popsize is {popsize}, expected at least 1")
-    if typed and not graphs_only:  # before any work
-        load_tensorrt()
-        resolve_device("cuda")
     check_target(out)
     loaded = load_backbone(backbone, revision=revision)
     prompt_set = None
@@ -91,7 +80,9 @@ def export_command(
         folder = export_engine(
             loaded, out, precision=precision, prompts=prompt_set, shapes=shapes, report=report
         )
-        summary = _cost(loaded, folder, prompt_set, inputs, graphs_only, report, show)
+        cost = precision_cost(EmulatedBackend(loaded, folder.path, precision), loaded, prompt_set, inputs)
+        show(f"{precision}, emulated on the CPU: {cost.line()}")
+        summary = {"emulated_agreement": cost.as_dict()}
     else:
         folder = export_engine(loaded, out, report=report)
     n_bytes = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
@@ -134,27 +125,6 @@ def _shapes(
         return TaskShapes(candidates=popsize, lengths=lengths, prompt_tokens=m, shallow=shallow)
     own = [item.n_tokens for item in inputs]
     return TaskShapes.of_lengths(own, candidates=popsize, prompt_tokens=m, shallow=shallow)
-
-
-def _cost(
-    backbone: Backbone,
-    folder: EngineFolder,
-    prompts: PromptSet | None,
-    inputs: Sequence[MrcInput],
-    graphs_only: bool,
-    report: Callable[[Comparison], None],
-    show: Callable[[str], None],
-) -> dict[str, object]:
-    """Show and return what the precision costs, emulated or, with plans, measured on the GPU."""
-    precision = folder.manifest.precision
-    if graphs_only:
-        cost = precision_cost(EmulatedBackend(backbone, folder.path, precision), backbone, prompts, inputs)
-        show(f"{precision}, emulated on the CPU: {cost.line()}")
-        show(f"graphs only: plans are built on the first use on a GPU. Note: {NOT_RUN}")
-        return {"emulated_agreement": cost.as_dict()}
-    cost = precision_cost(build_plans(backbone, folder, report=report), backbone, prompts, inputs)
-    show(f"{precision}, on this GPU: {cost.line()}")
-    return {"agreement": cost.as_dict()}
 
 
 def bundle_command(

@@ -1,4 +1,4 @@
-"""Write an engine folder, compare it with torch, then give it its name; and build its TensorRT plans."""
+"""Write an engine folder, compare it with torch, then give it its name."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def export_engine(
 
     Needs neither a GPU nor TensorRT. Every stage is compared with torch on the CPU (below float32 by
     emulation), and ``report`` sees each comparison as it is made. ``fp8`` is calibrated on the embedded tasks
-    under ``prompts``. Plans made from a folder below float32 are tuned for ``shapes``. The folder is built
-    under another name and renamed at the end: a killed export leaves nothing that looks whole.
+    under ``prompts``. TensorRT engines of a folder below float32 are tuned for ``shapes``. The folder is
+    built under another name and renamed at the end: a killed export leaves nothing that looks whole.
 
     Raises UnknownNameError (precision), UsageError (``out`` holds something else), Mp2Error (an output out of
     tolerance; nothing is left at ``out``).
@@ -92,26 +92,6 @@ def export_engine(
         manifest = _manifest(backbone, partial, precision)
         (partial / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return EngineFolder(out, manifest)
-
-
-def build_plans(
-    backbone: Backbone,
-    folder: EngineFolder,
-    *,
-    device: str = "cuda",
-    report: Callable[[Comparison], None] = lambda comparison: None,
-) -> ChainBackend:
-    """Build every plan of a ``folder`` on this GPU and compare what they compute with torch.
-
-    Raises MissingDependencyError (TensorRT, CUDA), Mp2Error (TensorRT's refusal, an output out of tolerance).
-    """
-    from mp2.engine.tensorrt.backend import TensorRTBackend
-
-    precision = folder.manifest.precision
-    backend = TensorRTBackend(backbone, folder.path, device=device, precision=precision)
-    backend.prepare()
-    check(compare_stages(backend, backbone), report, f"runtime 'tensorrt' in {precision}")
-    return backend
 
 
 def precision_cost(
@@ -235,7 +215,6 @@ def _manifest(backbone: Backbone, folder: Path, precision: str) -> Manifest:
         max_tokens=backbone.config.max_positions,
         precision=precision,
         opset=OPSET,
-        runtime="onnxruntime" if precision == "fp32" else "tensorrt",
         versions=versions(),
         files={path.name: file_sha256(path) for path in sorted(folder.iterdir())},
     )

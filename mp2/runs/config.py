@@ -25,7 +25,8 @@ RUNTIMES = (
     "torch",
     "onnxruntime",
     "onnxruntime-tensorrt",
-    "tensorrt",
+    "onnxruntime-tensorrt-rtx",
+    "onnxruntime-openvino",
     "endpoint",
 )  # those of mp2.engine
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "fp8", "int8")  # of any device

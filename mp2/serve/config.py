@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mp2.engine.onnx.plugins import PLUGINS
 from mp2.limits import MAX_THREADS
 from mp2.options import check, option
 
@@ -15,7 +16,7 @@ class ServeConfig:
     bundle: str = option(help="Bundle of 'mp2 export --run'; or an engine folder: tensors only.", kind="path")
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 is every network.")
     port: int = option(8000, "Port; 0 takes a free one.", at_least=0, at_most=65535)
-    device: str = option("cpu", "What computes.", choices=("cpu", "cuda", "tensorrt-rtx"))
+    device: str = option("cpu", "What computes.", choices=("cpu", "cuda", *PLUGINS))
     threads: int | None = option(
         None, "Threads of the forward.", default_text="the cores", at_least=1, at_most=MAX_THREADS
     )

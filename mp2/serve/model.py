@@ -11,8 +11,9 @@ import numpy as np
 from mp2.engine.bundle import BUNDLE_FORMAT, Bundle
 from mp2.engine.folder import MANIFEST, EngineFolder
 from mp2.engine.onnx.library import load_onnxruntime
-from mp2.engine.onnx.plugins import PLUGINS, add_plugin
-from mp2.errors import FormatError, MissingDependencyError, Mp2Error
+from mp2.engine.onnx.model_files import load_session, read_model
+from mp2.engine.onnx.providers import Provider
+from mp2.errors import FormatError, Mp2Error
 from mp2.export.bundle_files import reading
 from mp2.json_files import read_object
 from mp2.limits import usable_cores
@@ -36,58 +37,52 @@ class ServedBundle:
         """
         self._path = Path(path)
         self.tasks: dict[str, reading.Task] = {}
-        files = self._bundle() if _is_bundle(self._path) else self._engine_folder()
-        ort = load_onnxruntime()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or usable_cores()
-        options.log_severity_level = 4  # what goes wrong is raised, too
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # tokenizing needs the cores
-        wanted = "CPUExecutionProvider"
-        chosen: dict[str, Any] = {"providers": [wanted], "enable_fallback": 0}
-        if device == "cuda":
-            if "CUDAExecutionProvider" not in ort.get_available_providers():
-                raise MissingDependencyError(
-                    "--device cuda needs the package onnxruntime-gpu in place of onnxruntime: "
-                    "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
-                )
-            wanted = "CUDAExecutionProvider"
-            chosen["providers"] = [(wanted, {"use_tf32": "0"}), "CPUExecutionProvider"]
-        elif device in PLUGINS:
-            wanted, chosen = add_plugin(options, device, {}), {}  # the options name its device
+        folder, files = self._bundle() if _is_bundle(self._path) else self._engine_folder()
+        self._threads = threads or usable_cores()
+        self._provider = Provider(kind=device, device="cuda" if device == "cuda" else "cpu")
+        self._provider.check()
         self._sessions = {}
         self.graphs: dict[str, Any] = {}
         for graph in files:
-            try:
-                session = ort.InferenceSession(self._path / graph, options, **chosen)
-            except Exception as error:  # onnxruntime's have no common base
-                why = (str(error) or type(error).__name__).splitlines()[0]
-                raise Mp2Error(
-                    f"onnxruntime {ort.__version__} cannot load {graph} in {self.precision} on "
-                    f"{device}: {why}; export the runs with --precision fp32"
-                ) from error
-            if session.get_providers()[0] != wanted:
-                raise MissingDependencyError(
-                    f"onnxruntime left {wanted} out: install the libraries that it was built for"
-                )
-            self._sessions[Path(graph).stem] = session
+            session = self._sessions[Path(graph).stem] = self._session(folder, graph)
             sides = (("inputs", session.get_inputs()), ("outputs", session.get_outputs()))
             self.graphs[Path(graph).stem] = {
                 side: {node.name: {"dtype": _TYPES[node.type], "shape": node.shape} for node in nodes}
                 for side, nodes in sides
             }
 
-    def _bundle(self) -> list[str]:
-        """Take a bundle's tasks and limits; return its graphs' files."""
+    def _session(self, folder: Bundle | EngineFolder, graph: str) -> Any:
+        ort = load_onnxruntime()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 4  # what goes wrong is raised, too
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # tokenizing needs the cores
+        model = read_model(folder, graph)
+        try:
+            session = load_session(model, options, self._provider.choose(options, "", {}, None))
+        except Exception as error:  # onnxruntime's have no common base
+            if isinstance(error, Mp2Error):
+                raise
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise Mp2Error(
+                f"onnxruntime {ort.__version__} cannot load {graph} in {self.precision} on "
+                f"{self._provider.kind}: {why}; export the runs with --precision fp32"
+            ) from error
+        self._provider.check_session(session.get_providers())
+        return session
+
+    def _bundle(self) -> tuple[Bundle, list[str]]:
+        """Take a bundle's tasks and limits; return it, and its graphs' files."""
         bundle = Bundle.open(self._path)
         manifest = bundle.manifest
         backbone = manifest["backbone"]
         self.backbone, self.backbone_sha256 = str(backbone["name"]), str(backbone["sha256"])
         self.positions, self.vocab_size = int(manifest["limits"]["positions"]), int(backbone["vocab_size"])
         self.precision = bundle.precision
-        self.tokenizer, self.tasks = reading.load(self._path)
-        return list(manifest["graphs"])
+        self.tokenizer, self.tasks = reading.load(self._path, bundle.read)
+        return bundle, list(manifest["graphs"])
 
-    def _engine_folder(self) -> list[str]:
+    def _engine_folder(self) -> tuple[EngineFolder, list[str]]:
         folder = EngineFolder.open(self._path)
         entry = folder.manifest.backbone
         self.backbone, self.backbone_sha256 = entry.name, entry.sha256
@@ -97,10 +92,10 @@ class ServedBundle:
         if not files:
             raise FormatError(
                 "an engine folder without whole graphs, which only those in fp32 have; export it again "
-                "without --runtime and --precision, or give a bundle of 'mp2 export --run'",
+                "without --precision, or give a bundle of 'mp2 export --run'",
                 path=self._path,
             )
-        return files
+        return folder, files
 
     def run(
         self, graph: str, feeds: Mapping[str, np.ndarray], outputs: Sequence[str]
@@ -129,4 +124,4 @@ def _is_bundle(path: Path) -> bool:
         raw = read_object(path / MANIFEST)
     except (OSError, FormatError):
         return True
-    return raw.get("format") == BUNDLE_FORMAT or "runtime" not in raw
+    return raw.get("format") == BUNDLE_FORMAT or "max_tokens" not in raw

@@ -377,7 +377,7 @@ def test_resume_refuses_changed_data(world: World, tmp_path: Path, monkeypatch: 
         (["--router-search", "exhaustiv"], "Did you mean 'exhaustive'"),
         (["--router-search", "nevergrad:NGOptt"], "Did you mean 'NGOpt"),
         (["--router-search", "exhaustive", "--iters", "50"], "exhaustive search needs 2^12 iterations"),
-        (["--runtime", "tensorrt"], "tensorrt"),
+        (["--runtime", "tensorrt"], "unknown runtime 'tensorrt'. Did you mean 'onnxruntime-tensorrt'"),
         (["--cma", "diagonl"], "Did you mean 'diagonal'"),
         (["--prompts", "mini-depe"], "Did you mean 'mini-deep'"),
         (["--shallow"], "prompts of"),

@@ -18,6 +18,7 @@ from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.cpu.linear import FastLinear, onednn_works
 from mp2.engine.cuda.backend import CudaBackend
 from mp2.engine.onnx.backend import OnnxBackend
+from mp2.engine.onnx.plugins import PLUGINS
 from mp2.engine.select import layer_seconds
 from mp2.errors import MismatchError, MissingDependencyError, UnknownNameError, UsageError
 from mp2.export import export_engine
@@ -169,7 +170,7 @@ def test_a_folder_that_is_not_there_is_never_ignored(tiny_backbone: Backbone, tm
 
 
 def test_threads_are_checked_whatever_the_runtime(tiny_backbone: Backbone) -> None:
-    for name in ("torch", "tensorrt", "auto"):
+    for name in ("torch", "onnxruntime-tensorrt", "auto"):
         with pytest.raises(UsageError, match="threads is 0"):
             create_backend(name, tiny_backbone, threads=0)
 
@@ -190,8 +191,13 @@ def test_runtimes_that_cannot_be_had_say_what_to_do(tiny_backbone: Backbone, eng
         create_backend("torhc", tiny_backbone)
     with pytest.raises(UnknownNameError, match="precision 'fp8'"):
         create_backend("torch", tiny_backbone, precision="fp8")
-    with pytest.raises(MissingDependencyError, match="pip install"):
-        create_backend("tensorrt", tiny_backbone)
+    for kind in PLUGINS:
+        with pytest.raises(UsageError, match=f"runtime 'onnxruntime-{kind}' needs an engine folder"):
+            create_backend(f"onnxruntime-{kind}", tiny_backbone)
+        with pytest.raises(MissingDependencyError, match=f"pip install onnxruntime-ep-.*{kind}"):
+            create_backend(f"onnxruntime-{kind}", tiny_backbone, engine_dir=engine_dir)
+        with pytest.raises(UsageError, match="finds its device itself: drop --device cuda"):
+            create_backend(f"onnxruntime-{kind}", tiny_backbone, engine_dir=engine_dir, device="cuda")
     with pytest.raises(UsageError, match="mp2 export"):
         create_backend("onnxruntime", tiny_backbone)
     with pytest.raises(UsageError, match="'onnxruntime-tensorrt' needs an engine folder"):

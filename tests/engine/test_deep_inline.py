@@ -15,7 +15,6 @@ from mp2.engine import Objective
 from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.cpu.differences import DifferenceBackend
 from mp2.engine.cuda.backend import CudaBackend
-from mp2.engine.tensorrt.backend import TensorRTBackend
 from mp2.errors import UsageError
 from mp2.prompts import PromptSet
 from mp2.tasks import MrcInput
@@ -112,7 +111,6 @@ def test_engines_that_have_prefixes_only_refuse_with_one_line(
         UsageError, match=r"^[^\n]*inline injection, the CUDA engine has prefixes only[^\n]*$"
     ):
         Objective(runtime.forward(inline), train)
-    assert not TensorRTBackend.deep_inline
     named = CpuBackend(tiny_backbone)
     named.name, named.deep_inline = "tensorrt", False
     with pytest.raises(

@@ -179,7 +179,7 @@ def _set(**changes: object) -> Callable[[dict[str, object]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set(schema_version=99), r"field 'schema_version': 99, expected 2"),
+        (_set(schema_version=99), r"field 'schema_version': 99, expected 3"),
         (_set(max_tokens="many"), r"field 'max_tokens': is 'many', expected a whole number"),
         (lambda raw: raw.pop("precision"), r"field 'precision': missing; export"),
         (
@@ -246,20 +246,11 @@ def test_the_command_prints_the_report_and_json(tiny_backbone: Backbone, tmp_pat
     [
         (["--backbone", "cpt-larg"], 2, "Did you mean 'cpt-large'"),
         (["--backbone", "TINY", "--runtime", "onxruntime"], 2, "Did you mean 'onnxruntime'"),
-        (["--backbone", "TINY", "--precision", "fp16"], 2, "unknown precision 'fp16'"),
-        (["--backbone", "TINY", "--graphs-only"], 2, "for --runtime tensorrt"),
-        (["--backbone", "TINY", "--runtime", "tensorrt"], 2, "pip install"),
-        (["--backbone", "TINY", "--prompts", "mini-deep"], 2, "for --runtime tensorrt"),
+        (["--backbone", "TINY", "--precision", "fp17"], 2, "unknown precision 'fp17'"),
+        (["--backbone", "TINY", "--runtime", "tensorrt"], 2, "builds plans of a bundle: give --run RUN"),
+        (["--backbone", "TINY", "--prompts", "mini-deep"], 2, "are for --precision fp16, bf16, fp8"),
         (
-            [
-                "--backbone",
-                "TINY",
-                "--runtime",
-                "tensorrt",
-                "--graphs-only",
-                "--prompts",
-                "nowhere.safetensors",
-            ],
+            ["--backbone", "TINY", "--precision", "fp16", "--prompts", "nowhere.safetensors"],
             2,
             "nowhere.safetensors",
         ),

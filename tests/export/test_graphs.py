@@ -15,7 +15,7 @@ from tiny_words import tiny_vocab
 
 from mp2.backbone import Backbone, BackboneConfig, random_backbone
 from mp2.backbone.mlm_head import MlmHead
-from mp2.engine.folder import FOLDER_PRECISIONS, TENSORRT_PRECISIONS, EngineFolder
+from mp2.engine.folder import FOLDER_PRECISIONS, TYPED_PRECISIONS, EngineFolder
 from mp2.engine.tensorrt.plans import read_shapes
 from mp2.engine.tensorrt.profiles import TaskShapes, grown
 from mp2.errors import FormatError, Mp2Error, UnknownNameError, UsageError
@@ -66,7 +66,7 @@ def test_every_operator_and_type_is_one_that_tensorrt_documents(
                 assert float(zero) == 0.0
 
 
-@pytest.mark.parametrize("precision", TENSORRT_PRECISIONS)
+@pytest.mark.parametrize("precision", TYPED_PRECISIONS)
 def test_products_are_narrow_and_norms_sums_and_logits_are_float32(typed: Typed, precision: str) -> None:
     folder = typed(precision)
     graph, types = inferred(folder.path / "layer_01.onnx")
@@ -151,7 +151,7 @@ def test_deployment_graphs_answer_as_the_encoder_does_whatever_a_batch_mixes(
 
 def test_a_typed_folder_is_verified_like_any_other(typed: Typed, tiny_backbone: Backbone) -> None:
     folder = typed("bf16")
-    assert (folder.manifest.runtime, folder.manifest.precision) == ("tensorrt", "bf16")
+    assert folder.manifest.precision == "bf16"
     EngineFolder.open(folder.path, tiny_backbone)
     assert {"layer_02_plain.onnx", "shapes.json"} <= set(folder.manifest.files)
     assert read_shapes(folder).lengths == (8, 20)
@@ -198,19 +198,23 @@ def test_calibration_reads_real_text_where_it_fits(
 def test_shapes_of_a_task_are_few_classes_that_hold_every_length() -> None:
     shapes = TaskShapes.of_lengths([17, 30, 31, 90, 91, 100], candidates=20, prompt_tokens=50)
     assert shapes.lengths == (32, 96, 112)
-    profiles = shapes.profiles("layer_05.onnx")
+    layer, whole = shapes.chain_profile("layer_05.onnx"), shapes.whole_profiles()
+    assert [profile.ranges["T"] for profile in whole] == [(1, 32, 32), (33, 96, 96), (97, 112, 112)]
     for length in (17, 30, 31, 90, 91, 100):
         visit = {"P_hidden": 1, "P_prefix": 20, "N": 6, "N_prefix": 1, "T": length, "m": 50}
-        above = {**visit, "P_hidden": 20, "P_prefix": 1}
-        assert any(p.covers(visit) for p in profiles)
-        assert any(p.covers(above) for p in profiles)
-        assert not any(p.covers({**visit, "m": 51}) for p in profiles)
+        assert layer.covers(visit)
+        assert layer.covers({**visit, "P_hidden": 20, "P_prefix": 1})
+        assert not layer.covers({**visit, "m": 51})
+        row = {"N": 6, "P": 6, "T": length, "m": 50, "S": 2}
+        assert sum(profile.covers(row) for profile in whole) == 1
 
 
 def test_a_grown_plan_holds_what_is_likely_to_come_next() -> None:
-    profiles = TaskShapes(candidates=4, examples=3, lengths=(8, 90), prompt_tokens=5).profiles("head.onnx")
-    *old, new = grown(profiles, {"P": 1, "N": 33, "T": 20})
-    assert tuple(old) == profiles
+    profile = TaskShapes(candidates=4, examples=3, lengths=(8, 90), prompt_tokens=5).chain_profile(
+        "head.onnx"
+    )
+    old, new = grown([profile], {"P": 1, "N": 33, "T": 20})
+    assert old == profile
     assert new.ranges == {"P": (1, 1, 1), "N": (1, 33, 64), "T": (1, 20, 90)}
 
 

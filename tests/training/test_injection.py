@@ -215,7 +215,7 @@ def test_export_with_inline_prompts_is_refused(
 ) -> None:
     small, result, _ = tuned
     file = Path(result["run_dir"]) / "prompts.safetensors"
-    asked = ["--runtime", "tensorrt", "--graphs-only", "--backbone", small.backbone, "--prompts", file]
+    asked = ["--precision", "fp16", "--backbone", small.backbone, "--prompts", file]
     done = mp2("export", *asked, "--out", tmp_path / "e")
     assert done.exit_code == 2
     assert "the graphs have prefixes and word-embedding rows only" in done.stderr

@@ -11,7 +11,7 @@ from mp2.backbone import Backbone, resolve_device
 from mp2.engine.backend import is_out_of_memory
 from mp2.engine.folder import EngineFolder
 from mp2.engine.onnx.library import load_onnxruntime
-from mp2.engine.onnx.model_files import ModelFiles, read_model
+from mp2.engine.onnx.model_files import read_model
 from mp2.engine.onnx.providers import Provider
 from mp2.engine.onnx.session import OnnxSession
 from mp2.engine.onnx.stages import GraphStages
@@ -46,7 +46,7 @@ class OnnxBackend(GraphStages):
     ) -> None:
         """Verify ``engine_dir`` against ``backbone``; FormatError or MismatchError if it does not fit.
 
-        ``provider`` is ``cpu``, ``cuda`` or ``tensorrt`` (None: what ``device`` says), and
+        ``provider`` is one of `PROVIDERS` or `PLUGINS` (None: what ``device`` says), and
         MissingDependencyError says what to install for it. The TensorRT provider keeps engines in the folder;
         where a folder brings profiles that are too small, ``note`` hears of the build of a larger one.
         """
@@ -72,8 +72,8 @@ class OnnxBackend(GraphStages):
         self._threads = threads
         self._note = note
         self._sessions: dict[str, OnnxSession] = {}
-        if kind == "tensorrt":
-            self.name = "onnxruntime-tensorrt"  # by which the same one is made again
+        if kind not in ("cpu", "cuda"):
+            self.name = f"onnxruntime-{kind}"  # by which the same one is made again
         if kind != "cpu":
             self._session("embed.onnx", {})  # what is missing for the provider is said now
 
@@ -110,7 +110,10 @@ class OnnxBackend(GraphStages):
     def _open(self, graph: str, profile: Profile | None) -> OnnxSession:
         try:
             return OnnxSession(
-                self._model(graph), threads=self._threads, provider=self._provider, profile=profile
+                read_model(self._folder, graph),
+                threads=self._threads,
+                provider=self._provider,
+                profile=profile,
             )
         except Exception as error:  # onnxruntime's have no common base
             if isinstance(error, Mp2Error) or is_out_of_memory(error):
@@ -120,14 +123,6 @@ class OnnxBackend(GraphStages):
                 f"on device {self.device}: {_first_line(error)}; use --runtime torch, or install "
                 "another onnxruntime"
             ) from error
-
-    def _model(self, graph: str) -> Path | ModelFiles:
-        """Return the graph as it was read and hashed; where onnxruntime has to find the weights, its path."""
-        files = read_model(self._folder, graph)
-        from_memory = hasattr(
-            load_onnxruntime().SessionOptions, "add_external_initializers_from_files_in_memory"
-        )
-        return files if self._provider.kind == "cpu" and from_memory else self._folder.file(graph)
 
 
 def _first_line(error: Exception) -> str:

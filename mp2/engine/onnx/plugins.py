@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from typing import Any
 
 from mp2.engine.onnx.library import load_onnxruntime
@@ -22,6 +23,7 @@ class Plugin:
     package: str
     module: str
     needs: str  # of the machine
+    settings: dict[str, str] = field(default_factory=dict)
 
 
 PLUGINS = {
@@ -31,7 +33,11 @@ PLUGINS = {
         needs="an RTX card of compute capability 8.6, 8.9 or 12.0 and its driver",
     ),
     "openvino": Plugin(
-        package="onnxruntime-ep-openvino", module="onnxruntime_ep_openvino", needs="an Intel processor"
+        package="onnxruntime-ep-openvino",
+        module="onnxruntime_ep_openvino",
+        needs="an Intel processor",
+        # without it, float32 graphs are computed in bfloat16 where the processor has that
+        settings={"load_config": json.dumps({"CPU": {"INFERENCE_PRECISION_HINT": "f32"}})},
     ),
 }
 _registered: dict[str, str] = {}  # kind -> the provider's name
@@ -70,10 +76,11 @@ def plugin_devices(kind: str) -> list[Any]:
     return found
 
 
-def add_plugin(options: Any, kind: str, settings: dict[str, str]) -> str:
+def add_plugin(options: Any, kind: str, settings: dict[str, str] | None = None) -> str:
     """Add a plugin's first device to a session's ``options``, and return the provider's name.
 
-    Raises as `plugin_devices` does.
+    ``settings`` take the place of the plugin's own. Raises as `plugin_devices` does.
     """
-    options.add_provider_for_devices(plugin_devices(kind)[:1], settings)
+    own = PLUGINS[kind].settings if settings is None else settings
+    options.add_provider_for_devices(plugin_devices(kind)[:1], own)
     return _registered[kind]

@@ -1,4 +1,4 @@
-"""ONNX Runtime's execution providers for a GPU: which are there, and the options they get."""
+"""ONNX Runtime's execution providers: which are there, and the options they get."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from mp2.engine.onnx.library import load_onnxruntime
-from mp2.engine.tensorrt.profiles import Profile, Shape, TaskShapes, joined
+from mp2.engine.onnx.plugins import PLUGINS, add_plugin, plugin_devices
+from mp2.engine.tensorrt.profiles import Profile, Shape, TaskShapes
 from mp2.errors import MissingDependencyError
 from mp2.files import own_folder
 
@@ -25,7 +25,9 @@ Options = dict[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Provider:
-    """Where a session runs and how: ``cpu``, ``cuda`` or ``tensorrt`` on a torch ``device``.
+    """Where a session runs and how: ``cpu``, ``cuda``, ``tensorrt`` or a plugin; on a torch ``device``.
+
+    A plugin (`PLUGINS`) finds its device itself and takes tensors from the host's memory, ``device`` "cpu".
 
     ``tensorrt`` keeps engines and timings in ``cache``, tuned for ``shapes`` (None: it grows its own profile,
     and rebuilds, as shapes come; a profile that it was given never grows); ``precision`` fp16 or bf16 lets it
@@ -40,6 +42,9 @@ class Provider:
 
     def check(self) -> None:
         """Raise MissingDependencyError if the installed onnxruntime does not have the provider."""
+        if self.kind in PLUGINS:
+            plugin_devices(self.kind)
+            return
         ort = load_onnxruntime()
         wanted, there = PROVIDERS[self.kind], ort.get_available_providers()
         if wanted not in there:
@@ -55,6 +60,8 @@ class Provider:
 
         onnxruntime-gpu offers providers whose libraries are not there, and goes on without them.
         """
+        if self.kind in PLUGINS:  # a session names its devices, or is not made
+            return
         wanted = PROVIDERS[self.kind]
         if not providers or providers[0] != wanted:
             libraries = "CUDA, cuDNN and TensorRT" if self.kind == "tensorrt" else "CUDA and cuDNN"
@@ -65,10 +72,25 @@ class Provider:
             )
 
     def profile(self, graph: str) -> Profile | None:
-        """Return the explicit profile of ``graph``'s session: all of the task's as one. None: it has none."""
+        """Return the explicit profile of ``graph``'s session. None: it has none."""
         if self.kind != "tensorrt" or self.shapes is None:
             return None
-        return joined(self.shapes.profiles(graph))
+        return self.shapes.chain_profile(graph)
+
+    def choose(
+        self,
+        options: Any,
+        graph: str,
+        inputs: Mapping[str, Shape],
+        stream: int | None,
+        profile: Profile | None = None,
+    ) -> dict[str, Any]:
+        """Return what a session of ``graph`` with ``options`` is to be made with, see `arguments`."""
+        if self.kind in PLUGINS:
+            add_plugin(options, self.kind)
+            return {}
+        # without its own fallback, which tries again with other providers, without these options
+        return {"providers": self.arguments(graph, inputs, stream, profile), "enable_fallback": 0}
 
     def arguments(
         self,
@@ -83,7 +105,7 @@ class Provider:
         """
         if self.kind == "cpu":
             return [(PROVIDERS["cpu"], {})]
-        common = {"device_id": str(torch.device(self.device).index or 0)}
+        common = {"device_id": self.device.partition(":")[2] or "0"}
         if stream is not None:
             common["user_compute_stream"] = str(stream)
         cuda = (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mp2.engine.onnx.library import load_onnxruntime
-from mp2.engine.onnx.model_files import ModelFiles
+from mp2.engine.onnx.model_files import ModelFiles, load_session
 from mp2.engine.onnx.providers import Provider
 from mp2.engine.tensorrt.builder import input_shapes
 from mp2.engine.tensorrt.profiles import Profile, sizes_of
@@ -69,24 +69,14 @@ class OnnxSession:
         self._stream: torch.cuda.Stream | None = None
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        graph = model.name if isinstance(model, Path) else ""
+        graph = "" if isinstance(model, bytes) else model.name
         self._declared = {}
         if provider.kind == "tensorrt":
             self._declared = input_shapes(model.graph if isinstance(model, ModelFiles) else model)
         self.profile = profile or provider.profile(graph)
         handle = None if self._stream is None else self._stream.cuda_stream
-        loaded: Path | bytes = model.graph if isinstance(model, ModelFiles) else model
-        if isinstance(model, ModelFiles) and model.weights:
-            options.add_external_initializers_from_files_in_memory(
-                list(model.weights), list(model.weights.values()), [len(x) for x in model.weights.values()]
-            )
-        # without its own fallback, which tries again with other providers, without these options
-        self._session = ort.InferenceSession(
-            loaded,
-            options,
-            providers=provider.arguments(graph, self._declared, handle, profile),
-            enable_fallback=0,
-        )
+        chosen = provider.choose(options, graph, self._declared, handle, profile)
+        self._session = load_session(model, options, chosen, in_memory=provider.kind != "tensorrt")
         provider.check_session(self._session.get_providers())
         # none on a CPU: looking into them at every call costs onnxruntime 0.1 ms
         self._run_options: Any = None

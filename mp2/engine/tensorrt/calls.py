@@ -1,4 +1,4 @@
-"""Calls of one TensorRT engine on torch-owned memory, captured as CUDA graphs once they repeat."""
+"""Calls of one TensorRT engine on torch-owned memory."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from mp2.engine.tensorrt.captures import Captures, Replay
 from mp2.engine.tensorrt.library import make_logger
 from mp2.engine.tensorrt.plans import Plan
 from mp2.engine.tensorrt.profiles import Shape, best_profile, sizes_of
 from mp2.errors import Mp2Error
-from mp2.messages import say
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -37,10 +35,6 @@ class Device(Protocol):
 
     def run(self, work: Callable[[int], None]) -> None:
         """Call ``work`` with a stream handle; it queues after torch's earlier work, before later."""
-        ...
-
-    def capture(self, work: Callable[[int], None]) -> Replay:
-        """Capture what ``work`` queues; the result queues it again, in the order of `run`."""
         ...
 
 
@@ -67,59 +61,6 @@ class CudaDevice:
         work(self._stream.cuda_stream)
         current.wait_stream(self._stream)
 
-    def capture(self, work: Callable[[int], None]) -> Replay:
-        """See `Device.capture`."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
-            work(torch.cuda.current_stream(self.name).cuda_stream)
-
-        def replay() -> None:
-            def queue(_: int) -> None:
-                with torch.cuda.stream(self._stream):
-                    graph.replay()
-
-            self.run(queue)
-
-        return replay
-
-
-class Scratch:
-    """The engines' working memory: blocks for all of them, since their calls follow each other on one stream.
-
-    One block is TensorRT's own; the others, one for each name of a tensor, are what captured calls read and
-    write, whose addresses must stay.
-    """
-
-    def __init__(self, device: Device) -> None:
-        """Start with none."""
-        self._device = device
-        self._block: torch.Tensor | None = None
-        self._fixed: dict[str, torch.Tensor] = {}
-        self.graphs = Captures()
-
-    def fixed(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return memory for each of ``tensors``, by name: the same as long as no graph has to go.
-
-        A larger block than there is for a name ends the captured graphs.
-        """
-        for name, x in tensors.items():
-            if name not in self._fixed or self._fixed[name].numel() < x.nbytes:
-                self.graphs.clear()
-                self._fixed.pop(name, None)  # given back before more is asked for
-                self._fixed[name] = self._device.empty((x.nbytes,), torch.uint8)
-        return {
-            name: self._fixed[name][: x.nbytes].view(x.dtype).view(x.shape) for name, x in tensors.items()
-        }
-
-    def reserve(self, n_bytes: int) -> tuple[int, int]:
-        """Return address and size of at least ``n_bytes``; a new, larger block ends the captured graphs."""
-        if self._block is None or self._block.numel() - _ALIGNMENT < n_bytes:
-            self.graphs.clear()  # they write to the old block
-            self._block = None  # given back before more is asked for
-            self._block = self._device.empty((n_bytes + _ALIGNMENT,), torch.uint8)
-        address = -(-self._block.data_ptr() // _ALIGNMENT) * _ALIGNMENT
-        return address, self._block.data_ptr() + self._block.numel() - address
-
 
 class EngineCalls:
     """A deserialized plan that can be called with tensors of any shape that one of its profiles covers.
@@ -128,15 +69,7 @@ class EngineCalls:
     """
 
     def __init__(
-        self,
-        module: ModuleType,
-        plan: Plan,
-        name: str,
-        shapes: Mapping[str, Shape],
-        device: Device,
-        scratch: Scratch,
-        *,
-        cuda_graphs: bool,
+        self, module: ModuleType, plan: Plan, name: str, shapes: Mapping[str, Shape], device: Device
     ) -> None:
         """Load ``plan`` of graph ``name``, whose inputs have the declared ``shapes``."""
         self._module = module
@@ -144,8 +77,6 @@ class EngineCalls:
         self._shapes = shapes
         self._profiles = plan.profiles
         self._device = device
-        self._scratch = scratch
-        self._cuda_graphs = cuda_graphs
         self._errors: list[str] = []
         self._logger = make_logger(module, self._errors, lambda line: None)
         self._runtime: trt.Runtime = module.Runtime(self._logger)
@@ -154,70 +85,24 @@ class EngineCalls:
             raise self._error("TensorRT cannot load the plan")
         self._engine: trt.ICudaEngine = engine
         self._contexts: dict[int, trt.IExecutionContext] = {}
-        self._set_up: dict[int, object] = {}
+        self._block: torch.Tensor | None = None  # TensorRT's working memory, for all profiles
         self._check_inputs()
 
-    def covers(self, feeds: Mapping[str, torch.Tensor]) -> bool:
-        """Tell whether a profile covers the shapes of ``feeds``."""
-        return best_profile(self._profiles, self.sizes(feeds)) is not None
-
-    def sizes(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, int]:
-        """Return the named sizes of ``feeds``."""
-        return sizes_of(self._shapes, {name: tuple(x.shape) for name, x in feeds.items()})
+    def covers(self, sizes: Mapping[str, int]) -> bool:
+        """Tell whether a profile covers the named ``sizes``."""
+        return best_profile(self._profiles, sizes) is not None
 
     def __call__(self, feeds: Mapping[str, torch.Tensor], results: Mapping[str, torch.Tensor]) -> None:
         """Queue the engine on ``feeds`` (contiguous, on the device), writing all outputs into ``results``."""
-        profile = best_profile(self._profiles, self.sizes(feeds))
+        sizes = sizes_of(self._shapes, {name: tuple(x.shape) for name, x in feeds.items()})
+        profile = best_profile(self._profiles, sizes)
         if profile is None:
-            raise self._error(f"no profile covers {self.sizes(feeds)}")
-        tensors, outputs = {**feeds, **results}, tuple(results)
-        shapes = tuple((name, tuple(x.shape)) for name, x in feeds.items())
-        key = (id(self), profile, shapes)
-        graphs = self._scratch.graphs
-        replay = graphs.find(key)
-        if replay is not None:
-            held = self._scratch.fixed(tensors)
-            self._fill(held, feeds)
-            replay()
-            self._fill(results, held)
-            return
+            raise self._error(f"no profile covers {sizes}")
         context = self._contexts.get(profile)
         if context is None:
             context = self._contexts[profile] = self._new_context(profile)
-        self._device.run(lambda stream: self._execute(context, profile, tensors, outputs, shapes, stream))
-        if self._cuda_graphs and graphs.wants(key):
-            try:
-                graphs.add(key, *self._capture(profile, feeds, tensors, outputs, shapes))
-            except Exception as error:  # whatever it is: the call has run, and goes on running as it is
-                graphs.refuse(key)
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                say(f"{self._name}: not recorded as a CUDA graph, runs call by call ({reason})")
-
-    @staticmethod
-    def _fill(targets: Mapping[str, torch.Tensor], sources: Mapping[str, torch.Tensor]) -> None:
-        """Copy to each of ``targets`` what ``sources`` have under its name."""
-        for name in targets.keys() & sources.keys():
-            targets[name].copy_(sources[name])
-
-    def _capture(
-        self,
-        profile: int,
-        feeds: Mapping[str, torch.Tensor],
-        tensors: Mapping[str, torch.Tensor],
-        outputs: Sequence[str],
-        shapes: tuple[tuple[str, tuple[int, ...]], ...],
-    ) -> tuple[trt.IExecutionContext, Replay]:
-        """Return a context of the captured call's own (a graph holds its state) and the graph.
-
-        The graph reads and writes `Scratch.fixed` memory.
-        """
-        context = self._new_context(profile)
-        held = self._scratch.fixed(tensors)
-        self._fill(held, feeds)
-        self._bind(context, held, outputs, shapes)
-        # TensorRT settles a context's state for new shapes in a first, uncaptured call
+        self._bind(context, feeds, results)
         self._device.run(lambda stream: self._queue(context, stream))
-        return context, self._device.capture(lambda stream: self._queue(context, stream))
 
     def _new_context(self, profile: int) -> trt.IExecutionContext:
         strategy = self._module.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -232,41 +117,33 @@ class EngineCalls:
             raise self._error(f"profile {profile} cannot be selected")
         return context
 
-    def _execute(
-        self,
-        context: trt.IExecutionContext,
-        profile: int,
-        tensors: Mapping[str, torch.Tensor],
-        outputs: Sequence[str],
-        shapes: tuple[tuple[str, tuple[int, ...]], ...],
-        stream: int,
-    ) -> None:
-        self._bind(context, tensors, outputs, shapes, known=self._set_up.get(profile) == shapes)
-        self._set_up[profile] = shapes
-        self._queue(context, stream)
-
     def _bind(
         self,
         context: trt.IExecutionContext,
-        tensors: Mapping[str, torch.Tensor],
-        outputs: Sequence[str],
-        shapes: tuple[tuple[str, tuple[int, ...]], ...],
-        known: bool = False,
+        feeds: Mapping[str, torch.Tensor],
+        results: Mapping[str, torch.Tensor],
     ) -> None:
-        if not known:
-            for name, shape in shapes:
-                if not context.set_input_shape(name, shape):
-                    raise self._error(f"input '{name}' cannot have shape {shape}")
-            for output in outputs:
-                given, expected = tuple(tensors[output].shape), tuple(context.get_tensor_shape(output))
-                if given != expected:
-                    raise self._error(f"output '{output}' has shape {expected}, expected {given}")
+        for name, tensor in feeds.items():
+            if not context.set_input_shape(name, tuple(tensor.shape)):
+                raise self._error(f"input '{name}' cannot have shape {tuple(tensor.shape)}")
+        for name, tensor in results.items():
+            given, expected = tuple(tensor.shape), tuple(context.get_tensor_shape(name))
+            if given != expected:
+                raise self._error(f"output '{name}' has shape {expected}, expected {given}")
         n_bytes = self._engine.get_device_memory_size_for_profile_v2(context.active_optimization_profile)
-        address, size = self._scratch.reserve(n_bytes)
+        address, size = self._memory(n_bytes)
         context.set_device_memory(address, size)
-        for name, tensor in tensors.items():
+        for name, tensor in {**feeds, **results}.items():
             if not context.set_tensor_address(name, tensor.data_ptr()):
                 raise self._error(f"the memory of '{name}' was refused")
+
+    def _memory(self, n_bytes: int) -> tuple[int, int]:
+        """Return address and size of at least ``n_bytes`` of working memory."""
+        if self._block is None or self._block.numel() - _ALIGNMENT < n_bytes:
+            self._block = None  # given back before more is asked for
+            self._block = self._device.empty((n_bytes + _ALIGNMENT,), torch.uint8)
+        address = -(-self._block.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+        return address, self._block.data_ptr() + self._block.numel() - address
 
     def _queue(self, context: trt.IExecutionContext, stream: int) -> None:
         if not context.execute_async_v3(stream):

@@ -18,7 +18,7 @@ NOT_RUN = (
     "execution through TensorRT has not been run by the authors of this version: its calls are checked "
     "against the real Python bindings of 10.16 and 11.4, its graphs against TensorRT's operator list"
 )
-_HOW = "pip install 'mp2[gpu]' on a Linux machine with an NVIDIA GPU, or use --runtime torch or onnxruntime"
+_HOW = "pip install 'mp2[gpu]' on a Linux machine with an NVIDIA GPU, or export without --runtime tensorrt"
 
 
 def load_tensorrt() -> ModuleType:
@@ -27,7 +27,7 @@ def load_tensorrt() -> ModuleType:
         import tensorrt
     except (ImportError, OSError) as error:
         raise MissingDependencyError(
-            f"runtime 'tensorrt' needs the package 'tensorrt' ({error}); {_HOW}"
+            f"a TensorRT plan needs the package 'tensorrt' ({error}); {_HOW}"
         ) from error
     check_version(str(tensorrt.__version__))
     module: ModuleType = tensorrt

@@ -17,6 +17,7 @@ from typing import Any
 
 from mp2.engine.bundle import Bundle
 from mp2.engine.folder import EngineFolder
+from mp2.engine.onnx.model_files import read_model, weight_files
 from mp2.engine.tensorrt.builder import BuildSettings, build_plan
 from mp2.engine.tensorrt.profiles import Profile, Sizes, TaskShapes, best_profile, grown
 from mp2.errors import Mp2Error
@@ -52,11 +53,11 @@ class Plan:
 
 
 class PlanStore:
-    """The plans of one folder for one TensorRT release and GPU; builds what is missing."""
+    """The plans of one bundle for one TensorRT release and GPU; builds what is missing."""
 
     def __init__(
         self,
-        folder: EngineFolder | Bundle,
+        folder: Bundle,
         module: ModuleType,
         gpu: Gpu,
         *,
@@ -79,27 +80,24 @@ class PlanStore:
         if plan is not None and (sizes is None or best_profile(plan.profiles, sizes) is not None):
             return plan
         if plan is None:
-            profiles = self.shapes.profiles(graph)
+            profiles = self.shapes.whole_profiles()
         else:
             profiles, reason = plan.profiles, f"no profile of its plan covers {dict(sizes or {})}"
         if sizes is not None and best_profile(profiles, sizes) is None:
             profiles = grown(profiles, sizes)
         self._note(f"building a TensorRT plan of {graph}: {reason}")
-        built = build_plan(
-            self._module,
-            self._folder.file(graph),
-            profiles,
-            settings=self._settings,
-            timing_cache=self._timing_cache.read_bytes() if self._timing_cache.is_file() else b"",
-            note=self._note,
-        )
+        with read_model(self._folder, graph).on_disk() as path:  # TensorRT opens the weights itself
+            built = build_plan(
+                self._module,
+                path,
+                profiles,
+                settings=self._settings,
+                timing_cache=self._timing_cache.read_bytes() if self._timing_cache.is_file() else b"",
+                note=self._note,
+            )
         self._save(graph, origin, profiles, built.plan)
         _write(self._timing_cache, built.timing_cache)
         return Plan(built.plan, profiles)
-
-    def has(self, graph: str) -> bool:
-        """Tell whether there is a whole plan of ``graph`` for this release, GPU and folder."""
-        return self._load(graph, self._origin(graph))[0] is not None
 
     @property
     def _timing_cache(self) -> Path:
@@ -111,7 +109,7 @@ class PlanStore:
         files = self._folder.files
         return {
             "graph": files[graph],
-            "weights": {name: files[name] for name in sorted(_weight_files(self._folder.file(graph)))},
+            "weights": {name: files[name] for name in sorted(weight_files(self._folder, graph))},
             "tensorrt": str(self._module.__version__),
             "gpu": asdict(self._gpu),
             "precision": self._folder.precision,
@@ -161,21 +159,9 @@ class PlanStore:
 
 
 def read_shapes(folder: EngineFolder | Bundle) -> TaskShapes:
-    """Return the task shapes that ``folder``'s plans are tuned for; FormatError if they are damaged."""
+    """Return the shapes that ``folder``'s TensorRT engines are tuned for; FormatError if they are damaged."""
     path = folder.file(SHAPES)
     return build(TaskShapes, read_object(path), path)
-
-
-def _weight_files(graph: Path) -> set[str]:
-    import onnx
-
-    model = onnx.load(graph, load_external_data=False)
-    return {
-        entry.value
-        for tensor in model.graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
 
 
 def _same_place(sidecar: Path, origin: dict[str, Any]) -> bool:

@@ -1,8 +1,10 @@
 """Optimisation profiles: which shapes a TensorRT plan accepts, and which it is tuned for.
 
-The sizes are the graphs' own names: ``N`` examples, ``T`` tokens, ``m`` prefix rows, ``P_hidden`` and
-``P_prefix`` candidates of the text and of the prefix, ``N_prefix`` examples of the prefix, ``P`` candidates
-where a graph has one kind only. A `Profile` gives each a range and the value that matters most.
+The sizes are the graphs' own names. Of a whole backbone: ``N`` rows, ``P`` prompts, ``T`` tokens, ``m``
+prompt rows, ``S`` segments. Of a graph of the chain, which ONNX Runtime's TensorRT provider runs: ``N``
+examples, ``P_hidden`` and ``P_prefix`` candidates of the text and of the prefix, ``N_prefix`` examples of the
+prefix, ``P`` candidates where a graph has one kind only. A `Profile` gives each a range and the value that
+matters most.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ Range = tuple[int, int, int]
 
 Sizes = Mapping[str, int]
 Shape = Sequence[int | str]
-DEPLOYMENT_GRAPHS = ("backbone.onnx", "backbone_inline.onnx")
 _SEGMENTS = 4  # text fields of a row that heads pool over, at most
 _STEP = 32  # lengths are rounded up to this where a plan must grow
 _CLASS_STEP = 16  # and a task's classes end at multiples of this
@@ -100,41 +101,28 @@ class TaskShapes:
             shallow=shallow,
         )
 
-    def profiles(self, graph: str) -> tuple[Profile, ...]:
-        """Return the profiles of ``graph``'s plan (``embed.onnx``, ``layer_03.onnx``, ``backbone.onnx``)."""
+    def whole_profiles(self) -> tuple[Profile, ...]:
+        """Return the profiles of a plan of a whole backbone: one for each class of lengths.
+
+        Each row has a prompt of its own, of at least one row, if only filling.
+        """
+        m, n = self.prompt_tokens, _up_to(self.examples)
+        rows = {"P": n, "N": n, "m": (1, m, m), "S": (1, 1, _SEGMENTS)}
+        edges = zip((0, *self.lengths), self.lengths, strict=False)
+        return tuple(Profile({**rows, "T": (low + 1, high, high)}) for low, high in edges)
+
+    def chain_profile(self, graph: str) -> Profile:
+        """Return the profile of a graph of the chain (``embed.onnx``, ``layer_03.onnx``, ``head.onnx``)."""
         m, p, n = self.prompt_tokens, _up_to(self.candidates), _up_to(self.examples)
-        extra = m if self.shallow else 0
-        if (
-            graph in DEPLOYMENT_GRAPHS
-        ):  # each row with a prompt of its own, of at least one row, if only filling
-            edges = zip((0, *self.lengths), self.lengths, strict=False)
-            rows = {"P": n, "N": n, "m": (1, m, m), "S": (1, 1, _SEGMENTS)}
-            return tuple(Profile({**rows, "T": (low + 1, high, high)}) for low, high in edges)
+        t = _up_to(self.lengths[-1] + (m if self.shallow else 0))
         if graph == "embed_inline.onnx":
-            return (Profile({"P": p, "m": (1, m, m)}),)
-        classes = [
-            (low + 1, high + extra, high + extra)
-            for low, high in zip((0, *self.lengths), self.lengths, strict=False)
-        ]
+            return Profile({"P": p, "m": (1, m, m)})
         if graph == "embed.onnx":
-            return tuple(Profile({"N": n, "T": t}) for t in classes)
+            return Profile({"N": n, "T": t})
         if graph.endswith("_plain.onnx") or graph == "head.onnx":
-            return tuple(Profile({"P": p, "N": n, "T": t}) for t in classes)
-        one, own, prefix = (1, 1, 1), p, (1, m, m)
-        if self.shallow:  # the last layer: every example of every candidate has rows of its own
-            return tuple(
-                Profile({"P_hidden": own, "P_prefix": own, "N": n, "N_prefix": n, "T": t, "m": prefix})
-                for t in classes
-            )
-        base = {"N": n, "N_prefix": one, "m": prefix}
-        return tuple(
-            profile
-            for t in classes
-            for profile in (
-                Profile({**base, "T": t, "P_hidden": one, "P_prefix": own}),  # the layer under visit
-                Profile({**base, "T": t, "P_hidden": own, "P_prefix": (1, 1, self.candidates)}),  # above it
-            )
-        )
+            return Profile({"P": p, "N": n, "T": t})
+        own = n if self.shallow else (1, 1, 1)  # the last layer: each example of a candidate has its own rows
+        return Profile({"P_hidden": p, "P_prefix": p, "N": n, "N_prefix": own, "T": t, "m": (1, m, m)})
 
 
 def grown(profiles: Sequence[Profile], sizes: Sizes) -> tuple[Profile, ...]:
@@ -154,19 +142,15 @@ def grown(profiles: Sequence[Profile], sizes: Sizes) -> tuple[Profile, ...]:
     return (*profiles, Profile(ranges))
 
 
-def joined(profiles: Sequence[Profile]) -> Profile:
-    """Return one profile that holds all of ``profiles``, tuned for the largest of their best sizes."""
-    ranges = {}
-    for name in profiles[0].ranges:
-        low, best, high = zip(*(profile.ranges[name] for profile in profiles), strict=True)
-        ranges[name] = (min(low), max(best), max(high))
-    return Profile(ranges)
-
-
 def stretched(profile: Profile, sizes: Sizes) -> Profile:
     """Return ``profile`` with room for ``sizes``, too, as far as `grown` goes; still tuned for the same."""
-    room = joined(grown([profile], sizes)).ranges
-    return Profile({name: (room[name][0], r[1], room[name][2]) for name, r in profile.ranges.items()})
+    more = grown([profile], sizes)[-1].ranges
+    return Profile(
+        {
+            name: (min(low, more[name][0]), best, max(high, more[name][2]))
+            for name, (low, best, high) in profile.ranges.items()
+        }
+    )
 
 
 def best_profile(profiles: Sequence[Profile], sizes: Sizes) -> int | None:

@@ -10,7 +10,7 @@ import torch
 from mp2.backbone import resolve_device
 from mp2.engine.bundle import Bundle
 from mp2.engine.tensorrt.builder import BuildSettings, input_shapes
-from mp2.engine.tensorrt.calls import CudaDevice, Device, EngineCalls, Scratch
+from mp2.engine.tensorrt.calls import CudaDevice, Device, EngineCalls
 from mp2.engine.tensorrt.library import load_tensorrt
 from mp2.engine.tensorrt.plans import Gpu, PlanStore
 from mp2.engine.tensorrt.profiles import sizes_of
@@ -39,13 +39,12 @@ class PlannedGraph:
         resolve_device(device)
         self._bundle = Bundle.open(bundle)
         self._graph, self._device, self._module = graph, device, module
-        self._shapes = input_shapes(self._bundle.file(graph))
+        self._shapes = input_shapes(self._bundle.read(graph))
         self._outputs: Mapping[str, list[int | str]] = {
             name: x["shape"] for name, x in self._bundle.manifest["graphs"][graph]["outputs"].items()
         }
         self._on: Device = CudaDevice(device)
         self._plans = PlanStore(self._bundle, module, Gpu.current(device), settings=settings, note=note)
-        self._scratch = Scratch(self._on)
         self._calls: EngineCalls | None = None
 
     def prepare(self) -> bytes:
@@ -68,7 +67,7 @@ class PlannedGraph:
             given[name] = x.to(self._device, dtype).contiguous()
         sizes = sizes_of(self._shapes, {name: tuple(x.shape) for name, x in given.items()})
         with self._on.current():
-            if self._calls is None or not self._calls.covers(given):
+            if self._calls is None or not self._calls.covers(sizes):
                 self._calls = self._load(sizes)
             results = {
                 name: self._on.empty([sizes[x] if isinstance(x, str) else x for x in shape], torch.float32)
@@ -78,9 +77,6 @@ class PlannedGraph:
         return results
 
     def _load(self, sizes: Mapping[str, int] | None) -> EngineCalls:
-        self._calls = None
-        self._scratch.graphs.clear()
+        self._calls = None  # its memory is given back before more is asked for
         plan = self._plans.get(self._graph, sizes)
-        return EngineCalls(
-            self._module, plan, self._graph, self._shapes, self._on, self._scratch, cuda_graphs=True
-        )
+        return EngineCalls(self._module, plan, self._graph, self._shapes, self._on)

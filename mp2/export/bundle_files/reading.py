@@ -5,7 +5,7 @@ the task's fields (and ``options``, for multiple choice). N rows, T tokens.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,21 +30,23 @@ class Row(NamedTuple):
     offsets: Sequence[tuple[int, int]] = ()  # of the context's tokens, in its characters
 
 
-def load(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Task]]:
-    """Return the tokenizer of a bundle, and its tasks by name."""
-    tokenizer, tasks = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), {}
+def load(
+    folder: Path, read: Callable[[str], bytes] | None = None
+) -> tuple[tokenizers.Tokenizer, dict[str, Task]]:
+    """Return the tokenizer of a bundle, and its tasks by name; ``read`` gives the bytes of a file."""
+    read = read or (lambda name: (folder / name).read_bytes())
+    tokenizer, tasks = tokenizers.Tokenizer.from_buffer(read("tokenizer.json")), {}
     tokenizer.encode_special_tokens = True  # "[SEP]" in a text is text
     for name, entry in json.loads((folder / "manifest.json").read_text("utf-8"))["tasks"].items():
-        card = json.loads((folder / entry["card"]).read_text("utf-8"))
-        tensors = read_tensors(folder / entry["tensors"])
+        card = json.loads(read(entry["card"]))
+        tensors = read_tensors(read(entry["tensors"]))
         ngrams = {tuple(x[x >= 0].tolist()): k for k, x in enumerate(tensors.get("ridge_ngrams", ()))}
         tasks[name] = {**card, "tensors": tensors, "ngrams": ngrams}
     return tokenizer, tasks
 
 
-def read_tensors(file: Path) -> dict[str, np.ndarray]:
+def read_tensors(data: bytes) -> dict[str, np.ndarray]:
     """Return the tensors of a safetensors file."""
-    data = file.read_bytes()
     size = 8 + int.from_bytes(data[:8], "little")
     header, data = json.loads(data[8:size]), data[size:]
     header.pop("__metadata__", None)

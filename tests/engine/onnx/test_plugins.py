@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,9 +13,12 @@ import onnxruntime as ort
 import pytest
 
 from mp2 import doctor
+from mp2.backbone import Backbone
+from mp2.engine import create_backend
 from mp2.engine.onnx import plugins
 from mp2.engine.onnx.plugins import PLUGINS, add_plugin, installed, plugin_devices
 from mp2.errors import MissingDependencyError
+from mp2.export import compare_stages
 
 KIND = "tensorrt-rtx"
 
@@ -78,6 +82,34 @@ def test_its_device_is_added_to_real_options(monkeypatch: pytest.MonkeyPatch) ->
     session = ort.InferenceSession(model.SerializeToString(), options)
     assert session.get_providers()[0] == "CPUExecutionProvider"
     assert session.run(None, {"x": [1.0]})[0].tolist() == [-1.0]
+
+
+def test_a_run_computes_on_it(
+    monkeypatch: pytest.MonkeyPatch, tiny_backbone: Backbone, engine_dir: Path
+) -> None:
+    """The CPU's own device stands for the plugin's: every stage, tensors from the host's memory."""
+    stand_in(monkeypatch, "x.so", name="CPUExecutionProvider")
+    monkeypatch.setattr(ort, "register_execution_provider_library", lambda name, path: None)
+    given: list[dict[str, str]] = []
+    real = ort.SessionOptions.add_provider_for_devices
+
+    def add(self: Any, devices: Any, settings: dict[str, str]) -> None:
+        given.append(settings)
+        real(self, devices, settings)
+
+    monkeypatch.setattr(ort.SessionOptions, "add_provider_for_devices", add)
+    backend = create_backend(f"onnxruntime-{KIND}", tiny_backbone, engine_dir=engine_dir, device="auto")
+    assert (backend.name, backend.device, backend.precision) == (f"onnxruntime-{KIND}", "cpu", "fp32")
+    comparisons = list(compare_stages(backend, tiny_backbone))
+    assert [c.line() for c in comparisons if not c.ok] == []
+    assert len(comparisons) == 3 + 5 * tiny_backbone.config.n_layers + 2
+    assert given
+    assert all(settings == PLUGINS[KIND].settings for settings in given)
+
+
+def test_openvino_is_told_to_compute_in_float32() -> None:
+    settings = json.loads(PLUGINS["openvino"].settings["load_config"])
+    assert settings == {"CPU": {"INFERENCE_PRECISION_HINT": "f32"}}
 
 
 def test_doctor_shows_each_plugin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """A recording double of the TensorRT library, specified from the recorded bindings.
 
 Every call is bound to a recorded signature (an unknown member is an AttributeError, a wrong argument a
-TypeError), written down, and then done on the CPU: a "plan" remembers its graph and profiles, and running it
+TypeError), written down, and then done on the CPU: a "plan" has its graph and profiles inside, and running it
 runs the emulated graph on the memory that was given by address. Shapes outside the profile and missing memory
 are refused, as the library does.
 """
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -103,7 +104,6 @@ class FakeLibrary:
         self.__version__ = found["version"]
         self._classes = found["classes"]
         self.calls: list[Call] = []
-        self.capturing: list[Callable[[], None]] | None = None
         self.reject_timing_cache = capability_mismatch
         self.refuse: dict[str, str] = {}  # step -> message of the logger
         self.logger: Any = None
@@ -173,7 +173,11 @@ class _Builder:
     def build_serialized_network(self, network: FakeObject, config: FakeObject) -> FakeObject | None:
         if self._library.fails("build"):
             return None
-        plan = {"graph": str(network._behaviour.graph), "profiles": config._behaviour.profiles}
+        graph = network._behaviour.graph
+        kept = {"typed": onnx.load(graph, load_external_data=False), "emulated": emulated(graph)}
+        plan = {"graph": str(graph), "profiles": config._behaviour.profiles} | {
+            name: base64.b64encode(model.SerializeToString()).decode() for name, model in kept.items()
+        }
         return FakeObject(self._library, "IHostMemory", json.dumps(plan).encode())
 
 
@@ -237,8 +241,7 @@ class _Runtime:
 class _Engine:
     def __init__(self, library: FakeLibrary, plan: dict[str, Any]) -> None:
         self.library, self.profiles = library, plan["profiles"]
-        path = Path(plan["graph"])
-        typed = onnx.load(path, load_external_data=False).graph
+        typed = onnx.load_from_string(base64.b64decode(plan["typed"])).graph
         self.inputs = [info.name for info in typed.input]
         self.outputs = [info.name for info in typed.output]
         self.declared = {
@@ -249,10 +252,8 @@ class _Engine:
         self.num_io_tensors = len(self.types)
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
-        model = emulated(path)
-        # the double's memory is found by address: named sizes of the output are looked up when it runs
         self.session = ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            base64.b64decode(plan["emulated"]), options, providers=["CPUExecutionProvider"]
         )
 
     def get_tensor_name(self, index: int) -> str:
@@ -299,19 +300,9 @@ class _Context:
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         shape = self._shapes
-        if "prompt_length" in shape:  # a whole backbone, whose outputs have the inputs' named sizes
-            declared = self._engine.declared
-            sizes = {d: s for given in shape for d, s in zip(declared[given], shape[given], strict=True)}
-            return tuple(sizes.get(d, d) for d in declared[name])
-        if "input_ids" in shape:
-            return (1, *shape["input_ids"], self._engine.session.get_outputs()[0].shape[-1])
-        if "prompts" in shape:
-            p, m, width = shape["prompts"]
-            return (p, 1, m, width)
-        p, n, t, width = shape["hidden"]
-        if "prefix_keys" in shape:
-            p = max(p, shape["prefix_keys"][0])
-        return (p, n, t, 2) if "span_weight" in shape else (p, n, t, width)
+        declared = self._engine.declared
+        sizes = {d: s for given in shape for d, s in zip(declared[given], shape[given], strict=True)}
+        return tuple(sizes.get(d, d) for d in declared[name])
 
     def set_device_memory(self, address: int, size: int) -> None:
         assert address % 256 == 0
@@ -327,12 +318,7 @@ class _Context:
             return False
         assert self._scratch >= engine.get_device_memory_size_for_profile_v2(self.active_optimization_profile)
         assert set(self._addresses) == set(engine.types), "memory of every tensor"
-        addresses, shapes = dict(self._addresses), dict(self._shapes)  # what a captured graph keeps
-        work = lambda: self._work(addresses, shapes)  # noqa: E731
-        if engine.library.capturing is not None:
-            engine.library.capturing.append(work)
-        else:
-            work()
+        self._work(self._addresses, self._shapes)
         return True
 
     def _work(self, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
@@ -357,7 +343,6 @@ class FakeDevice:
 
     def __init__(self, name: str, library: FakeLibrary) -> None:
         self.name, self._library = name, library
-        self.replays = 0
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -372,15 +357,3 @@ class FakeDevice:
 
     def run(self, work: Callable[[int], None]) -> None:
         work(7)
-
-    def capture(self, work: Callable[[int], None]) -> Callable[[], None]:
-        self._library.capturing = []
-        work(7)
-        captured, self._library.capturing = self._library.capturing, None
-
-        def replay() -> None:
-            self.replays += 1
-            for queued in captured:
-                queued()
-
-        return replay

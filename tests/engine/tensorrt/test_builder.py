@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
-from mp2.backbone import Backbone
-from mp2.engine.folder import EngineFolder
-from mp2.engine.tensorrt.builder import BuildSettings, build_plan, input_shapes
+from mp2.engine.bundle import Bundle
+from mp2.engine.folder import file_sha256
+from mp2.engine.tensorrt.builder import BuildSettings, build_plan
 from mp2.engine.tensorrt.library import check_version, load_tensorrt
 from mp2.engine.tensorrt.plans import Gpu, PlanStore
-from mp2.engine.tensorrt.profiles import Profile, TaskShapes
+from mp2.engine.tensorrt.profiles import Profile
 from mp2.errors import MissingDependencyError, Mp2Error
-from mp2.export import export_engine
 
 from .double import FakeLibrary
 
 GPU = Gpu("NVIDIA H100", "9.0")
-VISIT = {"P_hidden": 1, "P_prefix": 4, "N": 3, "N_prefix": 1, "T": 20, "m": 5}
+SIZES = {"N": 3, "P": 3, "T": 20, "m": 5, "S": 1}
+PROFILE = Profile({"P": (1, 4, 4), "N": (1, 2, 4), "T": (1, 8, 20), "m": (1, 5, 5), "S": (1, 1, 4)})
+GRAPH = "backbone.onnx"
 
 
 @pytest.fixture(params=[10, 11])
@@ -29,44 +29,21 @@ def library(request: pytest.FixtureRequest) -> FakeLibrary:
     return FakeLibrary(request.param)
 
 
-@pytest.fixture(scope="module")
-def exported(tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> EngineFolder:
-    shapes = TaskShapes(candidates=4, examples=3, lengths=(8, 20), prompt_tokens=5)
-    out = tmp_path_factory.mktemp("typed") / "engine"
-    return export_engine(tiny_backbone, out, precision="fp16", shapes=shapes)
-
-
 @pytest.fixture
-def folder(exported: EngineFolder, tmp_path: Path) -> EngineFolder:
-    """A typed engine folder that may be written to."""
-    target = tmp_path / "engine"
-    target.mkdir()
-    for file in exported.path.iterdir():
-        if file.is_file():
-            (target / file.name).write_bytes(file.read_bytes())
-    return EngineFolder(target, exported.manifest)
+def folder(bundle: Callable[[str], Bundle]) -> Bundle:
+    return bundle("fp16")
 
 
-def store(folder: EngineFolder, library: FakeLibrary, notes: list[str] | None = None) -> PlanStore:
+def store(folder: Bundle, library: FakeLibrary, notes: list[str] | None = None) -> PlanStore:
     note = (lambda line: None) if notes is None else notes.append
     return PlanStore(folder, library, GPU, note=note)  # type: ignore[arg-type]
 
 
 def test_the_build_is_strongly_typed_with_profiles_cache_and_no_tf32(
-    folder: EngineFolder, library: FakeLibrary
+    folder: Bundle, library: FakeLibrary
 ) -> None:
-    graph = folder.file("layer_01.onnx")
-    profile = Profile(
-        {
-            "P_hidden": (1, 1, 1),
-            "P_prefix": (1, 4, 4),
-            "N": (1, 2, 3),
-            "N_prefix": (1, 1, 1),
-            "T": (1, 8, 20),
-            "m": (5, 5, 5),
-        }
-    )
-    built = build_plan(library, graph, [profile], settings=BuildSettings(), timing_cache=b"old")  # type: ignore[arg-type]
+    graph = folder.file(GRAPH)
+    built = build_plan(library, graph, [PROFILE], settings=BuildSettings(), timing_cache=b"old")  # type: ignore[arg-type]
     names = [name for name, _ in library.calls]
     assert names == [
         "Builder.__init__",
@@ -80,7 +57,7 @@ def test_the_build_is_strongly_typed_with_profiles_cache_and_no_tf32(
         "IBuilderConfig.create_timing_cache",
         "IBuilderConfig.set_timing_cache",
         "Builder.create_optimization_profile",
-        *["IOptimizationProfile.set_shape"] * 4,
+        *["IOptimizationProfile.set_shape"] * 8,
         "IBuilderConfig.add_optimization_profile",
         "Builder.build_serialized_network",
         "ITimingCache.serialize",
@@ -92,47 +69,42 @@ def test_the_build_is_strongly_typed_with_profiles_cache_and_no_tf32(
     assert library.named("OnnxParser.parse_from_file") == [(str(graph),)]
     assert library.named("IBuilderConfig.clear_flag")[0][0] == library.BuilderFlag.TF32
     assert library.named("IBuilderConfig.create_timing_cache") == [(b"old",)]
-    assert library.named("IOptimizationProfile.set_shape") == [
-        ("hidden", (1, 1, 1, 24), (1, 2, 8, 24), (1, 3, 20, 24)),
-        ("mask", (1, 1), (2, 8), (3, 20)),
-        ("prefix_keys", (1, 1, 4, 5, 6), (4, 1, 4, 5, 6), (4, 1, 4, 5, 6)),
-        ("prefix_values", (1, 1, 4, 5, 6), (4, 1, 4, 5, 6), (4, 1, 4, 5, 6)),
-    ]
+    assert {name: shapes for name, *shapes in library.named("IOptimizationProfile.set_shape")} == {
+        "input_ids": [(1, 1), (2, 8), (4, 20)],
+        "attention_mask": [(1, 1), (2, 8), (4, 20)],
+        "prompt_length": [(1,), (4,), (4,)],
+        "prompt_keys": [(1, 3, 4, 1, 6), (4, 3, 4, 5, 6), (4, 3, 4, 5, 6)],
+        "prompt_values": [(1, 3, 4, 1, 6), (4, 3, 4, 5, 6), (4, 3, 4, 5, 6)],
+        "span_weight": [(1, 2, 24), (4, 2, 24), (4, 2, 24)],
+        "span_bias": [(1, 2), (4, 2), (4, 2)],
+        "segments": [(1, 1, 2), (2, 1, 2), (4, 4, 2)],
+    }
     assert built.timing_cache == b"timings:old"
     assert json.loads(built.plan)["graph"] == str(graph)
-
-
-def test_inputs_of_fixed_shape_get_no_profile(folder: EngineFolder, library: FakeLibrary) -> None:
-    profile = Profile({"P": (1, 2, 2), "N": (1, 2, 2), "T": (1, 8, 8)})
-    build_plan(library, folder.file("head.onnx"), [profile], settings=BuildSettings())  # type: ignore[arg-type]
-    assert [args[0] for args in library.named("IOptimizationProfile.set_shape")] == ["hidden"]
-    assert list(input_shapes(folder.file("head.onnx"))) == ["hidden", "span_weight", "span_bias"]
 
 
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        ("parse", r"cannot parse head\.onnx: why not \| no such operator \(node Foo_3, Foo\)"),
-        ("profile", r"refused profile .*of head\.onnx: why not"),
-        ("build", r"built no plan of head\.onnx: why not"),
+        ("parse", r"cannot parse backbone\.onnx: why not \| no such operator \(node Foo_3, Foo\)"),
+        ("profile", r"refused profile .*of backbone\.onnx: why not"),
+        ("build", r"built no plan of backbone\.onnx: why not"),
     ],
 )
 def test_a_refusal_carries_tensorrts_own_words(
-    folder: EngineFolder, library: FakeLibrary, step: str, message: str
+    folder: Bundle, library: FakeLibrary, step: str, message: str
 ) -> None:
     library.refuse[step] = "why not"
-    profile = Profile({"P": (1, 2, 2), "N": (1, 2, 2), "T": (1, 8, 8)})
     with pytest.raises(Mp2Error, match=message):
-        build_plan(library, folder.file("head.onnx"), [profile], settings=BuildSettings())  # type: ignore[arg-type]
+        build_plan(library, folder.file(GRAPH), [PROFILE], settings=BuildSettings())  # type: ignore[arg-type]
 
 
-def test_a_timing_cache_of_another_device_is_replaced(folder: EngineFolder) -> None:
+def test_a_timing_cache_of_another_device_is_replaced(folder: Bundle) -> None:
     library, notes = FakeLibrary(11, capability_mismatch=True), list[str]()
-    profile = Profile({"P": (1, 2, 2), "N": (1, 2, 2), "T": (1, 8, 8)})
     built = build_plan(
         library,  # type: ignore[arg-type]
-        folder.file("head.onnx"),
-        [profile],
+        folder.file(GRAPH),
+        [PROFILE],
         settings=BuildSettings(),
         timing_cache=b"old",
         note=notes.append,
@@ -141,38 +113,36 @@ def test_a_timing_cache_of_another_device_is_replaced(folder: EngineFolder) -> N
     assert notes == ["the timing cache is of another device or TensorRT release: starting a new one"]
 
 
-def test_a_plan_is_built_once_and_found_again(folder: EngineFolder, library: FakeLibrary) -> None:
+def test_a_plan_is_built_once_and_found_again(folder: Bundle, library: FakeLibrary) -> None:
     notes: list[str] = []
-    first = store(folder, library, notes).get("layer_01.onnx", VISIT)
-    again = store(folder, library, notes).get("layer_01.onnx", {**VISIT, "T": 5})
+    first = store(folder, library, notes).get(GRAPH, SIZES)
+    again = store(folder, library, notes).get(GRAPH, {**SIZES, "T": 5})
     assert again == first
-    assert notes == ["building a TensorRT plan of layer_01.onnx: there is none yet"]
+    assert notes == ["building a TensorRT plan of backbone.onnx: there is none yet"]
     assert len(library.named("Builder.build_serialized_network")) == 1
-    assert len(first.profiles) == 4  # two length classes, under visit and above
+    assert len(first.profiles) == 2  # classes of lengths
     files = sorted(path.suffix for path in (folder.path / "plans").iterdir())
     assert files == [".cache", ".json", ".plan"]
 
 
-def test_the_next_plan_starts_from_the_timings_of_the_last(
-    folder: EngineFolder, library: FakeLibrary
-) -> None:
+def test_the_next_plan_starts_from_the_timings_of_the_last(folder: Bundle, library: FakeLibrary) -> None:
     plans = store(folder, library)
-    plans.get("layer_00.onnx")
-    plans.get("layer_01.onnx")
+    plans.get(GRAPH)
+    plans.get("backbone_inline.onnx")
     assert library.named("IBuilderConfig.create_timing_cache") == [(b"",), (b"timings:",)]
 
 
 def test_sizes_that_no_profile_covers_add_one_and_keep_the_others(
-    folder: EngineFolder, library: FakeLibrary
+    folder: Bundle, library: FakeLibrary
 ) -> None:
     notes: list[str] = []
     plans = store(folder, library, notes)
-    before = plans.get("layer_01.onnx")
-    after = plans.get("layer_01.onnx", {**VISIT, "T": 33})
+    before = plans.get(GRAPH)
+    after = plans.get(GRAPH, {**SIZES, "T": 33})
     assert after.profiles[: len(before.profiles)] == before.profiles
     assert after.profiles[-1].ranges["T"] == (1, 33, 64)
     assert "no profile of its plan covers" in notes[-1]
-    assert plans.get("layer_01.onnx", {**VISIT, "T": 60}) == after  # and the old plan gave way
+    assert plans.get(GRAPH, {**SIZES, "T": 60}) == after  # and the old plan gave way
     assert len(list((folder.path / "plans").glob("*.plan"))) == 1
 
 
@@ -183,23 +153,22 @@ def test_sizes_that_no_profile_covers_add_one_and_keep_the_others(
         ("graph", r"is stale: graph is [0-9a-f]+\.\.\., now"),
         ("release", r"is stale: tensorrt is 10\.16\.1\.11, now 10\.17\.0\.1"),
         ("settings", r"is stale: settings is 4, 4294967296, now 5, 4294967296"),
-        ("bytes", r"layer_01-[0-9a-f]+\.plan is damaged"),
-        ("missing", r"layer_01-[0-9a-f]+\.plan is missing"),
-        ("sidecar", r"layer_01-[0-9a-f]+\.json is damaged"),
+        ("bytes", r"backbone-[0-9a-f]+\.plan is damaged"),
+        ("missing", r"backbone-[0-9a-f]+\.plan is missing"),
+        ("sidecar", r"backbone-[0-9a-f]+\.json is damaged"),
     ],
 )
-def test_a_stale_or_damaged_plan_is_rebuilt_with_the_reason(
-    folder: EngineFolder, change: str, reason: str
-) -> None:
+def test_a_stale_or_damaged_plan_is_rebuilt_with_the_reason(folder: Bundle, change: str, reason: str) -> None:
     library, notes = FakeLibrary(10), list[str]()
-    store(folder, library).get("layer_01.onnx")
+    store(folder, library).get(GRAPH)
     plan, sidecar = next((folder.path / "plans").glob("*.plan")), next((folder.path / "plans").glob("*.json"))
     gpu, settings = GPU, BuildSettings()
     if change == "gpu":
         gpu = Gpu("NVIDIA L4", "8.9")
     elif change == "graph":
-        files = {**folder.manifest.files, "layer_01.onnx": "0" * 64}
-        folder = EngineFolder(folder.path, replace(folder.manifest, files=files))
+        (folder.path / GRAPH).write_bytes(folder.read(GRAPH) + b"\x12\x05again")  # another producer
+        files = {**folder.files, GRAPH: file_sha256(folder.path / GRAPH)}
+        folder = Bundle(folder.path, {**folder.manifest, "files": files})
     elif change == "release":
         library.__version__ = "10.17.0.1"
     elif change == "settings":
@@ -210,18 +179,18 @@ def test_a_stale_or_damaged_plan_is_rebuilt_with_the_reason(
         plan.unlink()
     else:
         sidecar.write_text(sidecar.read_text().replace('"sha256"', '"sha"'))
-    PlanStore(folder, library, gpu, settings=settings, note=notes.append).get("layer_01.onnx")  # type: ignore[arg-type]
+    PlanStore(folder, library, gpu, settings=settings, note=notes.append).get(GRAPH)  # type: ignore[arg-type]
     assert len(notes) == 1
     assert re.search(reason, notes[0]), notes
     assert len(library.named("Builder.build_serialized_network")) == 2
 
 
-def test_plans_of_two_gpus_live_side_by_side(folder: EngineFolder) -> None:
+def test_plans_of_two_gpus_live_side_by_side(folder: Bundle) -> None:
     library = FakeLibrary(11)
-    store(folder, library).get("head.onnx")
+    store(folder, library).get(GRAPH)
     other = PlanStore(folder, library, Gpu("NVIDIA L4", "8.9"))  # type: ignore[arg-type]
-    other.get("head.onnx")
-    store(folder, library).get("head.onnx")
+    other.get(GRAPH)
+    store(folder, library).get(GRAPH)
     assert len(library.named("Builder.build_serialized_network")) == 2
     assert len(list((folder.path / "plans").glob("*.plan"))) == 2
 

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
 
-from mp2.backbone import Backbone
-from mp2.engine.bundle import BUNDLE_FORMAT, BUNDLE_SCHEMA_VERSION, Bundle
-from mp2.engine.folder import file_sha256
+from mp2.backbone import Backbone, BackboneConfig
+from mp2.engine.bundle import Bundle
 from mp2.engine.tensorrt import whole
 from mp2.engine.tensorrt.plans import Gpu
-from mp2.engine.tensorrt.profiles import TaskShapes
 from mp2.engine.tensorrt.whole import PlannedGraph
-from mp2.errors import FormatError
-from mp2.export.bundle import build_bundle_plans, graph_interface
-from mp2.export.engine_folder import backbone_entry, save_graph
-from mp2.export.graph_builder import GraphBuilder
-from mp2.export.graphs import (
-    INLINE_GRAPH,
-    PREFIX_GRAPH,
-    backbone_inline_model,
-    backbone_model,
-)
-from mp2.export.stored_arrays import store_backbone
+from mp2.errors import FormatError, MissingDependencyError, Mp2Error
+from mp2.export.bundle import build_bundle_plans
+from mp2.export.graphs import INLINE_GRAPH, PREFIX_GRAPH
 
 from .double import FakeDevice, FakeLibrary
-
-SHAPES = TaskShapes(candidates=1, examples=4, lengths=(8, 20), prompt_tokens=5)
 
 
 @pytest.fixture(params=[10, 11])
@@ -44,31 +29,18 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return library
 
 
-@pytest.fixture
-def bundle(tiny_backbone: Backbone, tmp_path: Path) -> Callable[[str], Bundle]:
-    """precision -> a bundle of graphs alone, without tasks."""
-
-    def make(precision: str) -> Bundle:
-        folder = tmp_path / precision
-        folder.mkdir()
-        store = store_backbone(tiny_backbone, folder, precision, None)
-        for graph, write in ((PREFIX_GRAPH, backbone_model), (INLINE_GRAPH, backbone_inline_model)):
-            save_graph(write(GraphBuilder(tiny_backbone.config, store, precision)), folder / graph)
-        (folder / "shapes.json").write_text(json.dumps(asdict(SHAPES)))
-        manifest = {
-            "format": BUNDLE_FORMAT,
-            "schema_version": BUNDLE_SCHEMA_VERSION,
-            "backbone": asdict(backbone_entry(tiny_backbone)),
-            "precision": precision,
-            "graphs": {graph: graph_interface(folder / graph) for graph in (PREFIX_GRAPH, INLINE_GRAPH)},
-            "tasks": {},
-            "limits": {"positions": tiny_backbone.config.max_positions, "pad_id": 0},
-            "files": {path.name: file_sha256(path) for path in folder.iterdir()},
-        }
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-        return Bundle.open(folder)
-
-    return make
+def feeds(config: BackboneConfig, n: int, t: int, m: int) -> dict[str, torch.Tensor]:
+    keys, values = torch.randn(2, n, config.n_layers, config.n_heads, m, config.head_size)
+    return {
+        "input_ids": torch.arange(10, 10 + n * t).view(n, t) % config.vocab_size,
+        "attention_mask": torch.ones(n, t, dtype=torch.int64),
+        "prompt_length": torch.full((n,), m),
+        "prompt_keys": keys,
+        "prompt_values": values,
+        "span_weight": torch.randn(n, 2, config.hidden),
+        "span_bias": torch.randn(n, 2),
+        "segments": torch.tensor([[[0, 2]]]).expand(n, 1, 2),
+    }
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -89,39 +61,26 @@ def test_a_plan_is_found_again_and_grows_for_larger_batches(
     folder, notes = bundle("fp16"), list[str]()
     config = tiny_backbone.config
 
-    def feeds(n: int, t: int, m: int) -> dict[str, torch.Tensor]:
-        keys, values = torch.randn(2, n, config.n_layers, config.n_heads, m, config.head_size)
-        return {
-            "input_ids": torch.arange(10, 10 + n * t).view(n, t) % config.vocab_size,
-            "attention_mask": torch.ones(n, t, dtype=torch.int64),
-            "prompt_length": torch.full((n,), m),
-            "prompt_keys": keys,
-            "prompt_values": values,
-            "span_weight": torch.randn(n, 2, config.hidden),
-            "span_bias": torch.randn(n, 2),
-            "segments": torch.tensor([[[0, 2]]]).expand(n, 1, 2),
-        }
-
     first = PlannedGraph(folder.path, PREFIX_GRAPH, device="cpu", note=notes.append)
     first.prepare()
     (profile, _) = [call for (call,) in library.named("IBuilderConfig.add_optimization_profile")]
     assert profile._behaviour.shapes["prompt_keys"] == [[1, 3, 4, 1, 6], [4, 3, 4, 5, 6], [4, 3, 4, 5, 6]]
-    got = first.run(feeds(3, 7, 5))
+    got = first.run(feeds(config, 3, 7, 5))
     assert {name: tuple(x.shape) for name, x in got.items()} == {
         "start_logits": (3, 7),
         "end_logits": (3, 7),
         "hidden": (3, 7, config.hidden),
         "pooled": (3, 1, config.n_layers + 1, config.hidden),
     }
-    without = feeds(2, 9, 0)
+    without = feeds(config, 2, 9, 0)
     nothing = first.run(without)
     zeros = torch.zeros(2, config.n_layers, config.n_heads, 4, config.head_size)
     padded = first.run({**without, "prompt_keys": zeros, "prompt_values": zeros})
     torch.testing.assert_close(nothing["hidden"], padded["hidden"])
     again = PlannedGraph(folder.path, PREFIX_GRAPH, device="cpu", note=notes.append)
-    again.run(feeds(4, 20, 5))
+    again.run(feeds(config, 4, 20, 5))
     assert notes == [f"building a TensorRT plan of {PREFIX_GRAPH}: there is none yet"]
-    again.run(feeds(5, 20, 5))
+    again.run(feeds(config, 5, 20, 5))
     assert "no profile of its plan covers {'N': 5, 'T': 20, 'P': 5, 'm': 5, 'S': 1}" in notes[1]
 
 
@@ -130,3 +89,68 @@ def test_a_damaged_bundle_is_refused(library: FakeLibrary, bundle: Callable[[str
     (folder.path / "embed.bin").write_bytes(b"")
     with pytest.raises(FormatError, match=r"embed\.bin: sha256 is .* write the bundle again"):
         PlannedGraph(folder.path, PREFIX_GRAPH, device="cpu")
+
+
+def test_a_call_sets_shapes_and_addresses_and_queues_on_the_stream(
+    tiny_backbone: Backbone, library: FakeLibrary, bundle: Callable[[str], Bundle]
+) -> None:
+    planned = PlannedGraph(bundle("fp32").path, PREFIX_GRAPH, device="cpu", note=lambda line: None)
+    given = feeds(tiny_backbone.config, 3, 7, 5)
+    planned.run(given)
+    library.calls.clear()
+    out = planned.run(given)
+    names = [name.removeprefix("IExecutionContext.") for name, _ in library.calls]
+    assert names == [
+        *["set_input_shape"] * 8,
+        *["get_tensor_shape"] * 4,
+        "ICudaEngine.get_device_memory_size_for_profile_v2",
+        "set_device_memory",
+        *["set_tensor_address"] * 12,
+        "execute_async_v3",
+    ]
+    assert ("prompt_keys", tuple(given["prompt_keys"].shape)) in library.named(
+        "IExecutionContext.set_input_shape"
+    )
+    addresses = dict(library.named("IExecutionContext.set_tensor_address"))
+    assert addresses["input_ids"] == given["input_ids"].data_ptr()
+    assert addresses["hidden"] == out["hidden"].data_ptr()
+    assert library.named("IExecutionContext.execute_async_v3") == [(7,)]
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"), [("no kernel image", Mp2Error), ("CUDA error: out of memory", MemoryError)]
+)
+def test_a_failed_run_carries_tensorrts_words_and_is_out_of_memory_if_it_is_that(
+    tiny_backbone: Backbone,
+    library: FakeLibrary,
+    bundle: Callable[[str], Bundle],
+    reason: str,
+    kind: type[Exception],
+) -> None:
+    planned = PlannedGraph(bundle("fp32").path, PREFIX_GRAPH, device="cpu", note=lambda line: None)
+    planned.prepare()
+    library.refuse["run"] = reason
+    with pytest.raises(kind, match=rf"backbone\.onnx: TensorRT did not run \({reason}\)"):
+        planned.run(feeds(tiny_backbone.config, 1, 4, 5))
+
+
+def test_a_plan_is_built_of_what_was_read_and_checked(
+    tiny_backbone: Backbone, library: FakeLibrary, bundle: Callable[[str], Bundle]
+) -> None:
+    folder = bundle("fp32")
+    planned = PlannedGraph(folder.path, PREFIX_GRAPH, device="cpu", note=lambda line: None)
+    planned.prepare()
+    ((parsed,),) = library.named("OnnxParser.parse_from_file")
+    assert not parsed.startswith(str(folder.path))
+    planned = PlannedGraph(folder.path, INLINE_GRAPH, device="cpu", note=lambda line: None)
+    weights = folder.path / "embed.bin"
+    data = bytearray(weights.read_bytes())
+    data[0] ^= 1  # behind the check of the whole folder
+    weights.write_bytes(data)
+    with pytest.raises(FormatError, match=r"embed\.bin: sha256 is"):
+        planned.prepare()
+
+
+def test_without_tensorrt_the_error_says_what_to_install(bundle: Callable[[str], Bundle]) -> None:
+    with pytest.raises(MissingDependencyError, match=r"pip install 'mp2\[gpu\]'"):
+        PlannedGraph(bundle("fp32").path, PREFIX_GRAPH)

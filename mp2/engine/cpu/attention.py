@@ -86,11 +86,17 @@ def _native_attend_shared_text(
     qkv: torch.Tensor, mask: torch.Tensor | None, prefix: PopulationPrefix
 ) -> torch.Tensor:
     n, t, _, h, d = qkv.shape
-    text = qkv.new_empty(1, n, t, h, d)
-    total = qkv.new_empty(n, t, h)
-    _call(qkv.unsqueeze(0), mask, None, text, total=total)
+    text, total = attend_text(qkv, mask)
     out = qkv.new_empty(prefix[0].shape[0], n, t, h, d)
     return _call(qkv.unsqueeze(0), mask, prefix, out, text=text, text_total=total)
+
+
+def attend_text(qkv: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return contexts [N, T, h, d_h] of a text alone and its scores' log-sum-exp [N, T, h], in C."""
+    n, t, _, h, d = qkv.shape
+    text, total = qkv.new_empty(n, t, h, d), qkv.new_empty(n, t, h)
+    _call(qkv.unsqueeze(0), mask, None, text.unsqueeze(0), total=total)
+    return text, total
 
 
 def _call(

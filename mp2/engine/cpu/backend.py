@@ -17,7 +17,7 @@ from mp2.engine.forward import check_positions
 
 
 @dataclass(frozen=True)
-class _Layer:
+class PreparedLayer:
     """One layer's prepared weights."""
 
     qkv: FastLinear  # query, key and value in one product
@@ -48,7 +48,7 @@ class CpuBackend(ChainBackend):
         with torch.inference_mode():
             # what stands at each position beside the word: every token has the same type
             self._positions = self._encoder.position_embeddings.weight + self._encoder.token_type_row
-        self._layers: dict[int, _Layer] = {}
+        self._layers: dict[int, PreparedLayer] = {}
 
     @torch.inference_mode()
     def embed(self, input_ids: torch.Tensor, n_inline: int = 0) -> torch.Tensor:
@@ -103,7 +103,7 @@ class CpuBackend(ChainBackend):
     def _norm(self, x: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return F.layer_norm(x, (self._config.hidden,), norm[0], norm[1], self._config.layer_norm_eps)
 
-    def _prepare(self, index: int) -> _Layer:
+    def _prepare(self, index: int) -> PreparedLayer:
         source = self._encoder.layers[index]
         assert isinstance(source, Layer)
 
@@ -119,7 +119,7 @@ class CpuBackend(ChainBackend):
             return place(module.weight), place(module.bias)
 
         parts = [source.query, source.key, source.value]
-        self._layers[index] = _Layer(
+        self._layers[index] = PreparedLayer(
             qkv=FastLinear(
                 place(torch.cat([part.weight for part in parts])),
                 place(torch.cat([part.bias for part in parts])),

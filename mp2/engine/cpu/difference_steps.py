@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from mp2.backbone.encoder import activate
 from mp2.engine.cpu import native
-from mp2.engine.cpu.native.interface import ACTIVATIONS
+from mp2.engine.cpu.native.interface import ACTIVATIONS, SPARE_ROWS
 
 _TYPES = {"bf16": torch.bfloat16, "int8": torch.int8}
 
@@ -234,7 +234,8 @@ class NativeSteps(TorchSteps):
         getattr(self._library, f"mp2_{self._precision}_{name}")(*addresses, torch.get_num_threads())
 
     def _empty(self, rows: int, width: int) -> Difference:
-        return Difference(torch.empty(rows, width, dtype=_TYPES[self._precision]), torch.empty(rows))
+        q = torch.empty(rows + SPARE_ROWS, width, dtype=_TYPES[self._precision])
+        return Difference(q[:rows], torch.empty(rows))
 
 
 def _parts(product: Product) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

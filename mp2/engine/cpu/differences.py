@@ -22,8 +22,9 @@ from mp2.backbone.encoder import activate
 from mp2.engine.backend import PopulationPrefix
 from mp2.engine.chain import Candidates
 from mp2.engine.cpu.attention import attend, attend_shared_text
-from mp2.engine.cpu.backend import CpuBackend
+from mp2.engine.cpu.backend import CpuBackend, PreparedLayer
 from mp2.engine.cpu.difference_steps import (
+    Difference,
     DifferenceLinear,
     bf16_unfit,
     int8_unfit,
@@ -31,11 +32,13 @@ from mp2.engine.cpu.difference_steps import (
     make_steps,
 )
 from mp2.engine.cpu.native.interface import MAX_ROW
+from mp2.engine.cpu.tiles import Reference, TileLayer, make_attention, make_layer
 from mp2.errors import UsageError
 
 
 @dataclass(frozen=True)
 class _RoughLayer:
+    tiles: TileLayer | None  # all of it in C
     qkv: DifferenceLinear
     attention_output: DifferenceLinear
     intermediate: DifferenceLinear
@@ -79,6 +82,8 @@ class DifferenceBackend(CpuBackend):
         self.precision = precision
         self._rough_layers: dict[int, _RoughLayer] = {}
         self.steps = make_steps(precision)
+        tiles = precision == "bf16" and not bf16_unfit()
+        self._tile_attention = make_attention(backbone.config) if tiles else None
 
     def candidates(self, z: torch.Tensor) -> Candidates:
         """See `ChainBackend.candidates`; a single candidate needs no reference: it runs in float32."""
@@ -99,58 +104,85 @@ class DifferenceBackend(CpuBackend):
         n_blocks = max(len(hidden), 1 if prefix is None else len(prefix[0]))
         if n_blocks == 1:
             return super().layer(index, hidden, mask, prefix)
-        config, steps = self._config, self.steps
         exact, rough = self._layers.get(index) or self._prepare(index), self._rough(index)
         _, n, t, width = hidden.shape
-        rows, heads = n * t, (n, t, 3, *self._heads)
-        x = hidden.reshape(-1, rows, width)
+        x = hidden.reshape(-1, n * t, width)
+        context, moved = self._attended(x, (n, t), exact, rough, mask, prefix)
+        out = self._second_half(x, context.reshape(n * t, width), moved, exact, rough)
+        return out.view(-1, n, t, width)
 
+    def _attended(
+        self,
+        x: torch.Tensor,
+        texts: tuple[int, int],
+        exact: PreparedLayer,
+        rough: _RoughLayer,
+        mask: torch.Tensor | None,
+        prefix: Prefixes | None,
+    ) -> tuple[torch.Tensor, Difference]:
+        """Return contexts for the input ``x`` [1 + P or 1, R, H] of N ``texts`` of T tokens.
+
+        Those of the reference [N, T, h, d_h], and the candidates' differences from them.
+        """
+        heads = (*texts, 3, *self._heads)
+        qkv = exact.qkv(x[0]).view(heads)
+        tiles = self._tile_attention
         if len(x) == 1:
             assert prefix is not None
-            context = attend_shared_text(exact.qkv(x[0]).view(heads), mask, prefix)
+            if tiles is not None:
+                return _in_rows(*tiles.shared_text(qkv, mask, prefix))
+            context = attend_shared_text(qkv, mask, prefix)
+        elif tiles is not None:
+            if rough.tiles is not None:
+                moved = rough.tiles.qkv(x)
+            else:
+                moved = rough.qkv(self.steps.difference(x)).y
+            return _in_rows(*tiles(qkv, moved.view(-1, *heads), mask, prefix))
         else:
-            qkv = torch.empty(n_blocks, rows, 3 * width)
-            qkv[0] = exact.qkv(x[0])
-            steps.add(rough.qkv(steps.difference(x)), qkv)
-            context = attend(qkv.view(n_blocks, *heads), mask, prefix)
-        context = context.reshape(n_blocks, rows, width)
+            blocks = torch.empty(len(x), x.shape[1], 3 * x.shape[2])
+            blocks[0] = qkv.view(blocks[0].shape)
+            self.steps.add(rough.qkv(self.steps.difference(x)), blocks)
+            context = attend(blocks.view(-1, *heads), mask, prefix)
+        return context[0], self.steps.difference(context.reshape(len(context), *x.shape[1:]))
 
-        product = exact.attention_output(context[0])
-        normed = torch.empty(n_blocks, rows, width)
-        normed[0] = self._norm(product + x[0], exact.attention_norm)
-        difference = steps.add_norm(
-            rough.attention_output(steps.difference(context)),
-            product,
-            x,
-            exact.attention_norm,
-            config.layer_norm_eps,
-            normed,
-            difference=True,
-        )
+    def _second_half(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor,
+        moved: Difference,
+        exact: PreparedLayer,
+        rough: _RoughLayer,
+    ) -> torch.Tensor:
+        """Return the layer's output [1 + P, R, H] from its input and the contexts of `_attended`."""
+        config, steps = self._config, self.steps
+        n_rows, width = context.shape
+        out = torch.empty(1 + len(moved.q) // n_rows, n_rows, width)
+        attended = exact.attention_output(context)
+        normed = self._norm(attended + x[0], exact.attention_norm)
+        raised = exact.intermediate(normed)
+        active = activate(config.activation, raised)
+        lowered = exact.output(active)
+        out[0] = self._norm(lowered + normed, exact.output_norm)
+        if rough.tiles is not None:
+            rough.tiles.second_half(moved.q, x, Reference(attended, normed, raised, lowered), out)
+            return out
+        inner = torch.empty_like(out)
+        inner[0] = normed
+        eps = config.layer_norm_eps
+        product = rough.attention_output(moved)
+        difference = steps.add_norm(product, attended, x, exact.attention_norm, eps, inner, difference=True)
         assert difference is not None
-
-        product = exact.intermediate(normed[0])
-        active = activate(config.activation, product)
-        difference = steps.add_activate(rough.intermediate(difference), product, active, config.activation)
-        product = exact.output(active)
-        out = torch.empty(n_blocks, rows, width)
-        out[0] = self._norm(product + normed[0], exact.output_norm)
-        steps.add_norm(
-            rough.output(difference),
-            product,
-            normed,
-            exact.output_norm,
-            config.layer_norm_eps,
-            out,
-            difference=False,
-        )
-        return out.view(n_blocks, n, t, width)
+        difference = steps.add_activate(rough.intermediate(difference), raised, active, config.activation)
+        product = rough.output(difference)
+        steps.add_norm(product, lowered, inner, exact.output_norm, eps, out, difference=False)
+        return out
 
     def _rough(self, index: int) -> _RoughLayer:
         if index not in self._rough_layers:
             source = self._encoder.body(index)
             parts = [source.query.weight, source.key.weight, source.value.weight]
             self._rough_layers[index] = _RoughLayer(
+                tiles=None if self._tile_attention is None else make_layer(source, self._config),
                 qkv=self._linear(torch.cat(parts)),
                 attention_output=self._linear(source.attention_output.weight),
                 intermediate=self._linear(source.intermediate.weight),
@@ -160,3 +192,7 @@ class DifferenceBackend(CpuBackend):
 
     def _linear(self, weight: torch.Tensor) -> DifferenceLinear:
         return make_linear(self.precision, weight.detach().float())
+
+
+def _in_rows(context: torch.Tensor, moved: torch.Tensor) -> tuple[torch.Tensor, Difference]:
+    return context, Difference(moved, torch.ones(len(moved)))

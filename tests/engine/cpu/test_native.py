@@ -97,6 +97,7 @@ def test_every_c_function_is_declared_with_its_own_types() -> None:
             found[name] = tuple(
                 ctypes.c_void_p if "*" in argument else kinds[argument.split()[0]]
                 for argument in arguments.split(",")
+                if argument != "void"
             )
     half = ctypes.POINTER(Half)
     declared = {

@@ -31,8 +31,8 @@ FLAGS = (
 )
 _TIMEOUT_S = 120
 _HERE = Path(__file__).parent
-_SOURCES = ("attention.c", "dense.c", "differences.c")
-_HEADERS = ("difference_passes.h", "vector_math.h")
+_SOURCES = ("attention.c", "dense.c", "differences.c", "tiles.c")
+_HEADERS = ("difference_passes.h", "tiles.h", "vector_math.h")
 
 _unfit = ""  # why `load` returned None
 

@@ -10,6 +10,7 @@ import ctypes
 from typing import Any
 
 MAX_HEAD = 128  # numbers of a head that attention holds on the stack
+SPARE_ROWS = 32  # that tiles may read behind a matrix
 MAX_ROW = 16384  # numbers of a row that the passes of differences hold on the stack
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
 _NO_MEMORY, _BAD_SIZE = 1, 2  # what a function returns; 0: done
@@ -62,6 +63,19 @@ _PASSES: dict[str, tuple[Any, ...]] = {  # of differences.c, for each type
         _int,
     ),
 }
+FUNCTIONS |= {  # of tiles.c
+    "mp2_tiles_ready": (),
+    "mp2_tiles_pack": (_pointer, _pointer, _long, _long),
+    "mp2_tiles_linear": (*(_pointer,) * 3, *(_long,) * 4, _int),
+    "mp2_tiles_attend": (*(_pointer,) * 4, _int, _int, *(_pointer,) * 5, *(_long,) * 6, _int),
+    "mp2_tiles_second_half": (
+        *(_pointer, _pointer, _int),
+        *(_pointer,) * 11,
+        *(_float, _int, _pointer),
+        *(_long,) * 4,
+        _int,
+    ),
+}
 FUNCTIONS |= {
     f"mp2_{precision}_{name}": types for precision in ("bf16", "int8") for name, types in _PASSES.items()
 }
@@ -77,6 +91,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, types in FUNCTIONS.items():
         function = getattr(library, name)
         function.argtypes, function.restype, function.errcheck = types, _int, _check
+    library.mp2_tiles_ready.errcheck = lambda answer, *_: answer  # 1: yes
     return library
 
 

@@ -118,7 +118,7 @@ class DifferenceBackend(CpuBackend):
         exact: PreparedLayer,
         rough: _RoughLayer,
         mask: torch.Tensor | None,
-        prefix: Prefixes | None,
+        prefix: PopulationPrefix | None,
     ) -> tuple[torch.Tensor, Difference]:
         """Return contexts for the input ``x`` [1 + P or 1, R, H] of N ``texts`` of T tokens.
 

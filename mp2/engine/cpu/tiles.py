@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from mp2.backbone import BackboneConfig, Layer
-from mp2.engine.backend import Prefixes
+from mp2.engine.backend import PopulationPrefix
 from mp2.engine.cpu import native
 from mp2.engine.cpu.attention import attend_text
 from mp2.engine.cpu.native.interface import ACTIVATIONS, MAX_HEAD, SPARE_ROWS
@@ -52,7 +52,11 @@ class TileAttention:
         self._library = library
 
     def __call__(
-        self, qkv: torch.Tensor, moved: torch.Tensor, mask: torch.Tensor | None, prefix: Prefixes | None
+        self,
+        qkv: torch.Tensor,
+        moved: torch.Tensor,
+        mask: torch.Tensor | None,
+        prefix: PopulationPrefix | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return contexts of P candidates that differ in their texts (and prefixes, if these have P).
 
@@ -62,7 +66,7 @@ class TileAttention:
         return self._call(qkv, moved.contiguous(), len(moved), mask, prefix, None)
 
     def shared_text(
-        self, qkv: torch.Tensor, mask: torch.Tensor | None, prefix: Prefixes
+        self, qkv: torch.Tensor, mask: torch.Tensor | None, prefix: PopulationPrefix
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return contexts of 1 + P prefixes, the reference's first, over one text ``qkv``."""
         return self._call(qkv, None, len(prefix[0]) - 1, mask, prefix, attend_text(qkv, mask))
@@ -73,7 +77,7 @@ class TileAttention:
         moved: torch.Tensor | None,
         p: int,
         mask: torch.Tensor | None,
-        prefix: Prefixes | None,
+        prefix: PopulationPrefix | None,
         finished: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         n, t, _, h, d = qkv.shape

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mp2.backbone import Backbone, BackboneConfig, Layer, random_backbone
 from mp2.backbone.encoder import activate
 from mp2.engine import Objective
-from mp2.engine.backend import Prefixes
+from mp2.engine.backend import PopulationPrefix
 from mp2.engine.cpu import attention, native, tiles
 from mp2.engine.cpu.difference_steps import bf16_unfit
 from mp2.engine.cpu.differences import DifferenceBackend
@@ -42,7 +42,11 @@ def made(tiny_config: BackboneConfig, ffn: int = 96, activation: str = "gelu") -
 
 
 def exact(
-    layer: Layer, config: BackboneConfig, x: torch.Tensor, mask: torch.Tensor | None, prefix: Prefixes | None
+    layer: Layer,
+    config: BackboneConfig,
+    x: torch.Tensor,
+    mask: torch.Tensor | None,
+    prefix: PopulationPrefix | None,
 ) -> torch.Tensor:
     """The layer's output in float64 for ``x`` [1 + P or 1, N, T, H]."""
 
@@ -73,7 +77,7 @@ def near(spread: float, *shape: int, seed: int) -> torch.Tensor:
 
 
 def check(
-    backend: DifferenceBackend, x: torch.Tensor, mask: torch.Tensor | None, prefix: Prefixes | None
+    backend: DifferenceBackend, x: torch.Tensor, mask: torch.Tensor | None, prefix: PopulationPrefix | None
 ) -> None:
     layer, config = backend.backbone.encoder.body(1), backend.backbone.config
     expected = exact(layer, config, x, mask, prefix)

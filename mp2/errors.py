@@ -76,7 +76,11 @@ class FormatError(UsageError):
         line: int | None = None,
         field: str | None = None,
     ) -> None:
-        """Prefix ``message`` with ``path:line: field 'field':``, as far as they are known."""
+        """Prefix ``message`` with ``path:line: field 'field':``, as far as they are known.
+
+        Lines of a library's message become one.
+        """
+        message = " ".join(message.split("\n"))
         where = str(path) if path is not None else ""
         if line is not None:
             where += f":{line}"

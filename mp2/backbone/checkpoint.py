@@ -73,11 +73,11 @@ def read_shape(file: ConfigFile, name: str, weights: Weights) -> BackboneConfig:
     """The body's shape; no tensor's values are read.
 
     Raises:
-        FormatError: there are fewer layers than the configuration says, or no tables.
+        FormatError: there are other layers than the configuration says, or no tables.
     """
     prefix = body_prefix(weights)
     n_layers = weights.n_layers(prefix + "encoder.layer.")
-    if file.sizes["n_layers"] > n_layers:
+    if file.sizes["n_layers"] != n_layers:
         raise FormatError(
             f"is {file.sizes['n_layers']}, but {weights.path.name} has {n_layers} layers",
             path=file.path,

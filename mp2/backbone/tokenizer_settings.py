@@ -178,6 +178,8 @@ def declared_tokens(
         token = value.get("content") if isinstance(value, dict) else value
         if not isinstance(token, str) or not token:
             _refuse(token, "a token", folder / file, field)
+        if token_id is None and file not in (SETTINGS, SPECIAL_MAP):
+            _refuse("nothing", "a token id", folder / file, field)
         if token_id is not None and (not isinstance(token_id, int) or isinstance(token_id, bool)):
             _refuse(token_id, "a token id", folder / file, field)
         if declared.get(token, token_id) not in (token_id, None) and token_id is not None:

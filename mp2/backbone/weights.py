@@ -139,15 +139,33 @@ def read_weights(folder: Path) -> Weights:
         if whole.exists():
             return Weights(whole, _stored(whole))
         if index.exists():
-            stored: dict[str, StoredTensor] = {}
-            for file in _shards(index):
-                stored.update(_stored(file))
-            return Weights(index, stored)
+            return Weights(index, _of_shards(index))
     raise FormatError("no weights found, expected model.safetensors or pytorch_model.bin", path=folder)
 
 
-def _shards(index: Path) -> list[Path]:
-    """The files that an index names: files in its own folder and nothing else."""
+def _of_shards(index: Path) -> dict[str, StoredTensor]:
+    """The tensors of all shards, each from the file that the index names for it.
+
+    Raises:
+        FormatError: a tensor is not where the index says, or stands in two files and in none by the index.
+    """
+    weight_map = _weight_map(index)
+    stored: dict[str, StoredTensor] = {}
+    for path in _shards(index, weight_map):
+        for name, tensor in _stored(path).items():
+            if weight_map.get(name, path.name) != path.name:
+                continue
+            if name in stored:
+                raise FormatError(f"tensor '{name[:80]}' is in two files, and it names none", path=index)
+            stored[name] = tensor
+    for name, file in weight_map.items():
+        if name not in stored:
+            raise FormatError(f"tensor '{name[:80]}' is not in {shown(file)}", path=index, field="weight_map")
+    return stored
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file: files in the index's own folder and nothing else."""
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(
@@ -163,6 +181,10 @@ def _shards(index: Path) -> list[Path]:
                 path=index,
                 field="weight_map",
             )
+    return weight_map
+
+
+def _shards(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
     files = [index.parent / file for file in sorted(set(weight_map.values()))]
     for path in files:
         if not os.path.exists(path):

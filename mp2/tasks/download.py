@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import http.client
+import lzma
 import re
+import struct
 import tarfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 
 from mp2.errors import FormatError, Mp2Error, UsageError
@@ -15,6 +20,7 @@ from mp2.files import own_opener, write_bytes
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_S = 60
+MOST_BYTES = 4 << 30  # of a file in an archive
 _SCHEMES = ("https://", "http://")
 
 
@@ -68,7 +74,7 @@ def _get(address: str, partial: Path) -> None:
         if error.code == 416 and start:  # nothing is left to send
             return
         raise Mp2Error(f"{address}: {error.code} {error.reason}") from error
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
         raise Mp2Error(f"{address}: {getattr(error, 'reason', error)}; be online, or run it again") from error
 
 
@@ -82,15 +88,40 @@ def member(archive: Path, name: str, to: Path) -> Path:
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:
-                write_bytes(path, opened.read(_only(opened.namelist(), name, archive)))
+                one = opened.getinfo(_only(opened.namelist(), name, archive))
+                _check_size(one.file_size, archive, name)
+                write_bytes(path, opened.read(one))
             return path
         with tarfile.open(archive) as tar:
             found = tar.extractfile(_only([m.name for m in tar.getmembers() if m.isfile()], name, archive))
             assert found is not None  # it is a file
-            write_bytes(path, found.read())
+            data = found.read(MOST_BYTES + 1)
+            _check_size(len(data), archive, name)
+            write_bytes(path, data)
         return path
-    except (zipfile.BadZipFile, tarfile.TarError) as error:
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):  # a full disk, no damage
+            raise
         raise FormatError(f"not a zip or tar archive: {error}", path=archive) from error
+    except (
+        *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError),
+        *(
+            RuntimeError,
+            NotImplementedError,
+            ValueError,
+            OverflowError,
+            struct.error,
+        ),
+    ) as error:
+        raise FormatError(f"not a zip or tar archive that can be read: {error}", path=archive) from error
+
+
+def _check_size(n_bytes: int, archive: Path, name: str) -> None:
+    """Raise FormatError for a member that no data set has: a few kilobytes can unpack to terabytes."""
+    if n_bytes > MOST_BYTES:
+        raise FormatError(
+            f"{name} in it has {n_bytes:,} bytes or more, expected at most {MOST_BYTES:,}", path=archive
+        )
 
 
 def _only(members: list[str], name: str, archive: Path) -> str:

@@ -37,7 +37,7 @@ def source_records(
     try:
         nested = parse_json(text)
         yield from enumerate(_squad(nested) if form == "squad" else _c3(nested), 1)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         faults.add(f"not the format {form}: {type(error).__name__}: {error}", path)
 
 

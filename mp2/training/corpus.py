@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import lzma
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -17,10 +18,14 @@ from mp2.backbone.tokenizer import SPECIAL_TOKENS, Tokenizer
 from mp2.errors import FormatError, UsageError
 from mp2.files import own_folder, whole_file, write_json, write_text
 from mp2.json_files import read_object
+from mp2.text_files import check_file
 
 _ALWAYS = (
     "abcdefghijklmnopqrstuvwxyz0123456789，。！？：；、“”‘’（）《》【】…—·,.!?:;'\"()<>[]{}-_/\\@#$%&*+=~^|` "
 )
+
+
+AGAIN = "take this file away, and it is made again"
 
 
 def corpus_files(folder: Path) -> list[Path]:
@@ -35,7 +40,7 @@ def paragraphs(path: Path) -> Iterator[str]:
     """Non-empty lines of a text file; a blank line (document boundary) is yielded as an empty string."""
     opener = lzma.open if path.suffix == ".xz" else open
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             for line in file:
                 yield line.strip()
     except (lzma.LZMAError, UnicodeDecodeError, EOFError) as error:
@@ -110,8 +115,31 @@ def pack(files: Sequence[Path], tokenizer: Tokenizer, length: int, cache: Path) 
         own_folder(cache)
         with whole_file(path) as partial, partial.open("wb") as packed_file:
             np.save(packed_file, packed)
-    loaded: NDArray[np.uint16] = np.load(path, mmap_mode="r", allow_pickle=False)
-    return loaded
+    kept: NDArray[np.uint16] = load_array(path, np.uint16, 2)
+    if kept.shape[1] != length or (kept.size and int(kept.max()) >= tokenizer.vocab_size):
+        raise FormatError(
+            f"has rows of {kept.shape[1]} and tokens up to {int(kept.max(initial=0))}, expected rows of "
+            f"{length} and tokens below {tokenizer.vocab_size}; {AGAIN}",
+            path=path,
+        )
+    return kept
+
+
+def load_array(path: Path, dtype: type[np.generic], n_axes: int) -> NDArray[Any]:
+    """An array that was kept on disk, memory-mapped; raises ``FormatError`` for anything else."""
+    check_file(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a header that is damaged into one of Python 2
+            kept: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # of a damaged header NumPy raises what Python's own parser does
+        said = " ".join(str(error).split())[:200]
+        raise FormatError(f"not a NumPy array: {said}; {AGAIN}", path=path) from error
+    if kept.dtype != dtype or kept.ndim != n_axes:
+        raise FormatError(
+            f"is {kept.dtype} of {kept.ndim} axes, expected {np.dtype(dtype)} of {n_axes}; {AGAIN}", path=path
+        )
+    return kept
 
 
 def document_lines(files: Sequence[Path]) -> Iterator[str]:

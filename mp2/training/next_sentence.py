@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mp2.backbone.tokenizer import Tokenizer
-from mp2.errors import UsageError
+from mp2.errors import FormatError, UsageError
 from mp2.files import own_folder, whole_file
 from mp2.tasks import Example, MrcFormatter, MrcInput, TaskCard
-from mp2.training.corpus import corpus_files, document_lines, file_digests
+from mp2.training.corpus import AGAIN, corpus_files, document_lines, file_digests, load_array
 from mp2.training.mixture import MixtureTask
 
 CARD = TaskCard(
@@ -66,9 +66,13 @@ class Sentences:
             own_folder(cache)
             _write(files, paths)
         text, ends, first = paths
+        self._path = text
         self._text = np.memmap(text, np.uint8, "r") if text.stat().st_size else np.empty(0, np.uint8)
-        self._ends: NDArray[np.int64] = np.load(ends, mmap_mode="r", allow_pickle=False)
-        self.first: NDArray[np.int64] = np.load(first, mmap_mode="r", allow_pickle=False)
+        self._ends: NDArray[np.int64] = load_array(ends, np.int64, 1)
+        self.first: NDArray[np.int64] = load_array(first, np.int64, 1)
+        for path, places, end in ((ends, self._ends, len(self._text)), (first, self.first, len(self._ends))):
+            if not len(places) or places[0] < 0 or places[-1] != end or (np.diff(places) < 0).any():
+                raise FormatError(f"its numbers do not rise to {end:,}; {AGAIN}", path=path)
         if len(self.first) < 3:
             raise UsageError(
                 f"{folder} has {len(self.first) - 1} documents of two sentences or more, expected at least "
@@ -77,7 +81,12 @@ class Sentences:
 
     def __getitem__(self, number: int) -> str:
         start = int(self._ends[number - 1]) if number else 0
-        return bytes(self._text[start : int(self._ends[number])]).decode("utf-8")
+        try:
+            return bytes(self._text[start : int(self._ends[number])]).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise FormatError(
+                f"not the UTF-8 text that was cut: {error}; {AGAIN}", path=self._path
+            ) from error
 
 
 def _write(files: Sequence[Path], paths: Sequence[Path]) -> None:

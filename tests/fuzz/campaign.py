@@ -14,6 +14,7 @@ import json
 import os
 import random
 import signal
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -32,6 +33,19 @@ _VALUES: tuple[Any, ...] = (
     *("", "x", "1", "x" * 5000, "\0", "\u200b", "\ud800", "../../x", "/dev/zero", "~", "数据", "a\nb"),
     *([], {}, [[]], [None], {"": None}, [1, 2], ["x"], {"a": {"b": {"c": []}}}),
 )
+_FOREIGN = (
+    *(b"", b"\n", b"\0" * 5000, b"\xef\xbb\xbf", b"\xff\xfe{\x00}\x00", b"null", b"[]", b"{}", b'"x"', b"1"),
+    *(b"PK\x03\x04" + b"\0" * 60, b"\x89PNG\r\n\x1a\n", b"\x1f\x8b\x08" + b"\0" * 20, b"\x80\x04}q\x00."),
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n",
+    b"\x02" + b"\0" * 7 + b"{}",  # a safetensors file without tensors
+    b'task = "x"\n[labels]\na = "b"\n',
+    b"a,b\n1,2\n",
+    b'{"event": "run"}\n{"event": "losses"}\n',
+    b"[" * 100_000,
+    b"9" * 100_000,
+    b'{"a":' * 5000 + b"1" + b"}" * 5000,
+)
+"""What other files hold, and what no file holds."""
 _RAW = ("NaN", "Infinity", "1e999", "1" * 6000, "[" * 3000, "[" * 80 + "]" * 80, "{", "}", "'x'", "\ufeff1")
 
 
@@ -42,7 +56,8 @@ def campaign(
     read(good)  # as it is, it is read
     for number in range(N_CASES):
         rng = random.Random(f"{name} {number}")
-        data = rng.choice(damages or (damaged_bytes, damaged_json, damaged_json))(rng, good)
+        damage = rng.choice(damages or (damaged_bytes, damaged_json, damaged_json))
+        data = (foreign if rng.random() < 0.06 else damage)(rng, good)
         try:
             with _ends_in_time():
                 read(data)
@@ -68,6 +83,15 @@ def _ends_in_time() -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def foreign(rng: random.Random, data: bytes) -> bytes:
+    """Another file's content, or a part of this one's."""
+    kind = rng.random()
+    if kind < 0.7:
+        return rng.choice(_FOREIGN)
+    at = rng.randrange(len(data) + 1)
+    return data[:at] if kind < 0.85 else data[at:] if kind < 0.95 else data + data
 
 
 def damaged_bytes(rng: random.Random, data: bytes) -> bytes:
@@ -105,8 +129,10 @@ def json_damage(rng: random.Random, value: Any) -> str:
             break
         holder, key = rng.choice(places)
         kind = rng.random()
-        if kind < 0.6:
+        if kind < 0.35:
             holder[key] = _value(rng)
+        elif kind < 0.6:
+            holder[key] = _near(rng, holder[key], places)
         elif kind < 0.7:
             raws[mark := f"<{len(raws)}>"] = rng.choice(_RAW)
             holder[key] = mark
@@ -124,6 +150,24 @@ def json_damage(rng: random.Random, value: Any) -> str:
     for mark, raw in raws.items():
         text = text.replace(json.dumps(mark), raw)
     return text
+
+
+def _near(rng: random.Random, value: Any, places: list[tuple[Any, Any]]) -> Any:
+    """A value that could be meant: of another type, one more, turned round, another field's."""
+    if isinstance(value, bool):
+        changed: tuple[Any, ...] = (not value, int(value), str(value))
+    elif isinstance(value, int | float):
+        changed = (value + 1, value - 1, -value, float(value), str(value), [value], value * 10**9)
+    elif isinstance(value, str):
+        changed = (value + "x", value[:-1], value.upper(), [value], {"a": value}, value * 200, value + "\0")
+    elif isinstance(value, list):
+        changed = (value[::-1], value[:-1], value + value, dict(enumerate(map(str, value))), value[:1] * 100)
+    elif isinstance(value, dict):
+        changed = (list(value), list(value.values()), [value], dict(list(value.items())[1:]))
+    else:
+        changed = (0, "", [])
+    holder, key = rng.choice(places)
+    return copy.deepcopy(rng.choice((*changed, holder[key])))
 
 
 def _value(rng: random.Random) -> Any:
@@ -194,3 +238,32 @@ def damaged_tensors(rng: random.Random, data: bytes) -> bytes:
     text += b" " * (-len(text) % 8)
     length = len(text) if rng.random() < 0.9 else rng.choice((0, 2**62, len(text) + 1, len(data) * 2))
     return length.to_bytes(8, "little") + text + data[8 + size :]
+
+
+def damaged_toml(rng: random.Random, data: bytes) -> bytes:
+    """A TOML file of texts, numbers and tables whose values were damaged, as `damaged_json` does."""
+    values = tomllib.loads(data.decode())
+    places = list(_places(values))
+    for _ in range(rng.randint(1, 2)):
+        holder, key = rng.choice(places)
+        kind = rng.random()
+        if key not in holder:
+            continue
+        if kind < 0.4:
+            holder[key] = _value(rng)
+        elif kind < 0.7:
+            holder[key] = _near(rng, holder[key], places)
+        elif kind < 0.85:
+            del holder[key]
+        else:
+            holder[key + "x"] = holder.pop(key)
+    lines = [f"{_toml(key)} = {_toml(value)}" for key, value in values.items()]
+    return "\n".join(lines).encode("utf-8", "surrogatepass")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml(str(key))} = {_toml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return "''" if value is None else json.dumps(value, ensure_ascii=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tuning_world import World
 
-from fuzz.campaign import campaign, damaged_bytes, damaged_json, damaged_lines
+from fuzz.campaign import campaign, damaged_bytes, damaged_json, damaged_lines, damaged_toml
 from mp2.json_files import check, read_object
 from mp2.serve.request_body import read_json
 from mp2.tasks import load_card
@@ -24,7 +24,7 @@ def test_card(world: World, tmp_path: Path) -> None:
         card = load_card(path)
         assert card.type in ("classification", "extraction", "multiple_choice")
 
-    campaign("card", world.card.read_bytes(), read, (damaged_bytes,))
+    campaign("card", world.card.read_bytes(), read, (damaged_bytes, damaged_toml, damaged_toml))
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "tsv"])

@@ -18,13 +18,23 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from mp2.engine.endpoint.wire import JSON_LENGTH, message, tensors
-from mp2.errors import MismatchError, Mp2Error, UsageError
-from mp2.json_files import parse_json
+from mp2.errors import FormatError, MismatchError, Mp2Error, UsageError
+from mp2.json_files import Fields, check, list_of, parse_json, text, whole
 
 CONNECTIONS = 2  # to a server: one request is computed, the next is on its way
 _LONGEST_WAIT_S = 5.0
 _ANSWER_S = 300.0  # that a server may compute
 _LATER = (408, 429, 500, 502, 503, 504)  # may be answered when asked again
+
+
+_METADATA = Fields(
+    {"inputs": list_of(Fields({"name": text, "shape": list_of(whole(-1))}))},
+    {
+        "parameters": Fields(
+            {}, {"backbone": text, "backbone_sha256": text, "precision": text, "max_tokens": whole(1)}
+        )
+    },
+)
 
 
 class EndpointError(Mp2Error):
@@ -67,7 +77,10 @@ class Endpoints:
                 raise MismatchError(
                     f"{url} serves another graph than {self.urls[0]}: name servers of one bundle"
                 )
-        return found[0]
+        try:
+            return dict(check(found[0], _METADATA, f"{self.urls[0]}/v2/models/{model}"))
+        except FormatError as error:
+            raise UsageError(str(error)) from error
 
     def infer(
         self, model: str, feeds: Mapping[str, np.ndarray], outputs: list[str]
@@ -156,14 +169,16 @@ class _Queue:
                     continue
                 length = headers.get(JSON_LENGTH.lower())
                 found = tensors(data, None if length is None else int(length), "outputs")
+                if missing := [name for name in request.outputs if name not in found]:
+                    raise FormatError(f"the answer has no {missing[0]}")
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
                 self._again(request, url, error)
                 failures += 1
                 time.sleep(_pause(failures))
                 continue
-            except (ValueError, KeyError) as error:
-                request.answer.set_exception(EndpointError(f"{url} sent an answer that is none: {error!r}"))
+            except (ValueError, FormatError) as error:
+                request.answer.set_exception(EndpointError(f"{url} sent an answer that is none: {error}"))
                 continue
             failures = 0
             with self._ready:
@@ -233,7 +248,7 @@ def _silent(url: str, error: Exception, patience_s: float) -> str:
 def _said(data: bytes) -> str:
     """Return a server's own words, or what there is of them."""
     try:
-        text = str(parse_json(data.decode("utf-8"))["error"])
+        said = str(parse_json(data.decode("utf-8"))["error"])
     except (ValueError, KeyError, TypeError):
-        text = data.decode("utf-8", "replace")
-    return " ".join(text.split())[:300] or "nothing"
+        said = data.decode("utf-8", "replace")
+    return " ".join(said.split())[:300] or "nothing"

@@ -7,12 +7,14 @@ A message is a JSON object and, behind it, the bytes of the tensors that are sen
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from mp2.json_files import parse_json
+from mp2.errors import FormatError, shown
+from mp2.json_files import Fields, check, list_of, number, one_line, one_of, parse_json, whole
 
 JSON_LENGTH = "Inference-Header-Content-Length"
 DTYPES: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
@@ -41,16 +43,36 @@ def message(header: dict[str, Any], side: str, tensors: Mapping[str, np.ndarray]
 
 
 def tensors(body: bytes, json_length: int | None, side: str) -> dict[str, np.ndarray]:
-    """Return what `message` wrote, for a peer that is trusted to follow it; ValueError, KeyError if not."""
+    """Return what `message` wrote; FormatError, which names the field, where a peer wrote something else."""
     size = len(body) if json_length is None else json_length
-    found, at = {}, size
-    for tensor in parse_json(body[:size].decode("utf-8"))[side]:
-        dtype = DTYPES[tensor["datatype"]]
-        n_bytes = tensor.get("parameters", {}).get("binary_data_size")
+    if not 0 <= size <= len(body):
+        raise FormatError(f"{JSON_LENGTH} is {size}, expected at most the {len(body)} bytes of the answer")
+    try:
+        header = parse_json(body[:size].decode("utf-8"))
+    except ValueError as error:
+        raise FormatError(f"the answer: {error}") from error
+    found: dict[str, np.ndarray] = {}
+    at = size
+    for k, tensor in enumerate(check(header, Fields({side: list_of(_TENSOR)}), _ANSWER)[side]):
+        name, dtype, shape = tensor["name"], DTYPES[tensor["datatype"]], tensor["shape"]
+        n_bytes, where = tensor.get("parameters", {}).get("binary_data_size"), f"{side}[{k}]"
         if n_bytes is None:
-            values = np.array(tensor["data"], dtype)
+            rule = list_of(whole(-(2**63)) if dtype.kind == "i" else number(), math.prod(shape))
+            values = np.array(check(tensor.get("data"), rule, _ANSWER, where=f"{where}.data"), dtype)
         else:
-            values = np.frombuffer(memoryview(body)[at : at + n_bytes], dtype).copy()
-            at += n_bytes
-        found[tensor["name"]] = values.reshape(tensor["shape"])
+            part = memoryview(body)[at : at + n_bytes]
+            if not len(part) == n_bytes == math.prod(shape) * dtype.itemsize:
+                what = f"has {len(part)} bytes, said {n_bytes}, for shape {shape} of {tensor['datatype']}"
+                raise FormatError(what, path=_ANSWER, field=where)
+            values, at = np.frombuffer(part, dtype).copy(), at + n_bytes
+        if name in found:
+            raise FormatError(f"{shown(name)} stands twice", path=_ANSWER, field=where)
+        found[name] = values.reshape(shape)
     return found
+
+
+_ANSWER = "the answer"
+_TENSOR = Fields(
+    {"name": one_line, "datatype": one_of(*DTYPES), "shape": list_of(whole(0, 2**31))},
+    {"parameters": Fields({}, {"binary_data_size": whole(0, 2**40)})},
+)

@@ -90,7 +90,10 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                     mean, sd = np.array(row["mean"]), np.array(row["sd"])
                     axis.plot(row["at"], mean, color="tab:blue")
                     axis.fill_between(row["at"], mean - sd, mean + sd, color="tab:blue", alpha=0.2, lw=0)
-                    axis.axvline(row["stage1_ends"], color="tab:green", linestyle="--")
+                    axis.axvline(
+                        row["stage1_ends"], color="tab:green", linestyle="--", label="end of stage I"
+                    )
+                    axis.legend(fontsize=8, loc="lower right")
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=130, metadata={"Software": None})
 

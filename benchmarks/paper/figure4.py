@@ -11,6 +11,7 @@ has a picture only, without numbers.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -96,7 +97,7 @@ def rows_of(cells: Sequence[dict[str, Any]], x_of: Any) -> list[dict[str, Any]]:
 
 
 def draw(rows: Sequence[dict[str, Any]], x_label: str, path: Path) -> None:
-    """A line a method, with error bars."""
+    """A line a method, with error bars; places that double (Figure 4b) stand at equal distances."""
     figure = Figure(figsize=(4.5, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
@@ -105,7 +106,10 @@ def draw(rows: Sequence[dict[str, Any]], x_label: str, path: Path) -> None:
         if own:
             xs, means, sds = ([row[key] for row in own] for key in ("x", "mean", "sd"))
             axis.errorbar(xs, means, yerr=sds, marker="o", capsize=3, label=NAMES[method])
-    axis.set_xticks(sorted({row["x"] for row in rows}))
+    places = sorted({row["x"] for row in rows})
+    if len(places) > 1 and all(b == 2 * a for a, b in itertools.pairwise(places)):
+        axis.set_xscale("log", base=2)
+    axis.set_xticks(places, [str(place) for place in places])
     axis.set_xlabel(x_label)
     axis.set_ylabel("accuracy")
     axis.legend()

@@ -90,6 +90,7 @@ class Settings:
     max_tokens: int
     device: str = "cpu"
     precision: str = "fp32"
+    training_precision: str = "fp32"
 
 
 def kind_of(method: str) -> str:
@@ -145,9 +146,16 @@ class Lab:
             if key in self.prompts:
                 raise UsageError(f"--prompts: both {self.prompts[key][0]} and {name} are {key}")
             self.prompts[key] = (name, found)
+        if "sum" in self.prompts and "deep" not in self.prompts:  # the only deep ones: those of MP2
+            self.prompts["deep"] = self.prompts.pop("sum")
         self.runtime = create_backend(
             "torch", self.backbone, device=settings.device, threads=1, precision=settings.precision
         )
+
+    @property
+    def _training(self) -> Any:
+        """The precision of gradient tuning."""
+        return self.settings.training_precision
 
     def check(self, methods: Sequence[str]) -> None:
         """Raise ``UsageError`` if a method needs prompts that were not given."""
@@ -220,7 +228,7 @@ class Lab:
         model = FrozenModel(self.backbone, prompts, self.runtime)
         if not method.startswith("gradient"):
             return self._searched(config, folder, model)
-        first = TuneConfig(run=config, epochs=self.settings.epochs)
+        first = TuneConfig(run=config, epochs=self.settings.epochs, training_precision=self._training)
         scale = (
             PAPER_EPOCHS / first.n_epochs
         )  # fewer epochs, larger steps: Adam can go as far as in the paper
@@ -252,6 +260,7 @@ class Lab:
             run=replace(base, prompts=name if started else None),
             method=tune,
             epochs=epochs,
+            training_precision=self._training,
             lr=tuple(min(MOST, rate * scale) for rate in of.rates),
             prompt_tokens=prompts.meta.prompt_tokens if of.rows is not no_rows and not started else None,
         )
@@ -283,7 +292,12 @@ class Lab:
             for run in sorted(folder.glob("*/")):
                 if (run / "result.json").is_file():
                     return load_prompts(run / "prompts.safetensors", self.backbone)
-            config = TuneConfig(run=base, method="head-tuning", epochs=self.settings.epochs)
+            config = TuneConfig(
+                run=base,
+                method="head-tuning",
+                epochs=self.settings.epochs,
+                training_precision=self._training,
+            )
             model = FrozenModel(self.backbone, next(iter(self._any().values()))[1], self.runtime)
             result = start_tune(config, folder, model=model)
         return load_prompts(Path(result["run_dir"]) / "prompts.safetensors", self.backbone)

@@ -36,6 +36,9 @@ def parser_of(name: str, about: str | None, **defaults: Any) -> argparse.Argumen
     parser.add_argument("--max-tokens", type=int, default=128, help="as long as mini was trained on")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32", help="what the engine computes in")
+    parser.add_argument(
+        "--training-precision", default="fp32", help="of gradient tuning: fp32, bf16 (autocast)"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs") / name, help="folder of the cells")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
     parser.add_argument("--jobs", type=int, default=1, help="processes; one a core")
@@ -64,6 +67,7 @@ def settings_of(args: argparse.Namespace, prompts: Sequence[str] | None = None) 
         max_tokens=args.max_tokens,
         device=args.device,
         precision=args.precision,
+        training_precision=args.training_precision,
     )
 
 
@@ -76,7 +80,10 @@ def compute(args: argparse.Namespace, lab: Lab, cells: Sequence[Cell]) -> None:
     if args.ray and args.jobs > 1:
         raise UsageError("--jobs are processes of this machine, and --ray has its own: drop one of them")
     lab.check(methods)
-    claim_folder(lab.work, {**asdict(lab.settings), "weights": lab.identity()})
+    shared = asdict(lab.settings)
+    if shared["training_precision"] == "fp32":  # folders of before there was a choice do not name it
+        del shared["training_precision"]
+    claim_folder(lab.work, {**shared, "weights": lab.identity()})
     if args.ray:
         work_with_ray(lab, cells, provenance(), args.ray, say)
     else:

@@ -207,6 +207,9 @@ class TuneConfig:
         None, "Rate of stage II.", default_text="2e-5 deep, 3e-4 shallow", **_RATE_ABOVE_0
     )
     batch_size: int = option(32, "Examples a step.", at_least=1)
+    training_precision: Literal["fp32", "bf16"] = option(
+        "fp32", "Of training: fp32 or bf16 (autocast); scores are fp32.", choices=("fp32", "bf16")
+    )
     temperature: float = 1.0  # of the relaxed Bernoulli routers, as in pre-training
     dev_every: int = 10  # epochs
 

@@ -31,7 +31,7 @@ from mp2.training.checkpoint import SCORES_LINE, alone_in, cut_back
 from mp2.training.config import PretrainConfig
 from mp2.training.mixture import Batch, MixtureTask, sample_batch
 from mp2.training.outputs import PretrainResult, write_outputs
-from mp2.training.prompted import PromptedEncoder, dev_scores, table
+from mp2.training.prompted import PromptedEncoder, dev_scores, in_precision, table
 from mp2.training.ranks import Ranks
 from mp2.training.single_prompt import begin_single
 from mp2.training.trainer import Trainer
@@ -164,7 +164,7 @@ class Pretrainer(Trainer[Batch]):
         seed = np.random.default_rng([self.config.seed, 4, self.step]).integers(2**62)
         noise = torch.Generator().manual_seed(int(seed))
         device = self.ranks.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with in_precision(device, self.config.precision):
             temperature = self.config.temperature_at(self.step)
             loss: Tensor = self._on_ranks(batch.to(device), temperature, noise)
         return loss

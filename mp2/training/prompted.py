@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from mp2.heads import span_scores
 from mp2.prompts import ModularPrompts
 from mp2.tasks import decode, score
 from mp2.training.mixture import Batch, MixtureTask, pad
+from mp2.training.mlm import trainable_attention
 from mp2.training.ranks import Ranks
 
 
@@ -31,6 +33,19 @@ def span_losses(start_logits: Tensor, end_logits: Tensor, mask: Tensor, start: T
 def span_loss(start_logits: Tensor, end_logits: Tensor, mask: Tensor, start: Tensor, end: Tensor) -> Tensor:
     """Mean of ``span_losses`` over the batch."""
     return span_losses(start_logits, end_logits, mask, start, end).mean()
+
+
+@contextmanager
+def in_precision(device: torch.device, precision: str) -> Iterator[None]:
+    """Run forward passes of the block in ``precision``: fp32, or bf16 by autocast.
+
+    Under bf16 with the attention whose backward pass is quick on CPUs; in fp32 it gains nothing.
+    """
+    if precision == "fp32":
+        yield
+        return
+    with torch.autocast(device.type, torch.bfloat16), trainable_attention(device):
+        yield
 
 
 class PromptedEncoder(nn.Module):

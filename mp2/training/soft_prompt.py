@@ -24,7 +24,7 @@ from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.runs.run_folder import OWN_BACKBONE
 from mp2.training.config import TuneConfig
 from mp2.training.methods.method import Method, for_task
-from mp2.training.prompted import span_losses
+from mp2.training.prompted import in_precision, span_losses
 from mp2.training.tuner import Batch, TuneOutcome, Tuner
 
 
@@ -145,7 +145,8 @@ class SoftPromptTuner(Tuner):
         for ids, mask, starts, ends in parts:
             rows = self._model.prompts(weights)
             rows = rows if kept is None else rows * kept
-            start, end = self._model.logits(self._encoder, ids, mask, rows)
+            with in_precision(self._device, self.config.training_precision):
+                start, end = self._model.logits(self._encoder, ids, mask, rows)
             loss = span_losses(start, end, mask, starts, ends).sum() / n
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()

@@ -32,7 +32,7 @@ from mp2.optimizers.two_stage import Observer
 from mp2.prompts import PromptSet
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.training.config import TuneConfig
-from mp2.training.prompted import span_losses
+from mp2.training.prompted import in_precision, span_losses
 from mp2.training.tuner import Batch, TuneOutcome, Tuner
 
 
@@ -145,7 +145,8 @@ class GradientTuner(Tuner):
         total = torch.zeros((), device=self._device)
         shared = weights.detach().requires_grad_(weights.requires_grad)
         for ids, mask, starts, ends in parts:
-            start, end = self._model(self._encoder, ids, mask, shared)
+            with in_precision(self._device, self.config.training_precision):
+                start, end = self._model(self._encoder, ids, mask, shared)
             loss = span_losses(start, end, mask, starts, ends).sum() / n
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()

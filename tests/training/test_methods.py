@@ -126,6 +126,27 @@ def test_the_loss_that_is_trained_is_the_one_that_the_engine_has(
     assert scored == pytest.approx(float(torch.cat(losses).mean()), rel=1e-4)
 
 
+@pytest.mark.parametrize("name", list(METHODS))
+def test_training_in_bf16_has_nearly_the_gradients_of_float32(
+    world: World, model: FrozenModel, name: str
+) -> None:
+    """And they, like the parameters, are kept in float32."""
+    gradients = {}
+    for precision in ("fp32", "bf16"):
+        tuner = tuner_of(world, model, name, training_precision=precision)
+        trained = tuner.parameters()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        tuner._backward(tuner._batches()[0])
+        found = [p.grad if p.grad is not None else torch.zeros_like(p) for p in trained]
+        assert {g.dtype for g in found} == {torch.float32}
+        gradients[precision] = torch.cat([g.flatten() for g in found])
+    fp32, bf16 = gradients["fp32"], gradients["bf16"]
+    assert not torch.equal(fp32, bf16)
+    assert torch.cosine_similarity(fp32, bf16, dim=0) > 0.98
+    assert 0.9 < bf16.norm() / fp32.norm() < 1.1
+
+
 def test_training_lowers_the_loss(world: World, model: FrozenModel) -> None:
     for name in METHODS:
         tuner = tuner_of(world, model, name, epochs=20, dev_every=20)

@@ -113,6 +113,21 @@ def test_two_prompt_files_of_one_kind_are_refused(world: World, tmp_path: Path) 
         Lab(twice, world.data, tmp_path)
 
 
+def test_deep_prompts_divided_by_the_sum_are_mp2s_where_there_are_no_others(
+    world: World, tmp_path: Path
+) -> None:
+    lab = make_lab(world, tmp_path)
+    deep = load_prompts(str(world.deep))
+    by_sum = replace(deep, meta=replace(deep.meta, router_normalisation="sum"))
+    file = str(tmp_path / "sum.safetensors")
+    save_prompts(by_sum, Path(file))
+    alone = Lab(Settings(**{**vars(lab.settings), "prompts": (file,)}), world.data, tmp_path)
+    alone.check(["deep", "gradient", "bbtv2-mp2-head"])
+    assert alone.prompts["deep"][0] == file
+    both = Lab(Settings(**{**vars(lab.settings), "prompts": (file, str(world.deep))}), world.data, tmp_path)
+    assert {kind: name for kind, (name, _) in both.prompts.items()} == {"sum": file, "deep": str(world.deep)}
+
+
 def test_a_method_without_its_prompts_is_refused_before_any_cell(world: World, tmp_path: Path) -> None:
     settings = Settings(**{**vars(make_lab(world, tmp_path).settings), "prompts": (str(world.deep),)})
     lab = Lab(settings, world.data, tmp_path)

@@ -49,6 +49,9 @@ _NO_MEMORY = (  # what libraries say, whose errors are of no kind of their own
     "annot allocate memory",
     "failed to map segment",
     "bad_alloc",
+    "could not create a primitive",  # oneDNN's words for it
+    "could not create a memory",
+    "ailed to allocate",
 )
 _NO_PATH = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}  # of a name that was typed
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ except ImportError:  # Windows
 if TYPE_CHECKING:
     from torch import Tensor
 
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # for a pipe's other end
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
@@ -107,17 +109,38 @@ def own_folder(path: Path) -> Path:
 def open_own(path: Path, flags: int) -> int:
     """``os.open`` of a file that we write in place (a journal, a lock), made if it is not there.
 
+    Where a file that would be changed has other names too (hard links, as some backups make), it is copied
+    first: what the other names lead to stays as it is.
+
     Raises:
-        UsageError: it is a symbolic link: it would be written to where that leads.
+        UsageError: it is a symbolic link, a pipe, a socket or a device: it would be written to where that
+            leads, or wait for ever.
     """
+    opened = (flags & ~os.O_TRUNC) | os.O_CREAT | _NO_WAIT | _NO_FOLLOW
     try:
-        return os.open(path, flags | os.O_CREAT | _NO_FOLLOW, 0o666)
+        number = os.open(path, opened, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP or path.is_symlink():
             raise UsageError(
                 f"{path} is a symbolic link, and mp2 writes through none: put the file itself there"
             ) from error
+        if error.errno == errno.ENXIO:
+            raise UsageError(f"{path} is no regular file: take it away") from error
         raise
+    try:
+        found = os.fstat(number)
+        if not stat.S_ISREG(found.st_mode):
+            raise UsageError(f"{path} is no regular file: take it away")
+        if flags & (os.O_TRUNC | os.O_APPEND) and found.st_nlink > 1:
+            write_bytes(path, b"" if flags & os.O_TRUNC else path.read_bytes())
+            os.close(number)
+            number = os.open(path, opened, 0o666)
+        if flags & os.O_TRUNC:
+            os.ftruncate(number, 0)
+    except BaseException:
+        os.close(number)
+        raise
+    return number
 
 
 def own_opener(name: str | os.PathLike[str], flags: int) -> int:

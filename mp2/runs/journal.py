@@ -104,7 +104,7 @@ def open_journal(path: Path, header: dict[str, Any]) -> tuple[Journal, dict[str,
     there = path.exists()
     recorded, records, n_bytes = read_journal(path) if there else (None, [], 0)
     if there:
-        number = open_own(path, os.O_RDWR)
+        number = open_own(path, os.O_RDWR | os.O_APPEND)
         try:
             os.ftruncate(number, n_bytes)
             os.fsync(number)

@@ -18,10 +18,24 @@ from mp2.tasks import MrcFormatter, MrcInput, few_shot_split, load_card, load_ex
 
 SEED = 42
 PROMPT_TOKENS, INTRINSIC_DIM = 50, 300  # m and d of the paper
-SHAPES = {  # layers, hidden, heads, largest number of examples; random weights, the mini's vocabulary
-    "256": (4, 256, 8, None),
-    "1024": (6, 1024, 16, 16),
-    "large": (24, 1024, 16, 16),
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A backbone of random weights and the mini's vocabulary, and how much of the work is measured on it."""
+
+    layers: int
+    hidden: int
+    heads: int
+    most_examples: int | None = None  # of the few-shot set; None: all
+    pairs: bool = False  # a round visits two layers, the k-th from below and from above: the mean of all
+    routers: int = 20  # of a population in stage I
+
+
+SHAPES = {
+    "256": Shape(4, 256, 8),
+    "1024": Shape(6, 1024, 16, most_examples=8, pairs=True, routers=5),
+    "cpt-large": Shape(24, 1024, 16, most_examples=4, pairs=True, routers=5),
 }
 MINI_PAPER = "mini-m50"  # the embedded backbone with as many prompt tokens as the paper's
 # Root mean squares of the embedded deep prompts (fused, and their projections). Freshly made projections are
@@ -33,7 +47,8 @@ def make_backbone(shape: str) -> Backbone:
     """The embedded backbone (``mini``, ``mini-m50``) or a random one."""
     if shape in ("mini", MINI_PAPER):
         return load_backbone("mini")
-    return shaped_backbone(*SHAPES[shape][:3])
+    own = SHAPES[shape]
+    return shaped_backbone(own.layers, own.hidden, own.heads)
 
 
 def shaped_backbone(n_layers: int, hidden: int, n_heads: int) -> Backbone:

@@ -56,22 +56,28 @@ class Rival:
         dtype: torch.dtype = torch.float32,
         *,
         compiled: bool = False,
+        like: Rival | None = None,
     ) -> None:
         """Copy the backbone's weights into a ``BertModel``; deep prompts with prefix injection only.
 
         ``dtype`` is that of weights and hidden states; logits and losses are in float32. ``compiled``: the
-        layers go through ``torch.compile``.
+        layers go through ``torch.compile``. The weights are those of ``like``, if it is given.
         """
         from transformers import AttentionInterface, BertModel, logging
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         AttentionInterface.register(_ATTENTION, _attend)
-        with tempfile.TemporaryDirectory() as folder:
-            save_backbone(backbone, Path(folder))
-            model = BertModel.from_pretrained(folder, add_pooling_layer=False, attn_implementation=_ATTENTION)
+        if like is None:
+            with tempfile.TemporaryDirectory() as folder:
+                save_backbone(backbone, Path(folder))
+                model = BertModel.from_pretrained(
+                    folder, add_pooling_layer=False, attn_implementation=_ATTENTION
+                )
+            self._model = model.eval().to(device, dtype)
+        else:
+            self._model = like._model
         self.kind, self.prompts = kind, prompts
-        self._model = model.eval().to(device, dtype)
         self._layers: list[Any] = list(self._model.encoder.layer)
         if compiled:
             self._layers = [torch.compile(layer, dynamic=True) for layer in self._layers]

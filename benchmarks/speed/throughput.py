@@ -10,15 +10,16 @@ round. One "iteration" is one candidate on the whole few-shot set. Every figure 
 ``--rounds`` with least and most, ratios and shares are taken within a round, and a target is met only where
 every round is above it (`verdict`).
 
-    python -m benchmarks.speed.throughput --data DIR [--shape mini mini-m50 1024 large] [--task ...]
+    python -m benchmarks.speed.throughput --data DIR [--shape mini mini-m50 1024 cpt-large] [--task ...]
         [--engine torch:fp32 torch:bf16 torch:int8 onnxruntime:fp32] [--device cuda] [--rounds 5] [--growth]
 
 ``mini`` is the embedded backbone with its embedded prompts (m = 16), ``mini-m50`` the same backbone with
 random prompts of the paper's m = 50; other shapes are random and have m = 50. Rounds that are done are kept
 in ``--work``: a measurement can be cut into pieces by ``--minutes`` or Ctrl-C, and the same command goes on.
-On two cores with three engines: mini five minutes, mini-m50 five, 1024 (6 layers, 16 examples) 35, ``large``
-(24 x 1024, the shape of cpt-large) about an hour a task and engine. ``--growth`` measures cost against the
-number of examples, length, population and layers instead, and draws throughput_growth.png (15 minutes).
+A task is written as soon as its rounds are done. ``1024`` (6 layers) has the first 8 examples of a task,
+``cpt-large`` (24 layers) the first 4; both visit two layers a round and search 5 routers. ``--growth``
+measures cost against the number of examples, length, population and layers instead, and draws
+throughput_growth.png (15 minutes).
 """
 
 from __future__ import annotations
@@ -139,8 +140,8 @@ def main() -> None:
                 print(line(row), flush=True)
             found += new or []
         if n_left:
-            print(f"{shape}: not all rounds are done, nothing is written; run it again", flush=True)
-        else:
+            print(f"{shape}: {n_left} tasks are left; run it again", flush=True)
+        if found:
             print("written:", save(f"{args.name}_{shape}{suffix}", found))
 
 

@@ -2,8 +2,10 @@
 
 A round visits every layer in stage II's way with a population of its own, steps of the paper's first sizes
 around the incumbent (5e-2 at layer 0, 1e-2 at the others), the same for every engine; so what is timed also
-says how losses agree. Before each layer's visits the plain loop and rival A evaluate one candidate (a call of
-theirs is one candidate, whatever the population), B and C the population (`benchmarks.speed.rivals`); stage I
+says how losses agree. Of a wide shape a round visits two layers, the k-th from below and from above with
+another k each round, whose mean cost is that of all layers. Before each layer's visits the plain loop and
+rival A evaluate one candidate (a call of theirs is one candidate, whatever the population), C the population
+(`benchmarks.speed.rivals`), and before the first B, whose cost is the same wherever the visit is; stage I
 comes last, for each engine beside a matrix product in its own precision. In every other round all turns are
 in the opposite order. The first call of everything is left out (it packs weights and compiles).
 
@@ -85,21 +87,23 @@ class Comparison:
         self.device, self.population = device, population
         backbone = make_backbone(shape)
         prompts = make_prompts(shape, backbone)
-        limit = None if shape in ("mini", MINI_PAPER) else SHAPES[shape][3]
-        inputs = task_inputs(task, backbone, data, limit)
+        own = None if shape in ("mini", MINI_PAPER) else SHAPES[shape]
+        self._pairs = own is not None and own.pairs
+        inputs = task_inputs(task, backbone, data, None if own is None else own.most_examples)
         config = LayerConfig()
         self.sigmas = [config.sigma(layer, "deep") for layer in range(backbone.config.n_layers)]
         self.z = prompts.fuse(torch.ones(prompts.z.shape[:2], dtype=torch.bool)).numpy()
-        self.routers = np.random.default_rng(0).random((population, *prompts.z.shape[:2])) < 0.5
+        n_routers = population if own is None else min(population, own.routers)
+        self.routers = np.random.default_rng(0).random((n_routers, *prompts.z.shape[:2])) < 0.5
         dtype = matrix_dtype(device, engines[0].precision)
         self.plain = PlainLoop(backbone, prompts, inputs, device, dtype)
-        self.rivals = {
-            f"{kind} compiled" if compiled else kind: Rival(
-                kind, backbone, prompts, inputs, device, dtype, compiled=compiled
-            )
-            for compiled in ((False,) if device == "cpu" else (False, True))
-            for kind in (RIVALS[1:] if compiled else RIVALS)
-        }
+        self.rivals: dict[str, Rival] = {}
+        first: Rival | None = None  # whose copy of the weights all share
+        for compiled in (False,) if device == "cpu" else (False, True):
+            for kind in RIVALS[1:] if compiled else RIVALS:
+                rival = Rival(kind, backbone, prompts, inputs, device, dtype, compiled=compiled, like=first)
+                self.rivals[f"{kind} compiled" if compiled else kind] = rival
+                first = first or rival
         self.subjects = {
             str(engine): Subject(engine.objective(backbone, prompts, inputs, device, folder), device)
             for engine in engines
@@ -114,6 +118,7 @@ class Comparison:
             "task": task,
             "device": device,
             "population": population,
+            "routers": n_routers,
             "lengths": lengths,
             "visit_flops": [
                 necessary_flops(
@@ -130,17 +135,26 @@ class Comparison:
         for rival in self.rivals.values():
             rival.set_incumbent(self.z)
             for layer, population in enumerate(candidates[:2]):  # compiled for a population, and for others
-                rival.layer_losses(layer, population)
+                rival.layer_losses(layer, population[:1] if self.device == "cpu" else population)
             rival.set_incumbent(self.z)
         for subject in self.subjects.values():
             subject.objective.set_incumbent(self.z)
             if self.device == "cpu":  # from layer 0 every layer is prepared
-                subject.objective.layer_losses(0, candidates[0]).fetch()
+                some = candidates[0][: 2 if self._pairs else None]
+                subject.objective.layer_losses(0, some).fetch()
                 continue
             for _ in range(2):  # the second time records CUDA graphs
                 for layer, population in enumerate(candidates):
                     subject.visit(layer, population, self.z[layer])
                 subject.objective.router_losses(self.routers).fetch()
+
+    def visited(self, number: int) -> list[int]:
+        """Layers that round ``number`` visits."""
+        n_layers = len(self.z)
+        if not self._pairs or n_layers < 4:
+            return list(range(n_layers))
+        low = (7 * number + 1) % (n_layers // 2)
+        return [low, n_layers - 1 - low]
 
     def populations(self, number: int) -> np.ndarray:
         """Candidates [L, P, d] of round ``number``."""
@@ -165,12 +179,18 @@ class Comparison:
         turns = [None, *self.rivals, *self.subjects]
         if number % 2:
             turns.reverse()
-        for layer, population in enumerate(self.populations(number)):
+        populations, visited = self.populations(number), self.visited(number)
+        for layer in visited:
+            population = populations[layer]
+            if self._pairs and layer:
+                self._approach(layer - 1, population[:1])
             for name in turns:
                 if name is None:
                     plain_s.append(seconds(lambda: self.plain.loss(self.z)))
                     continue
                 if name in self.rivals:
+                    if self.rivals[name].kind == "B" and layer != visited[0]:
+                        continue
                     rivals_s[name].append(self._rival_seconds(name, layer, population))
                     continue
                 spent, losses = self.subjects[name].visit(layer, population, self.z[layer])
@@ -188,7 +208,21 @@ class Comparison:
             own["stage1_s"] = seconds(lambda s=subject: s.objective.router_losses(self.routers).fetch())  # type: ignore[misc]
             own["peak_mb"] = subject.peak_mb
         rivals = {name: mean(spent) for name, spent in rivals_s.items()}
-        return {**self.facts, "plain_s": mean(plain_s), "rivals_s": rivals, "engines": found}
+        return {
+            **self.facts,
+            "visited": visited,
+            "plain_s": mean(plain_s),
+            "rivals_s": rivals,
+            "engines": found,
+        }
+
+    def _approach(self, layer: int, one: np.ndarray) -> None:
+        """Have inputs kept up to ``layer``, as they are where layers are visited in turn."""
+        for rival in self.rivals.values():
+            if rival.kind == "C":
+                rival.layer_losses(layer, one)
+        for subject in self.subjects.values():
+            subject.objective.layer_losses(layer, one).fetch()
 
     def _rival_seconds(self, name: str, layer: int, population: np.ndarray) -> float:
         """Seconds a candidate of a visit of ``layer``, the incumbent's commit among them."""

@@ -30,7 +30,12 @@ def row(rounds: Sequence[Record], name: str, exact: str | None) -> dict[str, Any
     lengths, population, n_layers = facts["lengths"], facts["population"], facts["layers"]
     full, upper = facts["visit_flops"][0], mean(facts["visit_flops"])  # stage I is as a visit of layer 0
     plain = [r["plain_s"] for r in rounds]
-    stage1 = [x["stage1_s"] / population for x in own]
+    stage1 = [x["stage1_s"] / facts.get("routers", population) for x in own]
+    seen = [r.get("visited", list(range(n_layers))) for r in rounds]
+    by_layer: dict[int, list[float]] = {}
+    for layers, x in zip(seen, own, strict=True):
+        for layer, spent in zip(layers, x["stage2_s"], strict=True):
+            by_layer.setdefault(layer, []).append(1e3 * spent / population)
     stage2 = [mean(x["stage2_s"]) / population for x in own]
     ratios = [a / b for a, b in zip(plain, stage2, strict=True)]
     rates = [x["matrix_rate"] for x in own]
@@ -53,10 +58,7 @@ def row(rounds: Sequence[Record], name: str, exact: str | None) -> dict[str, Any
         },
         "stage1_ms": spread([1e3 * s for s in stage1], 3),
         "stage2_ms": spread([1e3 * s for s in stage2], 3),
-        "stage2_layer_ms": [
-            round(1e3 * median(x["stage2_s"][layer] for x in own) / population, 2)
-            for layer in range(n_layers)
-        ],
+        "stage2_layer_ms": {layer: round(median(ms), 2) for layer, ms in sorted(by_layer.items())},
         "stage1_ratio": spread([a / b for a, b in zip(plain, stage1, strict=True)], 3),
         "stage2_ratio": spread(ratios, 3),
         "rival_ratios": {

@@ -13,7 +13,7 @@ prompt's bytes with all losses and scores. On a CPU, where evaluations are compu
 engine's ratio is about 1; that is what the command does without a GPU.
 
     python -m benchmarks.speed.together [--data DIR] [--task NAME ...] [--kind deep shallow]
-        [--shape mini large] [--seeds 8,13,21,42,100] [--device auto] [--precision auto]
+        [--shape mini cpt-large] [--seeds 8,13,21,42,100] [--device auto] [--precision auto]
         [--iters 400] [--rounds 3]
 
 Without --data the embedded demo tasks. Shapes are those of benchmarks.speed.engine_work: ``mini`` is the

@@ -17,6 +17,7 @@ from benchmarks.speed.engine_work import (
     TRAINED_PROJECTION,
     TRAINED_Z,
     Engine,
+    Shape,
     make_backbone,
     make_prompts,
     necessary_flops,
@@ -89,13 +90,35 @@ def test_turns_alternate_and_each_precision_has_its_own_matrix_rate_beside_it(
     for name, rival in comparison.rivals.items():
         monkeypatch.setattr(rival, "layer_losses", spied(name, lambda layer, z: np.zeros(len(z))))
     records = [{**comparison.round(number), "time": "now"} for number in (0, 1)]
-    even = ["plain", "A", "B", "C", "torch:fp32", "torch:int8"] * 4
+    layer = ["plain", "A", "B", "C", "torch:fp32", "torch:int8"]
+    later = [name for name in layer if name != "B"]  # which has the same cost at every layer
+    even = [*layer, *later * 3]
     even += ["plain", "rate cpu fp32", "torch:fp32 I", "rate cpu int8", "torch:int8 I"]
-    odd = ["torch:int8", "torch:fp32", "C", "B", "A", "plain"] * 4
+    odd = [*layer[::-1], *later[::-1] * 3]
     odd += ["rate cpu int8", "torch:int8 I", "rate cpu fp32", "torch:fp32 I", "plain"]
     assert calls == even + odd
     assert [row["matrix_gflops"]["rounds"] for row in rows(records)] == [[2.0, 2.0], [3.0, 3.0]]
     assert [list(row["rival_ratios"]) for row in rows(records)] == [["A", "B", "C"]] * 2
+
+
+def test_pairs_of_visits_cost_what_all_layers_do_on_the_mean_and_reach_every_layer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    small = Shape(6, 32, 2, most_examples=2, pairs=True, routers=3)
+    monkeypatch.setitem(throughput_rounds.SHAPES, "small", small)
+    one = Comparison("small", "demo_sentiment", ENGINES, "cpu", None, tmp_path, population=4)
+    records = [{**one.round(number), "time": ""} for number in range(3)]
+    assert sorted(layer for record in records for layer in record["visited"]) == list(range(6))
+    for record in records:
+        own = [one.facts["visit_flops"][layer] for layer in record["visited"]]
+        assert mean(own) == mean(one.facts["visit_flops"])
+    exact, low = rows(records)
+    assert sorted(exact["stage2_layer_ms"]) == list(range(6))
+    assert low["spearman_populations"] == 6
+    assert exact["n_examples"] == 2
+    assert exact["stage1_ms"]["rounds"][0] == pytest.approx(
+        1e3 * records[0]["engines"]["torch:fp32"]["stage1_s"] / 3, abs=1e-3
+    )
 
 
 def test_populations_are_the_papers_first_steps_around_the_embedded_prompts(comparison: Comparison) -> None:
@@ -186,7 +209,7 @@ def test_rounds_are_honoured_at_every_shape_and_go_on_where_they_ended(
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit):
         throughput.main()
-    assert not saved
+    assert not saved  # not one task is done
     throughput.main()
     assert rounds == [0, 1, -1, 2, 3]
     (name, found), *_ = saved

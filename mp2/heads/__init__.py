@@ -2,7 +2,7 @@
 
 from mp2.heads.head import Head, States
 from mp2.heads.mlm import LabelWordHead
-from mp2.heads.ridge import FittedRidge, RidgeHead, RidgeSettings
+from mp2.heads.ridge import FittedRidge, RidgeHead, RidgePart, RidgeSettings
 from mp2.heads.span import SpanHead, span_scores
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Head",
     "LabelWordHead",
     "RidgeHead",
+    "RidgePart",
     "RidgeSettings",
     "SpanHead",
     "States",

@@ -11,7 +11,11 @@ losses of neighbouring candidates differ little.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 PENALTIES = tuple(10.0 ** (k / 2) for k in range(-6, 5))
@@ -56,11 +60,31 @@ def cross_entropy(scores: Tensor, labels: Tensor, temperature: float) -> Tensor:
     return -log_probs[..., torch.arange(len(labels), device=labels.device), labels].mean(-1)
 
 
-def best_settings(kernel: Tensor, labels: Tensor, n_classes: int) -> tuple[float, float, float]:
-    """(leave-one-out loss, penalty, temperature) of one ``kernel`` [N, N]: the lowest loss of both grids."""
+def each_penalty(kernel: Tensor, labels: Tensor, n_classes: int) -> list[tuple[float, float, float]]:
+    """(leave-one-out loss, penalty, temperature) of one ``kernel`` [N, N] for every penalty of the grid.
+
+    The temperature is the one of its grid that gives the lowest loss.
+    """
     targets = torch.nn.functional.one_hot(labels, n_classes).double()
-    tried = []
+    found = []
     for penalty in PENALTIES:
         _, scores = dual(kernel[None], targets, penalty)
-        tried += [(float(cross_entropy(scores, labels, t)), penalty, t) for t in TEMPERATURES]
-    return min(tried)
+        loss, temperature = min((float(cross_entropy(scores, labels, t)), t) for t in TEMPERATURES)
+        found.append((loss, penalty, temperature))
+    return found
+
+
+def model_weights(losses: Sequence[float], n_examples: int) -> tuple[NDArray[np.float64], float]:
+    """Weights of models by their leave-one-out losses, and what an average by them is worth as a loss.
+
+    Pseudo-Bayesian model averaging (Geisser and Eddy 1979; Yao et al. 2018, "Using stacking to average
+    Bayesian predictive distributions", section 3.4): a weight is the model's leave-one-out likelihood,
+    exp(-N x loss), divided by their sum. The second is -1/N of the logarithm of the mean likelihood. With few
+    examples the lowest of many losses is often so by chance; where the examples do not tell models apart, all
+    have a say.
+    """
+    logs = -n_examples * np.asarray(losses, dtype=np.float64)
+    top = logs.max()
+    likelihoods = np.exp(logs - top)
+    loss = -(top + np.log(likelihoods.mean())) / n_examples
+    return likelihoods / likelihoods.sum(), float(loss)

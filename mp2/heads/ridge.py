@@ -4,14 +4,17 @@ The hidden states of one layer are averaged over each text field; ridge regressi
 fitted to the few-shot examples in closed form, no gradients. What the search lowers is the leave-one-out
 cross-entropy of its scores (`mp2.heads.leave_one_out`): a candidate prompt is good if it makes each example
 predictable from the others. At the untuned prompt this is a linear probe. Token n-grams may stand beside the
-states, as a second kernel of more weight: they do not depend on the prompt, and know words that
-the encoder averages away.
+states, as a second kernel: they do not depend on the prompt, and know words that the encoder averages away.
+
+How much weight the states have beside the n-grams, and the ridge penalty, are not chosen but averaged over: a
+head is several regressions on the states of one layer, each with the weight that its leave-one-out likelihood
+gives it. Their sum is one linear map, so that answering costs what one regression costs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mp2.heads.head import States
-from mp2.heads.leave_one_out import best_settings, centred, cross_entropy, dual
+from mp2.heads.leave_one_out import centred, cross_entropy, dual, each_penalty, model_weights
 from mp2.heads.ngrams import LONGEST, NgramFeatures
 from mp2.tasks.calibration import fitted_temperature
 
@@ -28,7 +31,18 @@ if TYPE_CHECKING:
     from mp2.tasks import MrcInput
 
 Floats = NDArray[np.float64]
-STATES_SHARE = 0.15  # of the kernel, beside n-grams; dev/log.md has what other shares gave
+SHARES = (0.0, 0.15, 0.5)
+"""The states' shares of the kernel that are averaged over, beside n-grams; dev/log.md has what others gave."""
+LEAST_WEIGHT = 0.01  # regressions of less are left out
+
+
+@dataclass(frozen=True, kw_only=True)
+class RidgePart:
+    """One regression of several."""
+
+    share: float  # of the states in the kernel; the n-grams have the rest
+    penalty: float
+    weight: float  # of its scores in the sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +50,14 @@ class RidgeSettings:
     """What is chosen once, at the untuned prompt, by the leave-one-out loss."""
 
     layer: int  # whose states are pooled: 0 the embeddings, L the last layer's output
-    penalty: float
-    temperature: float
     ngrams: bool  # whether token n-grams stand beside the states
+    temperature: float = 1.0  # a factor of the sum of scores
+    parts: tuple[RidgePart, ...] = ()  # for losses; a fitted head needs none
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> RidgeSettings:
-        """The settings in a head's metadata; KeyError where one is missing."""
-        return cls(**{f.name: stored[f.name] for f in fields(cls)})
+        """What a fitted head needs of the settings in its metadata; KeyError where one is missing."""
+        return cls(**{name: stored[name] for name in ("layer", "ngrams", "temperature")})
 
 
 class RidgeHead:
@@ -85,35 +99,49 @@ class RidgeHead:
 
     def losses(self, outputs: NDArray[np.floating]) -> Floats:
         """Leave-one-out cross-entropy [P] of features [P, N, F]."""
-        _, scores = dual(self._kernel(outputs), self._targets, self.settings.penalty)
+        _, _, scores = self._regressions(outputs)
         losses: Floats = cross_entropy(scores, self._labels, self.settings.temperature).numpy()
         return losses
 
     def example_losses(self, outputs: NDArray[np.floating]) -> Floats:
         """Leave-one-out cross-entropies [N] of features [N, F]; `losses` is their mean."""
-        _, scores = dual(self._kernel(outputs[None]), self._targets, self.settings.penalty)
+        _, _, scores = self._regressions(outputs[None])
         log_probs = torch.log_softmax(self.settings.temperature * scores[0], -1)
         found: Floats = -log_probs[torch.arange(len(self._labels)), self._labels].numpy()
         return found
 
     def with_best_settings(self, outputs: NDArray[np.floating]) -> tuple[float, RidgeHead]:
-        """(Leave-one-out loss, head) with the penalty and temperature that suit features [N, F] best."""
-        kernel = self._kernel(outputs[None])[0]
-        loss, penalty, temperature = best_settings(kernel, self._labels, self._n_labels)
-        settings = replace(self.settings, penalty=penalty, temperature=temperature)
+        """(What it is worth as a loss, head): the regressions that suit features [N, F], and their weights.
+
+        Each has the temperature that suits it best. See `model_weights`.
+        """
+        kernel = self._states_kernel(outputs[None])
+        tried = [
+            (share, *found)
+            for share in (SHARES if self._known is not None else (1.0,))
+            for found in each_penalty(self._kernel(kernel, share)[0], self._labels, self._n_labels)
+        ]
+        weights, loss = model_weights([found[1] for found in tried], len(self._train))
+        kept = weights >= min(LEAST_WEIGHT, weights.max())
+        weights = np.where(kept, weights, 0.0) / weights[kept].sum()
+        parts = tuple(
+            RidgePart(share=share, penalty=penalty, weight=float(weight) * temperature)
+            for weight, (share, _, penalty, temperature) in zip(weights, tried, strict=True)
+            if weight
+        )
+        settings = replace(self.settings, temperature=1.0, parts=parts)
         return loss, RidgeHead(self._train, self._n_labels, settings)
 
     def fit(self, outputs: Callable[[], NDArray[np.floating]]) -> FittedRidge:
-        """Return the regression that was fitted to all training examples under one prompt.
+        """Return the sum of the regressions that were fitted to all training examples under one prompt.
 
         Its temperature is the one that suits the leave-one-out scores under this prompt.
         """
         features = torch.from_numpy(np.asarray(outputs(), dtype=np.float64))
-        weights, left_out = dual(self._kernel(features.numpy()[None]), self._targets, self.settings.penalty)
+        by_states, by_ngrams, left_out = self._regressions(features.numpy()[None])
         temperature = 1 / fitted_temperature(list(left_out[0].numpy()), self._labels.tolist())
-        share = 1.0 if self._ngrams is None else STATES_SHARE
-        mean_target = self._targets.mean(0)
-        state_weight, state_bias = _primal(features, weights[0], share)
+        mean_target = self._targets.mean(0) * sum(part.weight for part in self.settings.parts)
+        state_weight, state_bias = _primal(features, by_states[0])
         fitted = FittedRidge(
             settings=replace(self.settings, temperature=temperature),
             state_weight=state_weight,
@@ -122,7 +150,7 @@ class RidgeHead:
         if self._ngrams is None:
             return fitted
         rows = torch.from_numpy(np.stack([self._ngrams(fields_of(item)) for item in self._train]))
-        ngram_weight, ngram_bias = _primal(rows, weights[0], 1 - STATES_SHARE)
+        ngram_weight, ngram_bias = _primal(rows, by_ngrams[0])
         return replace(
             fitted, bias=fitted.bias - ngram_bias.numpy(), ngrams=self._ngrams, ngram_weight=ngram_weight
         )
@@ -135,13 +163,34 @@ class RidgeHead:
         """Only the head that `fit` gives has scores."""
         raise NotImplementedError("a ridge head scores after fit()")
 
-    def _kernel(self, features: NDArray[np.floating]) -> Tensor:
-        """Centred kernels [P, N, N] of features [P, N, F], with the n-grams' share if there are any."""
+    def _regressions(self, features: NDArray[np.floating]) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums over the parts, of features [P, N, F].
+
+        Dual weights [P, N, C] of the states' kernel and of the n-grams', and leave-one-out scores [P, N, C].
+        Where features are not finite, neither are the results, whatever share the states have.
+        """
+        kernel = self._states_kernel(features)
+        bad = 0.0 * kernel.sum(dim=(-2, -1), keepdim=True)
+        by_states, by_ngrams, scores = bad, bad, bad
+        for part in self.settings.parts:
+            weights, left_out = dual(self._kernel(kernel, part.share), self._targets, part.penalty)
+            by_states = by_states + part.weight * part.share * weights
+            by_ngrams = by_ngrams + part.weight * (1 - part.share) * weights
+            scores = scores + part.weight * left_out
+        return by_states, by_ngrams, scores
+
+    def _states_kernel(self, features: NDArray[np.floating]) -> Tensor:
+        """Centred kernels [P, N, N] of features [P, N, F]."""
         rows = torch.from_numpy(np.asarray(features, dtype=np.float64))
-        kernel = centred(rows @ rows.transpose(-1, -2))
+        return centred(rows @ rows.transpose(-1, -2))
+
+    def _kernel(self, of_states: Tensor, share: float) -> Tensor:
+        """Kernels [P, N, N] in which the states have ``share`` and n-grams the rest; [1, N, N] for none."""
         if self._known is None:
-            return kernel
-        return STATES_SHARE * kernel + (1 - STATES_SHARE) * self._known
+            return of_states
+        if not share:
+            return self._known[None]
+        return share * of_states + (1 - share) * self._known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,10 +307,10 @@ def fields_of(item: MrcInput) -> list[list[int]]:
     return [item.input_ids[first : last + 1].tolist() for first, last in item.segments]
 
 
-def _primal(features: Tensor, weights: Tensor, share: float) -> tuple[Floats, Tensor]:
+def _primal(features: Tensor, weights: Tensor) -> tuple[Floats, Tensor]:
     """Weights [F, C] and what they give the features' mean [C]: the dual solution, written out."""
     middle = features.mean(0)
     rows = features - middle
     scale = float((rows * rows).sum(1).mean())
-    primal = rows.T @ weights * (share / scale if scale else 0.0)
+    primal = rows.T @ weights * (1 / scale if scale else 0.0)
     return primal.numpy(), middle @ primal

@@ -200,7 +200,7 @@ class HeadChooser:
         return float(loss), HeadChoice("mlm", head, inputs, reason)
 
     def _ridge(self, reason: str) -> tuple[np.ndarray, HeadChoice]:
-        """The layer, penalty and temperature with the lowest leave-one-out loss at the untuned prompt.
+        """The layer and the regressions that the leave-one-out losses at the untuned prompt ask for.
 
         With the losses [N] of the examples.
         """
@@ -210,9 +210,7 @@ class HeadChooser:
         inputs = self._inputs("ridge")
         best: tuple[float, RidgeHead, np.ndarray] | None = None
         for layer in range(1, self._backend.backbone.config.n_layers + 1):  # no prompt moves the embeddings
-            settings = RidgeSettings(
-                layer=layer, penalty=1.0, temperature=1.0, ngrams=self._features == "states+ngrams"
-            )
+            settings = RidgeSettings(layer=layer, ngrams=self._features == "states+ngrams")
             head = RidgeHead(inputs, len(self._card.labels), settings)
             objective = Objective(self._backend.forward(self._prompts, head), inputs)
             outputs = objective.training_outputs(self._untuned())

@@ -17,7 +17,7 @@ from mp2.engine import Backend, Objective, Scorer
 from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.cuda.backend import CudaBackend
 from mp2.engine.onnx.backend import OnnxBackend
-from mp2.heads import Head, LabelWordHead, RidgeHead, RidgeSettings
+from mp2.heads import Head, LabelWordHead, RidgeHead, RidgePart, RidgeSettings
 from mp2.prompts import PromptSet
 from mp2.tasks import MrcInput
 
@@ -140,7 +140,9 @@ def test_ridge_scores_and_losses_equal_those_of_slow_states(
 ) -> None:
     prompts, inputs = request.getfixturevalue(kind), labelled(train)
     layers = tiny_backbone.config.n_layers
-    settings = RidgeSettings(layer=layers, penalty=0.5, temperature=4.0, ngrams=ngrams)
+    shares = (0.15, 0.5) if ngrams else (1.0,)
+    parts = tuple(RidgePart(share=share, penalty=0.5, weight=4.0 * share) for share in shares)
+    settings = RidgeSettings(layer=layers, ngrams=ngrams, parts=parts)
     head = RidgeHead(inputs, LABELS, settings)
     z = prompt_candidates(2, prompts)
     pooled = np.stack(
@@ -163,9 +165,8 @@ def test_visits_of_a_layer_equal_full_losses_whatever_layer_is_read(
     read: int, backend: Backend, deep: PromptSet, train: list[MrcInput]
 ) -> None:
     inputs = labelled(train)
-    head: Head = RidgeHead(
-        inputs, LABELS, RidgeSettings(layer=read, penalty=1.0, temperature=4.0, ngrams=False)
-    )
+    parts = (RidgePart(share=1.0, penalty=1.0, weight=4.0),)
+    head: Head = RidgeHead(inputs, LABELS, RidgeSettings(layer=read, ngrams=False, parts=parts))
     objective = Objective(backend.forward(deep, head), inputs)
     incumbent = prompt_candidates(1, deep)[0]
     objective.set_incumbent(incumbent)

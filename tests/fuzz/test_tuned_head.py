@@ -11,14 +11,15 @@ from fuzz.campaign import campaign, damaged_bytes, damaged_tensors
 from fuzz.test_run_files import META
 from mp2.backbone import Backbone
 from mp2.heads import FittedRidge
-from mp2.heads.ridge import RidgeSettings
+from mp2.heads.ridge import RidgePart, RidgeSettings
 from mp2.runs.tuned import load_tuned, save_tuned, tuned_head
 
 
 def test_ridge_head(tmp_path: Path, tiny_backbone: Backbone) -> None:
     path = tmp_path / "prompt.safetensors"
     head = {"ridge_state_weight": np.ones((24, 2)), "ridge_bias": np.zeros(2)}
-    settings = asdict(RidgeSettings(layer=1, penalty=1.0, temperature=1.0, ngrams=False))
+    parts = (RidgePart(share=1.0, penalty=1.0, weight=1.0),)
+    settings = asdict(RidgeSettings(layer=1, ngrams=False, parts=parts))
     meta = replace(META, head={"kind": "ridge", **settings})
     save_tuned(path, np.zeros((2, 3), np.float32), meta, head)
 

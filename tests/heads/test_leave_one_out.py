@@ -7,7 +7,15 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from mp2.heads.leave_one_out import best_settings, centred, cross_entropy, dual
+from mp2.heads.leave_one_out import (
+    PENALTIES,
+    TEMPERATURES,
+    centred,
+    cross_entropy,
+    dual,
+    each_penalty,
+    model_weights,
+)
 
 
 def features(n: int, width: int, seed: int) -> np.ndarray:
@@ -75,13 +83,26 @@ def test_states_without_spread_score_the_mean_of_the_others() -> None:
     torch.testing.assert_close(scores[0, 0], torch.tensor([2 / 3, 1 / 3], dtype=torch.float64))
 
 
-def test_settings_have_the_lowest_loss_of_the_grids() -> None:
+def test_each_penalty_has_the_temperature_of_the_lowest_loss() -> None:
     x = features(16, 5, 5)
     labels = torch.arange(16) % 4
     x[np.arange(16), labels.numpy()] += 4.0
     kernel = centred(torch.from_numpy(x @ x.T)[None])[0]
-    loss, penalty, temperature = best_settings(kernel, labels, 4)
-    assert loss < math.log(4) / 2  # the classes lie apart
+    found = each_penalty(kernel, labels, 4)
+    assert [penalty for _, penalty, _ in found] == list(PENALTIES)
+    assert min(found)[0] < math.log(4) / 2  # the classes lie apart
     y = torch.nn.functional.one_hot(labels, 4).double()
-    again = float(cross_entropy(dual(kernel[None], y, penalty)[1], labels, temperature))
-    assert again == loss
+    for loss, penalty, temperature in found:
+        scores = dual(kernel[None], y, penalty)[1]
+        assert float(cross_entropy(scores, labels, temperature)) == loss
+        assert loss == min(float(cross_entropy(scores, labels, t)) for t in TEMPERATURES)
+
+
+def test_weights_are_likelihoods_and_a_certain_one_takes_all() -> None:
+    weights, loss = model_weights([0.5, 0.6, 0.5], 10)
+    likelihoods = np.exp([-5.0, -6.0, -5.0])
+    np.testing.assert_allclose(weights, likelihoods / likelihoods.sum())
+    assert abs(loss + math.log(likelihoods.mean()) / 10) < 1e-12
+    weights, loss = model_weights([900.0, 1000.0], 100)
+    assert list(weights) == [1.0, 0.0]
+    assert abs(loss - 900.0 - math.log(2) / 100) < 1e-9

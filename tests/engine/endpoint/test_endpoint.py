@@ -28,7 +28,7 @@ from mp2.engine.endpoint.backend import EndpointBackend
 from mp2.engine.endpoint.client import EndpointError, Endpoints
 from mp2.errors import MismatchError, UsageError
 from mp2.export import export_engine
-from mp2.heads import LabelWordHead, RidgeHead, RidgeSettings
+from mp2.heads import LabelWordHead, RidgeHead, RidgePart, RidgeSettings
 from mp2.prompts import load_prompts, random_prompts
 from mp2.tasks import FieldFormatter, MrcFormatter, MrcInput, few_shot_split, load_card, load_examples
 
@@ -87,7 +87,8 @@ def test_losses_are_those_of_the_local_backend(
     inputs = inputs_of("demo_topic", MrcFormatter if head == "span" else FieldFormatter, mini)
     reader: Any = None
     if head == "ridge":
-        settings = RidgeSettings(layer=3, penalty=0.1, temperature=4.0, ngrams=True)
+        parts = (RidgePart(share=0.5, penalty=0.1, weight=4.0),)
+        settings = RidgeSettings(layer=3, ngrams=True, parts=parts)
         reader = RidgeHead(inputs, 10, settings)
     backend = create_backend("auto", mini, endpoint=served.url)
     assert (backend.name, backend.precision, backend.device) == ("endpoint", "fp32", "cpu")

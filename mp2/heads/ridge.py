@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 SHARES = (0.0, 0.15, 0.5)
-"""The states' shares of the kernel that are averaged over, beside n-grams; dev/log.md has what others gave."""
+"""The shares of the states in the kernel that are averaged over; dev/log.md has what other shares gave."""
 LEAST_WEIGHT = 0.01  # regressions of less are left out
 
 

@@ -61,7 +61,7 @@ def test_the_card_that_is_shown_is_good_and_its_example_fits_it(tmp_path: Path, 
     labels = ["good", "bad", "good", "bad"]
     lines = [line.replace("房间", f"房间{i}").replace("good", label) for i, label in enumerate(labels)]
     (tmp_path / "my_data" / "reviews" / "train.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-    report = check_task(str(tmp_path / "reviews.toml"), tmp_path / "my_data")
+    report = check_task(str(tmp_path / "reviews.toml"), tmp_path / "my_data", test=False)
     assert report.ok, str(report)
     assert report.n_by_label == {"train": {"bad": 2, "good": 2}}
 

@@ -95,18 +95,25 @@ _TYPES: dict[str, click.ParamType[Any]] = {
 
 
 def config_options(
-    config: type[Any], *, skip: Collection[str] = (), only: Mapping[str, str] | None = None
+    config: type[Any],
+    *,
+    skip: Collection[str] = (),
+    keep: Collection[str] | None = None,
+    only: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add the options of a config's fields to a command.
 
     Args:
         config: the dataclass.
         skip: fields, or command-line names, for which this command has no option, or one of its own.
+        keep: the only fields that it has, if given.
         only: help by field, of a command that has no others, and no defaults.
     """
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         for item, found, hint in reversed(list(_fields(config))):
+            if keep is not None and item.name not in keep:
+                continue
             if only is not None and item.name in only:
                 found = replace(found, help=only[item.name], default_text=None)
                 command = _click_option(item.name, found, None, hint)(command)

@@ -9,10 +9,16 @@ from typing import Any
 
 import click
 
-from mp2.commands.options import BACKBONE, TASK, revision_option
+from mp2.commands.options import BACKBONE, TASK, build, config_options, revision_option
 from mp2.commands.paths import PATH, PathName
 from mp2.commands.printing import as_json_text, note, show, show_table, tell
 from mp2.errors import UsageError
+from mp2.runs.config import BbtConfig
+
+_CHECKED = (  # of a run's options, those that say what it reads, and how
+    *("data", "field", "shots", "dev", "test"),
+    *("backbone", "revision", "prompts", "kind", "head", "max_tokens"),
+)
 
 
 @click.group(invoke_without_command=True, short_help="List, show and check tasks.")
@@ -55,35 +61,14 @@ def tasks_show(
 
 @tasks.command("check")
 @click.argument("card", type=TASK)
-@click.option(
-    "--data", type=PATH, help="Folder with <task>/train.*, a training file, or hub:NAME; or MP2_DATA."
-)
-@click.option(
-    "--backbone", type=BACKBONE, help="Check lengths and label words for this backbone.  [default: mini]"
-)
-@revision_option
-@click.option("--max-tokens", type=int, help="Longest sequence.  [default: what the backbone allows]")
-@click.option("--shots", type=int, help="As of 'mp2 bbt'.")
-@click.option(
-    "--field", "fields", multiple=True, metavar="KEY=NAME", help="A key's name in the data; again for more."
-)
+@config_options(BbtConfig, keep=_CHECKED)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def tasks_check(
-    card: str,
-    backbone: str | None,
-    revision: str | None,
-    max_tokens: int | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Check a card (a TOML file or a name) and its data as 'mp2 bbt' does; exit 2 for what it refuses."""
-    from mp2.tasks.check import check_task
-    from mp2.tasks.lengths import tokens_allowed
-    from mp2.tasks.show import backbone_positions, backbone_tokenizer
+def tasks_check(card: str, as_json: bool, **typed: Any) -> None:
+    """Check a card (a TOML file or a name) and its data as 'mp2 bbt' does; exit 2 for what it refuses.
 
-    max_tokens = tokens_allowed(max_tokens, backbone_positions(backbone, revision))
-    tokenizer = backbone_tokenizer(backbone, revision)
-    report = check_task(card, tokenizer=tokenizer, max_tokens=max_tokens, **options)
+    from mp2.runs.task_check import check_as_run
+
+    report = check_as_run(build(BbtConfig, typed, task=card))
     if as_json:
         click.echo(as_json_text(report.as_dict()))
     else:
@@ -106,7 +91,8 @@ def tasks_new(file: Path, name: str | None, out: Path | None) -> None:
         raise UsageError(f"{path} is there already; give another --out")
     write_text(path, made.text)
     tell("\n".join([*made.found, f"wrote {path}; edit it, then:"]))
-    tell(f"  mp2 tasks check {path} --data {file}\n  mp2 bbt --task {path} --data {file} --no-test")
+    tell(f"  mp2 tasks check {path} --data {file} --no-test")
+    tell(f"  mp2 bbt --task {path} --data {file} --no-test")
 
 
 @tasks.command("fetch")

@@ -113,7 +113,8 @@ class RidgeHead:
     def with_best_settings(self, outputs: NDArray[np.floating]) -> tuple[float, RidgeHead]:
         """(What it is worth as a loss, head): the regressions that suit features [N, F], and their weights.
 
-        Each has the temperature that suits it best. See `model_weights`.
+        Each has the temperature that suits it best. See `model_weights`. The weights are rounded, so that a
+        run that goes on elsewhere, where sums differ in their last bits, has the same head.
         """
         kernel = self._states_kernel(outputs[None])
         tried = [
@@ -125,7 +126,7 @@ class RidgeHead:
         kept = weights >= min(LEAST_WEIGHT, weights.max())
         weights = np.where(kept, weights, 0.0) / weights[kept].sum()
         parts = tuple(
-            RidgePart(share=share, penalty=penalty, weight=float(weight) * temperature)
+            RidgePart(share=share, penalty=penalty, weight=round(float(weight) * temperature, 3))
             for weight, (share, _, penalty, temperature) in zip(weights, tried, strict=True)
             if weight
         )

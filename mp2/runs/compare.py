@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -9,6 +10,7 @@ from typing import Any
 
 from mp2.errors import UsageError
 from mp2.runs.curve import draw_comparison, read_curve
+from mp2.runs.head_choice import ASKED_FOR
 from mp2.runs.result import read_result
 from mp2.runs.series import find_runs
 
@@ -38,6 +40,9 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[Path]
 def table(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Head and rows: a row a run, for several seeds of one setting also their mean and deviation.
 
+    ``--head auto`` is one setting, whatever head it took for a seed: the row of the mean says which, and has
+    no loss where they differ, because losses of different heads are not alike.
+
     Scores are those on :func:`scored_on`'s split. What is the same in all runs is left to :func:`in_common`.
     """
     split = scored_on(results)
@@ -50,11 +55,14 @@ def table(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[st
         members = sorted((r for r in results if _setting(r) == key), key=lambda r: int(r["seed"]))
         scores = [_scores(result, split, baselines, stages) for result in members]
         losses = [result["train_loss"] for result in members]
-        cells = [str(_value(members[0], name)) for name in ("task", *setting)]
         for result, loss, values in zip(members, losses, scores, strict=True):
+            cells = [str(_value(result, name)) for name in ("task", *setting)]
             rows.append([*cells, str(result["seed"]), _loss(loss), *map(_score, values)])
         if len(members) > 1:
-            loss = None if None in losses else mean(losses)
+            kinds = Counter(str(_value(result, "head")) for result in members)
+            if len(kinds) > 1:
+                cells[1 + setting.index("head")] = ", ".join(f"{kind} {n}" for kind, n in kinds.items())
+            loss = None if None in losses or len(kinds) > 1 else mean(losses)
             means = [_mean(column) for column in zip(*scores, strict=True)]
             rows.append([*cells, f"mean of {len(members)}", _loss(loss), *means])
     return head, rows
@@ -88,7 +96,10 @@ def draw(path: Path, results: Sequence[Mapping[str, Any]], open_dirs: Sequence[P
 
 
 def _setting(result: Mapping[str, Any]) -> tuple[str, ...]:
-    return (str(result["task"]), *(str(_value(result, name)) for name in _SETTING))
+    head = result.get("head")
+    chosen = isinstance(head, Mapping) and head.get("reason") != ASKED_FOR
+    values = {name: str(_value(result, name)) for name in _SETTING} | ({"head": "auto"} if chosen else {})
+    return (str(result["task"]), *values.values())
 
 
 def _value(result: Mapping[str, Any], name: str) -> Any:

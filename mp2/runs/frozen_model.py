@@ -37,13 +37,9 @@ class FrozenModel:
         return "shallow" if self.prompts.kind == "shallow" else "deep"
 
     def max_tokens(self, requested: int | None) -> int:
-        """Tokens that a sequence may have; inline prompts take positions of their own."""
-        from mp2.tasks.lengths import tokens_allowed
-
-        meta = self.prompts.meta
-        kind = f"{self.kind} inline" if self.kind == "deep" and meta.n_inline else self.kind
-        room = self.backbone.config.max_positions - meta.n_inline
-        return tokens_allowed(requested, room, f" with {kind} prompts")
+        """See `sequence_length`."""
+        positions, meta = self.backbone.config.max_positions, self.prompts.meta
+        return sequence_length(requested, positions, self.kind, meta.n_inline)
 
     def fuse(self, router: Routers) -> Prompt:
         """Fused intrinsic prompts [L', d] of a router [L', K] (eq. 1)."""
@@ -60,6 +56,23 @@ class FrozenModel:
         warm = hard_router(self.prompts.routers).cpu().numpy().reshape(-1, n_layers, n_modules)
         return Space(
             kind=self.kind, n_layers=n_layers, n_modules=n_modules, n_dims=n_dims, fuse=self.fuse, warm=warm
+        )
+
+
+def sequence_length(requested: int | None, positions: int, kind: Kind, n_inline: int) -> int:
+    """Tokens that a sequence may have; inline prompts take ``n_inline`` of the backbone's positions."""
+    from mp2.tasks.lengths import tokens_allowed
+
+    what = f"{kind} inline" if kind == "deep" and n_inline else kind
+    return tokens_allowed(requested, positions - n_inline, f" with {what} prompts")
+
+
+def check_kind(config: BbtConfig, kind: str) -> None:
+    """Raise ``MismatchError`` where the prompts are of another ``kind`` than the config asks for."""
+    if config.kind not in ("auto", kind):
+        raise MismatchError(
+            f"the prompts of {default_prompts(config)} are {kind}, expected {config.kind}: "
+            f"drop --{config.kind} or give other --prompts"
         )
 
 
@@ -140,11 +153,7 @@ def load_model(config: BbtConfig) -> FrozenModel:
         )
     backbone = load_backbone(config.backbone, revision=config.revision)
     prompts = run_prompts(config, backbone)
-    if config.kind not in ("auto", prompts.kind):
-        raise MismatchError(
-            f"the prompts of {default_prompts(config)} are {prompts.kind}, expected {config.kind}: "
-            f"drop --{config.kind} or give other --prompts"
-        )
+    check_kind(config, prompts.kind)
     backend = create_backend(
         config.runtime,
         backbone,

@@ -7,8 +7,8 @@ the training examples before anything is tuned, the cross-entropy over the label
 - ridge's losses are those of predictions that leave each example out;
 - of pre-trained prompts the span head is given the best prompt known, the untuned one or that of any task it
   was pre-trained on, and one temperature: its losses are not calibrated as ridge's are. It is taken unless
-  ridge is better by more than a standard error of the mean difference (the rule of one standard error,
-  Breiman et al. 1984): tuning, which is still to come, moves the span head more;
+  ridge is better by more than two standard errors of the mean difference: ridge's regressions were weighed by
+  these very losses, and tuning, which is still to come, moves the span head more;
 - where no prompts were pre-trained, label words and ridge are compared, and the lower loss is taken.
 """
 
@@ -23,10 +23,17 @@ import numpy as np
 from mp2.errors import UsageError
 
 if TYPE_CHECKING:
+    from mp2.backbone import Backbone
+    from mp2.backbone.mlm_head import MlmHead
     from mp2.engine import Backend
     from mp2.heads import Head
     from mp2.prompts import PromptSet
     from mp2.tasks import Example, MrcInput, TaskCard
+
+
+N_ERRORS = 2  # standard errors by which ridge must be better than a span head
+ASKED_FOR = "asked for"
+"""The reason of a head that ``--head`` names."""
 
 
 class Formatter(Protocol):
@@ -61,8 +68,47 @@ class HeadChoice:
 
         found: dict[str, Any] = {"kind": self.kind, "reason": self.reason}
         if isinstance(self.head, RidgeHead):
-            found |= asdict(self.head.settings)
+            found |= asdict(self.head.settings) | {"parts": [asdict(x) for x in self.head.settings.parts]}
         return found
+
+
+def asked_head(kind: str, card: TaskCard, has_span_head: bool, backbone: Callable[[], Backbone]) -> str:
+    """The head whose sequences a run makes first: of ``auto`` the one that is compared with others.
+
+    ``backbone`` loads it, where it matters whether the checkpoint has a head of its own.
+
+    Raises:
+        UsageError: prompts or checkpoint have no such head, or none that reads this type of task.
+    """
+    if kind == "span" and not has_span_head:
+        raise UsageError(
+            "these prompts have no span head, which is trained with pre-trained prompts: use --head "
+            "auto, ridge or mlm, or give --prompts of 'mp2 pretrain'"
+        )
+    if kind == "mlm":
+        mlm_head_of(backbone())
+    if kind != "auto":
+        return kind
+    if has_span_head:
+        return "span"
+    if card.type == "multiple_choice" and backbone().mlm_head is not None:
+        return "mlm"
+    if card.type != "classification":
+        raise UsageError(
+            f"task '{card.task}' is {card.type.replace('_', ' ')}, which is read by the span "
+            "head of pre-trained prompts: give --prompts of 'mp2 pretrain'"
+        )
+    return "ridge"
+
+
+def mlm_head_of(backbone: Backbone) -> MlmHead:
+    """The checkpoint's own head; raises ``UsageError`` where it has none."""
+    if backbone.mlm_head is None:
+        raise UsageError(
+            f"the checkpoint of backbone '{backbone.name}' has no masked-language-model head: use --head "
+            "ridge"
+        )
+    return backbone.mlm_head
 
 
 class HeadChooser:
@@ -81,18 +127,14 @@ class HeadChooser:
         self._card, self._backend, self._prompts = card, backend, prompts
         self._formatter, self._train, self._features = formatter, list(train), features
 
-    def choose(self, kind: str, reason: str = "asked for") -> HeadChoice:
+    def choose(self, kind: str, reason: str = ASKED_FOR) -> HeadChoice:
         """The head of ``kind``, ``reason`` with it; for ``auto`` the one that seems best, and why.
 
         Raises:
             UsageError: the task or the backbone has no such head, or none at all.
         """
+        asked_head(kind, self._card, self._prompts.has_span_head, lambda: self._backend.backbone)
         if kind == "span":
-            if not self._prompts.has_span_head:
-                raise UsageError(
-                    "these prompts have no span head, which is trained with pre-trained prompts: use --head "
-                    "auto, ridge or mlm, or give --prompts of 'mp2 pretrain'"
-                )
             return self._span(reason)
         if kind == "mlm":
             return self._mlm(reason)[1]
@@ -109,22 +151,18 @@ class HeadChooser:
         except UsageError as error:  # no room for the fields
             return replace(span, reason=f"ridge cannot read this task ({error})")
         gain = losses - others
-        margin, loss, other = float(np.std(gain, ddof=1) / np.sqrt(len(gain))), losses.mean(), others.mean()
+        margin = float(N_ERRORS * np.std(gain, ddof=1) / np.sqrt(len(gain)))
+        loss, other = losses.mean(), others.mean()
         known = f"{loss:.3f} under the best of {n_known} known prompts"
         if gain.mean() > margin:
             return replace(ridge, reason=f"leave-one-out loss {other:.3f}, of the span head {known}")
         reason = f"training loss {known}, of ridge {other:.3f}"
-        reason = f"{reason}: not better by a standard error, {margin:.3f}"
+        reason = f"{reason}: not better by two standard errors, {margin:.3f}"
         return replace(span, reason=reason, compared=True)
 
     def _ridge_or_mlm(self) -> HeadChoice:
-        if self._card.type == "multiple_choice" and self._backend.backbone.mlm_head is not None:
+        if self._card.type == "multiple_choice":
             return self._mlm("letters of the options: the only head for multiple choice without prompts")[1]
-        if self._card.type != "classification":
-            raise UsageError(
-                f"task '{self._card.task}' is {self._card.type.replace('_', ' ')}, which is read by the span "
-                "head of pre-trained prompts: give --prompts of 'mp2 pretrain'"
-            )
         losses, best = self._ridge("")
         loss = float(losses.mean())
         if self._backend.backbone.mlm_head is None:
@@ -186,12 +224,7 @@ class HeadChooser:
         from mp2.heads import LabelWordHead
         from mp2.tasks.cloze import answer_words
 
-        mlm = self._backend.backbone.mlm_head
-        if mlm is None:
-            raise UsageError(
-                f"the checkpoint of backbone '{self._backend.backbone.name}' has no masked-language-model "
-                "head: use --head ridge"
-            )
+        mlm = mlm_head_of(self._backend.backbone)
         inputs = self._inputs("mlm")
         words = answer_words(self._card, self._backend.backbone.tokenizer)
         head = LabelWordHead(mlm, words, inputs)

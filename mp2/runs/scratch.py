@@ -36,17 +36,23 @@ def untrained_prompts(
     ``like``: trained prompts whose shape and span head are taken, or only the kind: the paper's m and d (as
     far as the backbone's positions allow), and no span head. ``published``: where BBT and BBTv2 start.
     """
-    from mp2.prompts.scratch import PROMPT_TOKENS, scratch_prompts, scratch_shape
+    from mp2.prompts.scratch import scratch_prompts, scratch_shape
 
     if isinstance(like, str):
-        room = backbone.config.max_positions // 2  # shallow prompts take positions of the text
-        shape = scratch_shape(backbone, like, prompt_tokens=min(PROMPT_TOKENS, room))
+        shape = scratch_shape(backbone, like, prompt_tokens=rows_at_input(backbone.config.max_positions))
     else:
         shape = like.meta
     kind: Kind = "shallow" if shape.kind == "shallow" else "deep"
     sigmas = [LayerConfig().sigma(layer, kind) for layer in range(shape.prompt_layers)]
     source = shape if isinstance(like, str) else like
     return scratch_prompts(backbone, source, sigmas, seed=seed, alpha=alpha, published=published)
+
+
+def rows_at_input(positions: int) -> int:
+    """Prompt tokens m of a backbone with so many positions: shallow prompts take them from the text."""
+    from mp2.prompts.scratch import PROMPT_TOKENS
+
+    return min(PROMPT_TOKENS, positions // 2)
 
 
 def made_on_the_fly(backbone: Backbone, name: str) -> PromptSet:

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 N_MEASURED = 1000  # training texts whose lengths are measured
 
 
+def formatters() -> dict[str, type[Any]]:
+    """Head -> what writes examples for it."""
+    from mp2.tasks import ClozeFormatter, FieldFormatter, MrcFormatter
+
+    return {"span": MrcFormatter, "mlm": ClozeFormatter, "ridge": FieldFormatter}
+
+
 class TaskData:
     """Train pool and test set of a task, for sequences of at most ``max_tokens``."""
 
@@ -35,15 +42,8 @@ class TaskData:
 
     def formatter(self, head: str) -> Formatter:
         """What writes examples for a kind of head; raises ``UsageError`` where the task does not suit it."""
-        from mp2.tasks import ClozeFormatter, FieldFormatter, MrcFormatter
-
         if head not in self._formatters:
-            kinds: dict[str, type[Any]] = {
-                "span": MrcFormatter,
-                "mlm": ClozeFormatter,
-                "ridge": FieldFormatter,
-            }
-            self._formatters[head] = kinds[head](self.card, self._backbone.tokenizer, self.max_tokens)
+            self._formatters[head] = formatters()[head](self.card, self._backbone.tokenizer, self.max_tokens)
         return self._formatters[head]
 
     def _fits(self, example: Example) -> bool:

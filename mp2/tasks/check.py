@@ -7,24 +7,34 @@ say.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mp2.errors import UsageError
 from mp2.tasks.card import TaskCard, find_card, read_card
-from mp2.tasks.data import parse_records, read_examples
+from mp2.tasks.data import parse_records, read_examples, split_file
 from mp2.tasks.example import Example
 from mp2.tasks.faults import AllFaults, Fault, grouped
 from mp2.tasks.fewshot import few_shot_split
 from mp2.tasks.lengths import lengths, none_fits
-from mp2.tasks.mrc import MrcFormatter
 from mp2.tasks.place import DataSet, Files, find_place
 from mp2.tasks.record import MANY_LABELS, parse_fields
 
 if TYPE_CHECKING:
     from mp2.backbone.tokenizer import Tokenizer
+
+
+class Reading(Protocol):
+    """What writes examples as token sequences for one backbone and one kind of head."""
+
+    tokenizer: Tokenizer
+    max_tokens: int
+
+    def fits(self, example: Example) -> bool:
+        """Whether the example can be written."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -83,16 +93,17 @@ def check_task(
     name_or_path: str,
     data: str | Path | None = None,
     *,
-    tokenizer: Tokenizer | None = None,
-    max_tokens: int | None = None,
+    reading: Callable[[TaskCard], Reading] | None = None,
     shots: int | None = None,
+    dev: bool = True,
+    test: bool = True,
     fields: Sequence[str] = (),
 ) -> CheckReport:
     """Validate a card and, if there is data, every line of it.
 
-    With a backbone's ``tokenizer`` and its ``max_tokens``, label words, options and lengths are checked as
-    well. ``fields`` are ``KEY=NAME`` as of ``--field``. Raises only where nothing can be checked (no such
-    card or data folder).
+    ``reading`` makes what writes examples for a backbone and a head: with it label words, options and lengths
+    are checked as well. ``dev`` and ``test`` say whether such examples are asked for. ``fields`` are
+    ``KEY=NAME`` as of ``--field``. Raises only where nothing can be checked (no such card or data folder).
     """
     path = find_card(name_or_path)
     faults = AllFaults()
@@ -106,19 +117,16 @@ def check_task(
     if place is None:
         remarks.append("no data was checked; --data DIR (or MP2_DATA) names it")
     else:
-        splits = _read_splits(card, place, faults, names)
-        if "test" not in splits:
-            remarks.append(
-                "no test data; tune with --no-test, or put labelled examples beside those of train"
-            )
+        asked = ["train", *["dev"] * dev, *["test"] * test]
+        splits = _read_splits(card, place, faults, names, asked)
     formatter = None
-    if tokenizer is not None and max_tokens is not None:
+    if reading is not None:
         try:
-            formatter = MrcFormatter(card, tokenizer, max_tokens)
+            formatter = reading(card)
         except UsageError as error:
             faults.add(str(error), path)
     if not faults.found and "train" in splits:
-        remarks += _as_tuning_does(card, splits, formatter, shots, faults)
+        remarks += _as_tuning_does(card, splits, formatter, shots, dev, faults)
     n_by_label: dict[str, dict[str, int]] = {}
     if card.type == "classification":
         for split, examples in splits.items():
@@ -134,23 +142,30 @@ def check_task(
 
 
 def _read_splits(
-    card: TaskCard, place: Files | DataSet, faults: AllFaults, names: Mapping[str, str]
+    card: TaskCard, place: Files | DataSet, faults: AllFaults, names: Mapping[str, str], asked: Sequence[str]
 ) -> dict[str, list[Example]]:
     splits = {}
     if isinstance(place, DataSet):
         from mp2.tasks.hub import set_records, set_splits
 
-        for split in set_splits(card, place):
+        for split in [split for split in set_splits(card, place) if split in asked]:
             name, records = set_records(card, place, split, names)
             splits[split] = list(parse_records(card, records, name, faults))
-        if "train" not in splits:
-            faults.add("has no train split", place.name)
+        for split in asked:
+            if split not in splits and split != "dev":
+                try:
+                    set_records(card, place, split, names)
+                except UsageError as error:
+                    faults.add(str(error), place.name)
         return splits
-    for split in ("train", "dev", "test"):
+    for split in asked:
         path = place.by_split.get(split)
         if path is None:
-            if split == "train":  # dev is optional, it is drawn from train; so is test, with --no-test
-                faults.add("missing; expected data, as JSON lines", place.folder / "train.jsonl")
+            if split != "dev":  # which is optional: it is drawn from train
+                try:
+                    split_file(card, place, split)
+                except UsageError as error:
+                    faults.add(str(error), place.folder)
         elif path.is_dir():
             faults.add("is a folder, expected a file of data", path)
         else:
@@ -164,8 +179,9 @@ def _read_splits(
 def _as_tuning_does(
     card: TaskCard,
     splits: dict[str, list[Example]],
-    formatter: MrcFormatter | None,
+    formatter: Reading | None,
     shots: int | None,
+    dev: bool,
     faults: AllFaults,
 ) -> list[str]:
     """Draw the few-shot split as ``mp2 bbt`` does; what it refuses is a fault, what it says a remark."""
@@ -180,13 +196,16 @@ def _as_tuning_does(
                     f"{n} of {len(examples)} {split} examples do not fit {formatter.max_tokens} tokens: "
                     f"their options leave no room for the text; they {then}"
                 )
-            measured = lengths(card, formatter.tokenizer, formatter.max_tokens, fitting[split])
+            measured = lengths(
+                card, formatter.tokenizer, formatter.max_tokens, fitting[split], type(formatter)
+            )
             if measured is not None and (line := measured.line(f"{split} texts")):
                 remarks.append(line)
         if "test" in splits and not fitting["test"]:
             faults.add(none_fits(card, formatter.max_tokens), card.path)
     try:
-        drawn = few_shot_split(card, fitting["train"], 8, shots, dev_examples=fitting.get("dev", ()))
+        own_dev = fitting.get("dev", ()) if dev else ()
+        drawn = few_shot_split(card, fitting["train"], 8, shots, dev_examples=own_dev, select=dev)
         remarks += drawn.remarks
     except UsageError as error:
         faults.add(str(error), card.path)

@@ -72,7 +72,7 @@ class ClozeFormatter:
                 f"task '{card.task}' is extraction; the masked-language-model head is for classification and "
                 "multiple choice: use --head span with pre-trained prompts"
             )
-        self.card, self.tokenizer = card, tokenizer
+        self.card, self.tokenizer, self.max_tokens = card, tokenizer, max_tokens
         self._encode = lru_cache(maxsize=1024)(tokenizer.encode)
         self.words = answer_words(card, tokenizer)
         self._lengths = sorted({len(word) for word in self.words})

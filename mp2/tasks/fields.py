@@ -26,7 +26,7 @@ class FieldFormatter:
                 f"task '{card.task}' is {card.type.replace('_', ' ')}; the ridge head is for classification: "
                 "use --head span with pre-trained prompts"
             )
-        self.card, self.tokenizer = card, tokenizer
+        self.card, self.tokenizer, self.max_tokens = card, tokenizer, max_tokens
         self._encode = lru_cache(maxsize=1024)(tokenizer.encode)
         self.room = max_tokens - 1 - len(card.fields)  # for the fields
         if self.room < MIN_TEXT_TOKENS:

@@ -63,6 +63,24 @@ def test_a_table_of_runs_and_seeds_with_their_baselines(runs: list[dict[str, Any
     assert rows[2][-1] == f"{(a + b) / 2:.1f} ± {abs(a - b) / 2**0.5:.1f}"
 
 
+def test_seeds_that_took_different_heads_have_a_mean_that_says_which(runs: list[dict[str, Any]]) -> None:
+    first, second = (dict(result) for result in runs[:2])
+    chosen = {"kind": "ridge", "reason": "leave-one-out loss 0.1, of the span head 0.2"}
+    first["head"] = {"kind": "span", "reason": "training loss 0.1, of ridge 0.2"}
+    second["head"] = chosen
+    head, rows = table([first, second])
+    assert head[:4] == ["task", "head", "seed", "train loss"]
+    assert [row[:3] for row in rows] == [
+        ["mood", "span", "8"],
+        ["mood", "ridge", "13"],
+        ["mood", "span 1, ridge 1", "mean of 2"],
+    ]
+    assert rows[2][3] == "-", "losses of different heads are not alike"
+    assert rows[2][-1].partition(" ")[0] == f"{50 * (first['test_score'] + second['test_score']):.1f}"
+    asked = first | {"head": {"kind": "span", "reason": "asked for"}}
+    assert [row[2] for row in table([asked, second])[1]] == ["8", "13"], "two settings"
+
+
 def test_the_command_takes_runs_and_folders_of_runs_and_draws_them(
     world: World, runs: list[dict[str, Any]], tmp_path: Path, lines: list[float]
 ) -> None:

@@ -12,10 +12,14 @@ from click.testing import CliRunner
 
 from mp2.backbone.tokenizer import Tokenizer
 from mp2.cli import main
-from mp2.tasks import FieldFormatter, check_task, load_card, load_examples
+from mp2.tasks import FieldFormatter, MrcFormatter, TaskCard, check_task, load_card, load_examples
 from mp2.tasks.lengths import lengths
 
 Write = Callable[[Path, Any], Path]
+
+
+def reading(tokenizer: Tokenizer, max_tokens: int) -> Callable[[TaskCard], MrcFormatter]:
+    return lambda card: MrcFormatter(card, tokenizer, max_tokens)
 
 
 @pytest.fixture
@@ -50,7 +54,7 @@ def test_every_fault_is_reported_with_its_line(user: Path, write_jsonl: Write) -
     path = write_jsonl(user / "fruit" / "train.jsonl", bad)
     (user / "fruit" / "test.jsonl").unlink()
     write_jsonl(user / "fruit" / "dev.jsonl", [])
-    report = check_task(str(user / "fruit.toml"), user)
+    report = check_task(str(user / "fruit.toml"), user, test=False)
     assert [(Path(p.path).name, p.line, p.field) for p in report.faults] == [
         (path.name, 1, "label"),
         (path.name, 2, None),
@@ -60,15 +64,40 @@ def test_every_fault_is_reported_with_its_line(user: Path, write_jsonl: Write) -
     assert report.n_examples == {"train": 1, "dev": 0}
 
 
-def test_without_test_examples_a_task_is_ok_with_a_note(user: Path) -> None:
+def test_without_test_examples_a_task_is_refused_as_bbt_refuses_it(user: Path) -> None:
     (user / "fruit" / "test.jsonl").unlink()
-    report = check_task(str(user / "fruit.toml"), user)
-    assert report.ok
-    (remark,) = report.remarks
-    assert "no test data; tune with --no-test" in remark
+    words = ["--data", str(user)]
+    done = CliRunner().invoke(main, ["tasks", "check", str(user / "fruit.toml"), *words])
+    tuned = CliRunner().invoke(main, ["bbt", "--task", str(user / "fruit.toml"), *words, "--head", "span"])
+    assert (done.exit_code, tuned.exit_code) == (2, 2)
+    (said,) = re.findall(r"task 'fruit' has no .*--no-test", tuned.stderr)
+    assert said in done.stdout
+    assert check_task(str(user / "fruit.toml"), user, test=False).ok
+    done = CliRunner().invoke(main, ["tasks", "check", str(user / "fruit.toml"), *words, "--no-test"])
+    assert done.exit_code == 0
     (user / "fruit" / "train.jsonl").unlink()
-    (fault,) = check_task(str(user / "fruit.toml"), user).faults
-    assert Path(fault.path).name == "train.jsonl"
+    (fault,) = check_task(str(user / "fruit.toml"), user, test=False).faults
+    assert "train.jsonl" in str(fault)
+
+
+def test_what_is_checked_is_what_the_runs_prompts_and_head_leave_room_for(user: Path) -> None:
+    def check(*words: str) -> tuple[int, str]:
+        card, data = str(user / "fruit.toml"), str(user)
+        done = CliRunner().invoke(main, ["tasks", "check", card, "--data", data, *words])
+        return done.exit_code, done.output
+
+    assert check("--max-tokens", "256")[0] == 0
+    code, said = check("--max-tokens", "256", "--shallow")
+    assert code == 2
+    assert re.search(r"max_tokens is 256, expected at most \d+ with shallow prompts", said)
+    code, said = check("--prompts", "mini-deep", "--shallow")
+    assert (code, "drop --shallow" in said) == (2, True)
+    code, said = check("--prompts", "scratch-deep", "--head", "span")
+    assert (code, "these prompts have no span head" in said) == (2, True)
+    short = ("--max-tokens", "16")  # no room for the options, but for the text alone
+    assert check(*short)[0] == 2
+    assert check(*short, "--prompts", "scratch-deep")[0] == 0
+    assert check(*short, "--head", "ridge")[0] == 0
 
 
 def test_the_command_exits_0_or_2_and_prints_the_report(user: Path, write_jsonl: Write) -> None:
@@ -134,15 +163,15 @@ def test_what_a_backbone_cuts_is_said_and_what_it_cannot_spell_is_a_fault(
     lines = [{"text": f"{'今' * (60 if i % 3 else 5)}{i:02}", "label": "abc"[i % 3]} for i in range(90)]
     write_jsonl(user / "fruit" / "train.jsonl", lines)
     card = user / "fruit.toml"
-    report = check_task(str(card), user, tokenizer=tokenizer, max_tokens=40)
+    report = check_task(str(card), user, reading=reading(tokenizer, 40))
     assert report.ok
     assert any(
         "67 % of the train texts are too long and are cut to 40, half of them by" in r for r in report.remarks
     )
     card.write_text(card.read_text(encoding="utf-8").replace("房", "龘"), encoding="utf-8")
-    (fault,) = check_task(str(card), user, tokenizer=tokenizer, max_tokens=40).faults
+    (fault,) = check_task(str(card), user, reading=reading(tokenizer, 40)).faults
     assert "cannot spell the label words '龘' (c)" in str(fault)
-    (fault,) = check_task(str(card), user, tokenizer=tokenizer, max_tokens=20).faults
+    (fault,) = check_task(str(card), user, reading=reading(tokenizer, 20)).faults
 
 
 def test_options_that_do_not_fit_are_counted(
@@ -154,10 +183,12 @@ def test_options_that_do_not_fit_are_counted(
         for i in range(40)
     ]
     write_jsonl(tmp_path / "pick" / "train.jsonl", lines)
-    report = check_task(str(tmp_path / "pick.toml"), tmp_path, tokenizer=tokenizer, max_tokens=60)
+    report = check_task(str(tmp_path / "pick.toml"), tmp_path, reading=reading(tokenizer, 60), test=False)
     assert any("7 of 40 train examples do not fit 60 tokens" in r for r in report.remarks)
     write_jsonl(tmp_path / "pick" / "train.jsonl", lines[:7])
-    (fault,) = check_task(str(tmp_path / "pick.toml"), tmp_path, tokenizer=tokenizer, max_tokens=60).faults
+    (fault,) = check_task(
+        str(tmp_path / "pick.toml"), tmp_path, reading=reading(tokenizer, 60), test=False
+    ).faults
     assert "too few different training examples: 0" in str(fault)
 
 
@@ -195,7 +226,7 @@ def test_faults_of_one_kind_are_one_line_whatever_they_show(
         lines += [{"text": "今天", "label": varied}, {"text": value if value != "'" else 4, "label": "a"}]
         lines += [{f"key{'abcdefgh'[i % 8]}": varied, "label": "a"}]
     write_jsonl(tmp_path / "fruit" / "train.jsonl", lines)
-    shown = str(check_task(str(tmp_path / "fruit.toml"), tmp_path)).splitlines()
+    shown = str(check_task(str(tmp_path / "fruit.toml"), tmp_path, test=False)).splitlines()
     counts = [int(n) for line in shown for n in re.findall(r"\((\d+) such lines", line)]
     # unknown labels, missing texts, values that are no texts, values that are no labels
     assert counts == [50, 90, 70, 40]
@@ -211,7 +242,7 @@ def test_options_that_leave_no_room_in_any_test_example_are_refused_as_bbt_does(
     write_jsonl(tmp_path / "pick" / "train.jsonl", [short | {"context": "天" * i} for i in range(1, 80)])
     write_jsonl(tmp_path / "pick" / "test.jsonl", [short | {"options": ["今" * 60, "明" * 60]}])
     vocab = Tokenizer.from_vocab(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"今明天选项：；。，？“”"])
-    report = check_task(str(tmp_path / "pick.toml"), tmp_path, tokenizer=vocab, max_tokens=90)
+    report = check_task(str(tmp_path / "pick.toml"), tmp_path, reading=reading(vocab, 90))
     assert [fault.message for fault in report.faults] == ["no test example of 'pick' fits 90 tokens"]
 
 
@@ -227,7 +258,7 @@ def test_many_labels_are_summed_up(tmp_path: Path, card_toml: dict[str, str], wr
     (tmp_path / "fruit.toml").write_text(text[: text.index("[labels]")] + f"[labels]\n{labels}\n", "utf-8")
     lines = [{"text": f"今天{i} {n}", "label": f"l{i}"} for i in range(30) for n in range(2 + i)]
     write_jsonl(tmp_path / "fruit" / "train.jsonl", lines)
-    shown = str(check_task(str(tmp_path / "fruit.toml"), tmp_path))
+    shown = str(check_task(str(tmp_path / "fruit.toml"), tmp_path, test=False))
     assert "  train: 30 labels of 2 to 31; fewest: l0 2, l1 3, l2 4, l3 5, l4 6\n" in shown
 
 

@@ -1,0 +1,61 @@
+"""A task checked as ``mp2 bbt`` with the same options would read it: what ``mp2 tasks check`` runs.
+
+Weights are loaded only where it matters whether the checkpoint has a head of its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mp2.runs.config import BbtConfig
+from mp2.runs.frozen_model import check_kind, default_prompts, sequence_length
+from mp2.runs.head_choice import asked_head
+from mp2.runs.scratch import ON_THE_FLY, rows_at_input
+from mp2.runs.task_data import formatters
+
+if TYPE_CHECKING:
+    from mp2.backbone import Backbone
+    from mp2.tasks import TaskCard
+    from mp2.tasks.check import CheckReport
+
+
+def check_as_run(config: BbtConfig) -> CheckReport:
+    """Validate the card and every line of its data; what ``mp2 bbt`` refuses is a fault.
+
+    Raises:
+        UsageError: nothing can be checked: no such card, data, backbone or prompts, or they do not fit.
+    """
+    from mp2.backbone import load_backbone
+    from mp2.prompts import load_prompts
+    from mp2.tasks.check import Reading, check_task
+    from mp2.tasks.show import backbone_positions, backbone_tokenizer
+
+    positions = backbone_positions(config.backbone, config.revision)
+    tokenizer = backbone_tokenizer(config.backbone, config.revision)
+    if (name := default_prompts(config)) in ON_THE_FLY:
+        kind, has_span_head = ON_THE_FLY[name], False
+        n_inline = rows_at_input(positions) if kind == "shallow" else 0
+    else:
+        prompts = load_prompts(name)
+        kind = "shallow" if prompts.kind == "shallow" else "deep"
+        n_inline, has_span_head = prompts.meta.n_inline, prompts.has_span_head
+    check_kind(config, kind)
+    max_tokens = sequence_length(config.max_tokens, positions, kind, n_inline)
+
+    def backbone() -> Backbone:
+        return load_backbone(config.backbone, revision=config.revision)
+
+    def reading(card: TaskCard) -> Reading:
+        head = asked_head(config.head, card, has_span_head, backbone)
+        made: Reading = formatters()[head](card, tokenizer, max_tokens)
+        return made
+
+    return check_task(
+        config.task,
+        config.data,
+        reading=reading,
+        shots=config.shots,
+        dev=config.dev == "auto",
+        test=config.test,
+        fields=config.field,
+    )

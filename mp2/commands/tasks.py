@@ -66,6 +66,8 @@ def tasks_show(
 def tasks_check(card: str, as_json: bool, **typed: Any) -> None:
     """Check a card (a TOML file or a name) and its data as 'mp2 bbt' does; exit 2 for what it refuses.
 
+    The options are those of 'mp2 bbt': give the ones that the run will have.
+    """
     from mp2.runs.task_check import check_as_run
 
     report = check_as_run(build(BbtConfig, typed, task=card))

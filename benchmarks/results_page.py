@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import one_line_errors
-from benchmarks.paper import figure3, figure4, table5
+from benchmarks.paper import figure3, figure4, steering, table5
 from benchmarks.paper.baselines import table as baselines_table
 from benchmarks.paper.heads import table as heads_table
 from benchmarks.paper.own_tasks import table as own_tasks_table
@@ -382,6 +382,14 @@ PAPER = [
         command="python -m benchmarks.paper figure4b --data DIR --prompts FILE ...",
         text="Test accuracy on LCQMC. ![Figure 4b](../benchmarks/results/figure4b.png)",
         table=lambda results: figure4.table(results[0]["rows"], results[0]["x"]),
+    ),
+    Section(
+        title="What deep MP2 gains over BBTv2, by the backbone's tokens",
+        files=["steering.json"],
+        command="python -m benchmarks.paper steering --data DIR --point TOKENS BACKBONE PROMPTS ...",
+        text="A label-free backbone at several ages, deep prompts over each by the same recipe: mean test "
+        "scores, and (deep MP2 - BBTv2) paired by seed. ![Steering](../benchmarks/results/steering.png)",
+        table=lambda results: steering.table(results[0]["rows"]),
     ),
 ]
 SECTIONS[:0] = [section for section in PAPER if (RESULTS / section.files[0]).is_file()]

@@ -269,15 +269,20 @@ class ChainForward(Forward):
         m, last = self.n_inline, self.n_layers - 1
         place = self.backend.device
         prompts = [self._projector.inline(z, i).to(place) for i, z in enumerate(population.z.unbind(1))]
-        words = prompts[0]
+        words, n_alike = prompts[0], 0
         if self._added:
             words = self._encoder.placeholders(m).expand(len(population.z), -1, -1).to(place)
+            n_alike = leading_alike(population.z)
         # [P, 1, m, H]; without rows there is nothing to embed, and not every backend can
         rows = self._stages.embed_inline(words) if m else words.new_empty(len(words), 1, 0, words.shape[-1])
 
         def states(batch: Bucket, candidates: slice) -> torch.Tensor:
             text = self._stages.embed(batch.input_ids, m)
-            own = population.part(rows, candidates)
+            own, n_candidates = (
+                population.part(rows, candidates),
+                len(population.part(population.z, candidates)),
+            )
+            own = own[:1] if self._added else own  # placeholders: one computation until the prompts differ
             p, (_, n, t, width) = own.shape[0], text.shape
             hidden = text.new_empty(p, n, m + t, width)
             hidden[:, :, :1], hidden[:, :, m + 1 :] = text[:, :, :1], text[:, :, 1:]
@@ -287,9 +292,10 @@ class ChainForward(Forward):
             for i in range(last + 1):
                 if self._added and i < len(prompts):
                     added = population.part(prompts[i], candidates).to(hidden.dtype)
-                    hidden = add_to_rows(hidden, added.unsqueeze(1))
+                    hidden = add_to_rows(hidden, added[: 1 if i < n_alike else None].unsqueeze(1))
                 if i < last:
                     hidden = self._stages.layer(i, hidden, seen, None)
+            hidden = hidden.expand(n_candidates, -1, -1, -1)  # of candidates that are all alike
             text = torch.cat([hidden[:, :, :1], hidden[:, :, m + 1 :]], 2)
             if last < 0:
                 return text
@@ -311,6 +317,12 @@ class ChainForward(Forward):
         heads = (*rows.shape[:-1], self._config.n_heads, self._config.head_size)
         keys, values = (F.linear(rows, w, b).view(heads).transpose(2, 3) for w, b in self._rows_weights)
         return keys, values
+
+
+def leading_alike(z: torch.Tensor) -> int:
+    """How many of the first layers have the same prompt in all candidates ``z`` [P, L', d]."""
+    same = (z == z[:1]).flatten(2).all(-1).all(0)  # [L']
+    return int(same.int().cumprod(0).sum())
 
 
 def most_candidates(prompts: PromptSet) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,6 +75,32 @@ def test_visits_of_layers_with_commits_equal_whole_forwards(
         objective.commit(layer, trial[1])
         z[layer] = trial[1]
     assert objective.n_evaluations == 6
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_layers_below_a_visited_one_are_computed_once_for_all_candidates(
+    tiny_backbone: Backbone,
+    inline: PromptSet,
+    train: list[MrcInput],
+    layer: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend, plain = CpuBackend(tiny_backbone), CpuBackend.layer
+    computed: list[tuple[int, int]] = []
+
+    def counted(self: CpuBackend, index: int, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+        computed.append((index, len(hidden)))
+        return plain(self, index, hidden, *rest)
+
+    monkeypatch.setattr(CpuBackend, "layer", counted)
+    objective = Objective(backend.forward(inline), train)
+    objective.set_incumbent(candidates(1, inline)[0])
+    objective.layer_losses(layer, candidates(3, inline, seed=1)[:, layer]).fetch()
+    assert set(computed) == {(index, 1 if index < layer else 3) for index in range(3)}
+    computed.clear()
+    alike = objective.full_losses(np.repeat(candidates(1, inline), 2, 0)).fetch()
+    assert len(alike) == 2
+    assert alike[0] == alike[1]
 
 
 def test_log_probs_are_of_the_text_alone_and_give_the_loss(

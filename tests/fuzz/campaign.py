@@ -243,17 +243,15 @@ def damaged_tensors(rng: random.Random, data: bytes) -> bytes:
 def damaged_toml(rng: random.Random, data: bytes) -> bytes:
     """A TOML file of texts, numbers and tables whose values were damaged, as `damaged_json` does."""
     values = tomllib.loads(data.decode())
-    places = list(_places(values))
     for _ in range(rng.randint(1, 2)):
+        places = list(_places(values))
         holder, key = rng.choice(places)
         kind = rng.random()
-        if key not in holder:
-            continue
         if kind < 0.4:
             holder[key] = _value(rng)
         elif kind < 0.7:
             holder[key] = _near(rng, holder[key], places)
-        elif kind < 0.85:
+        elif kind < 0.85 or isinstance(holder, list):
             del holder[key]
         else:
             holder[key + "x"] = holder.pop(key)

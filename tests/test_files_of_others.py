@@ -1,0 +1,136 @@
+"""Files as people have them: links into a cache, byte order marks, types that are no weights, no locks."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import mp2, mp2_json
+from safetensors.torch import load_file, save_file
+from tuning_world import World, make_world
+
+from mp2.backbone import Backbone, load_backbone
+from mp2.engine.folder import EngineFolder
+from mp2.engine.onnx.backend import OnnxBackend
+from mp2.errors import FormatError
+from mp2.export import export_engine
+from mp2.prompts import load_prompts
+from mp2.runs.tuned import load_tuned
+from mp2.tasks import load_card
+
+SHORT = ("--iters", "20", "--router-iters", "8", "--popsize", "6", "--shots", "4", "--no-baselines")
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> World:
+    return make_world(tmp_path_factory.mktemp("world"), tiny_backbone)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> Path:
+    out = tmp_path_factory.mktemp("engine") / "tiny"
+    export_engine(tiny_backbone, out)
+    return out
+
+
+def linked(folder: Path, root: Path) -> Path:
+    """The folder as the hub's cache has one: each file a link to a blob that its hash names."""
+    (root / "blobs").mkdir(parents=True)
+    snapshot = root / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for path in folder.iterdir():
+        blob = root / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.copy(path, blob)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
+    return snapshot
+
+
+def test_an_engine_folder_of_links_is_one(engine: Path, tiny_backbone: Backbone, tmp_path: Path) -> None:
+    states = torch.zeros(1, 1, 4, 24), torch.ones(1, 4, dtype=torch.bool)
+    prefix = torch.zeros(1, 1, 4, 2, 6), torch.zeros(1, 1, 4, 2, 6)
+    found = [
+        OnnxBackend(tiny_backbone, folder, threads=1).layer(1, *states, prefix)
+        for folder in (engine, linked(engine, tmp_path))
+    ]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", ".", "", "weights/../../x"])
+def test_a_manifest_names_files_of_its_folder_only(engine: Path, tmp_path: Path, name: str) -> None:
+    theirs = Path(shutil.copytree(engine, tmp_path / "engine"))
+    (tmp_path / "x").write_text("theirs")
+    manifest = json.loads((theirs / "manifest.json").read_text())
+    manifest["files"][name] = hashlib.sha256(b"theirs").hexdigest()
+    (theirs / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(FormatError, match="is not a plain file name"):
+        EngineFolder.open(theirs)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "vocab.txt", "tokenizer_config.json", "model.safetensors.index.json"]
+)
+def test_a_byte_order_mark_changes_nothing(world: World, tmp_path: Path, name: str) -> None:
+    theirs = Path(shutil.copytree(world.backbone, tmp_path / "tiny"))
+    if name == "tokenizer_config.json":
+        (theirs / name).write_text('{"do_lower_case": true}')
+    elif name.endswith("index.json"):
+        tensors = load_file(theirs / "model.safetensors")
+        (theirs / "model.safetensors").rename(theirs / "part.safetensors")
+        (theirs / name).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "part.safetensors")}))
+    expected = load_backbone(theirs)
+    (theirs / name).write_bytes(BOM + (theirs / name).read_bytes())
+    found = load_backbone(theirs)
+    assert found.sha256 == expected.sha256
+    assert found.tokenizer.tokens() == expected.tokenizer.tokens()
+    assert found.tokenizer.encode("好吃 abc").ids == expected.tokenizer.encode("好吃 abc").ids
+
+
+def test_a_card_and_a_runs_card_with_a_byte_order_mark_are_read(world: World, tmp_path: Path) -> None:
+    card = tmp_path / "mood.toml"
+    card.write_bytes(BOM + world.card.read_bytes())
+    assert load_card(card).labels == load_card(world.card).labels
+    result = mp2_json("bbt", *world.options(card=card), *SHORT)
+    done = mp2("predict", "--run", result["run_dir"], "--input", world.data / "mood" / "test.jsonl")
+    assert done.exit_code == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["F4", "I8", "U32", "C64", "I64", "BOOL", "F8_E4M3"])
+def test_prompts_of_types_that_are_no_floats_are_refused_not_cast(
+    world: World, tmp_path: Path, dtype: str
+) -> None:
+    """In modular prompts and in a tuned one: the header says the type, the bytes fit it."""
+    bits = {"F4": 4, "I8": 8, "U32": 32, "C64": 64, "I64": 64, "BOOL": 8, "F8_E4M3": 8}[dtype]
+    for name, kept in (("z", world.deep), ("z", tmp_path / "tuned")):
+        if not kept.exists():
+            save_file({"z": torch.zeros(2, 4)}, kept, {"mp2": "{}"})
+        data = kept.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+        metadata = header.get("__metadata__", {})
+        shape = [2, 4] if kept != world.deep else header[name]["shape"]
+        n_bytes = -(-int(torch.tensor(shape).prod()) * bits // 8)
+        text = json.dumps(
+            {"__metadata__": metadata, name: {"dtype": dtype, "shape": shape, "data_offsets": [0, n_bytes]}}
+        )
+        path = tmp_path / "odd.safetensors"
+        path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + b"\1" * n_bytes)
+        with pytest.raises(FormatError, match=r"odd\.safetensors"):
+            load_tuned(path) if kept != world.deep else load_prompts(path)
+
+
+def test_a_run_on_a_file_system_without_locks(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+
+        def no_locks(*_: object, number: int = number) -> None:
+            raise OSError(number, "no locks")
+
+        monkeypatch.setattr("fcntl.flock", no_locks)
+        done = mp2("bbt", *world.options(), *SHORT, "--no-test")
+        assert done.exit_code == 0, done.output
+        assert done.stderr.count("has no locks: nothing would stop a second process there") == 1

@@ -93,7 +93,7 @@ def test_long_names_labels_and_paths_are_cut_on_both_streams(tmp_path: Path) -> 
         ("scratch", "--head", LONG, "--out", tmp_path / "p"),
         ("compare", deep),
         ("baselines", "--task", LONG),
-        ("serve", LONG),
+        ("serve", "--bundle", LONG),
         (LONG,),
         (f"--{LONG}",),
         ("bbt", f"--{LONG}"),

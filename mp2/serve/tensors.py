@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mp2.engine.endpoint.wire import DTYPES, NAMES, message
+from mp2.engine.endpoint.wire import DTYPES, NAMES, can_be_shape, message
 from mp2.serve.errors import BadRequestError
 from mp2.serve.request_body import read_json, shown
 
@@ -135,6 +135,8 @@ def _feeds(given: object, binary: memoryview, declared: Mapping[str, Any]) -> di
 def _shape(value: object, name: str) -> list[int]:
     if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 2**31 for n in value):
         raise BadRequestError(f"shape is {shown(value)}, expected a list of sizes", name)
+    if not can_be_shape(value):
+        raise BadRequestError(f"shape has {len(value)} axes, or sizes that no tensor has", name)
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import lzma
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from mp2.backbone.tokenizer import SPECIAL_TOKENS, Tokenizer
-from mp2.errors import FormatError, UsageError
+from mp2.errors import FormatError, UsageError, shown
 from mp2.files import own_folder, whole_file, write_json, write_text
 from mp2.json_files import read_object
 from mp2.text_files import check_file
@@ -126,20 +128,31 @@ def pack(files: Sequence[Path], tokenizer: Tokenizer, length: int, cache: Path) 
 
 
 def load_array(path: Path, dtype: type[np.generic], n_axes: int) -> NDArray[Any]:
-    """An array that was kept on disk, memory-mapped; raises ``FormatError`` for anything else."""
+    """An array that ``np.save`` wrote, memory-mapped; raises ``FormatError`` for anything else.
+
+    Not by ``np.load``, which leaves the file open where its header is damaged.
+    """
     check_file(path)
     try:
-        with warnings.catch_warnings():
+        with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a header that is damaged into one of Python 2
-            kept: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+            if npy.read_magic(file) != (1, 0):
+                raise ValueError("of another version")
+            shape, by_columns, kind = npy.read_array_header_1_0(file)
+            offset = file.tell()
     except Exception as error:  # of a damaged header NumPy raises what Python's own parser does
         said = " ".join(str(error).split())[:200]
         raise FormatError(f"not a NumPy array: {said}; {AGAIN}", path=path) from error
-    if kept.dtype != dtype or kept.ndim != n_axes:
+    n_values, n_bytes = math.prod(shape), path.stat().st_size - offset
+    if kind != dtype or len(shape) != n_axes or by_columns or n_bytes != n_values * kind.itemsize:
         raise FormatError(
-            f"is {kept.dtype} of {kept.ndim} axes, expected {np.dtype(dtype)} of {n_axes}; {AGAIN}", path=path
+            f"is {kind} of shape {shown(shape)} in {n_bytes} bytes, expected {np.dtype(dtype)} of {n_axes} "
+            f"axes; {AGAIN}",
+            path=path,
         )
-    return kept
+    if not n_values:
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, "r", offset, shape)
 
 
 def document_lines(files: Sequence[Path]) -> Iterator[str]:

@@ -161,7 +161,13 @@ def _near(rng: random.Random, value: Any, places: list[tuple[Any, Any]]) -> Any:
     elif isinstance(value, str):
         changed = (value + "x", value[:-1], value.upper(), [value], {"a": value}, value * 200, value + "\0")
     elif isinstance(value, list):
-        changed = (value[::-1], value[:-1], value + value, dict(enumerate(map(str, value))), value[:1] * 100)
+        changed = (
+            value[::-1],
+            value[:-1],
+            value + value,
+            {str(i): x for i, x in enumerate(value)},
+            value[:1] * 100,
+        )
     elif isinstance(value, dict):
         changed = (list(value), list(value.values()), [value], dict(list(value.items())[1:]))
     else:

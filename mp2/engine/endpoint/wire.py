@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,10 @@ def tensors(body: bytes, json_length: int | None, side: str) -> dict[str, np.nda
     at = size
     for k, tensor in enumerate(check(header, Fields({side: list_of(_TENSOR)}), _ANSWER)[side]):
         name, dtype, shape = tensor["name"], DTYPES[tensor["datatype"]], tensor["shape"]
+        if not can_be_shape(shape):
+            raise FormatError(
+                f"is {shown(shape)}, which no tensor has", path=_ANSWER, field=f"{side}[{k}].shape"
+            )
         n_bytes, where = tensor.get("parameters", {}).get("binary_data_size"), f"{side}[{k}]"
         if n_bytes is None:
             rule = list_of(whole(-(2**63)) if dtype.kind == "i" else number(), math.prod(shape))
@@ -71,7 +75,14 @@ def tensors(body: bytes, json_length: int | None, side: str) -> dict[str, np.nda
     return found
 
 
+def can_be_shape(sizes: Sequence[int]) -> bool:
+    """Tell whether NumPy can have an array of these sizes, which are not below 0; an empty one counts too."""
+    return len(sizes) <= _MOST_AXES and math.prod(size or 1 for size in sizes) < _MOST_VALUES
+
+
 _ANSWER = "the answer"
+_MOST_AXES = 8  # the graphs' have 5
+_MOST_VALUES = 2**40
 _TENSOR = Fields(
     {"name": one_line, "datatype": one_of(*DTYPES), "shape": list_of(whole(0, 2**31))},
     {"parameters": Fields({}, {"binary_data_size": whole(0, 2**40)})},

@@ -52,13 +52,16 @@ def test_every_format_is_read_with_and_without_a_byte_order_mark(
     assert [(e.fields["text"], e.label) for e in examples] == ROWS
 
 
+NUMBERED = [(f'\n{label} = "', f'\n{i} = "') for i, label in enumerate("abc")]  # labels 0, 1, 2
+
+
 def test_parquet_is_read_where_its_library_is(make_card: MakeCard, tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     (tmp_path / "fruit").mkdir()
     columns = {"text": TEXTS, "label": [0, 1, 2]}
     parquet.write_table(pyarrow.table(columns), tmp_path / "fruit" / "train.parquet")
-    card = make_card("classification", ('a = "', '0 = "'), ('b = "', '1 = "'), ('c = "', '2 = "'))
+    card = make_card("classification", *NUMBERED)
     assert [e.label for e in load_examples(card, "train", tmp_path)] == ["0", "1", "2"]
 
 
@@ -331,6 +334,39 @@ def test_a_folder_that_datasets_saved_is_loaded(
     assert len(load_examples(card, "train", tmp_path, fields={"text": "content", "label": "cat"})) == 3
 
 
+@pytest.mark.parametrize("how", ["saved", "saved, one split", "parquet files by path", "csv files by path"])
+def test_what_the_library_itself_wrote_is_loaded_by_it(
+    make_card: MakeCard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    names = datasets.ClassLabel(names=["a", "b", "c"])
+    kinds = datasets.Features({"content": datasets.Value("string"), "cat": names})
+    rows = datasets.Dataset.from_dict({"content": list(TEXTS), "cat": [0, 1, 2]}, features=kinds)
+    folder = tmp_path / "fruits"
+    folder.mkdir()
+    if how == "saved":
+        datasets.DatasetDict(train=rows, validation=rows).save_to_disk(str(folder))
+    elif how == "saved, one split":
+        rows.save_to_disk(str(folder))
+    elif how == "parquet files by path":
+        rows.to_parquet(str(folder / "train.parquet"))
+    else:
+        rows.to_csv(str(folder / "train.csv"))
+    data = f"hub:{folder}" if "path" in how else str(folder)
+    card = make_card("classification")
+    if "csv" in how:  # which has the classes' numbers, not their names
+        card = make_card("classification", *NUMBERED)
+    fields = {"text": "content", "label": "cat"}
+    examples = load_examples(card, "train", data, fields=fields)
+    assert [e.fields["text"] for e in examples] == list(TEXTS)
+    assert [e.label for e in examples] == (["0", "1", "2"] if "csv" in how else ["a", "b", "c"])
+    if how == "saved":
+        assert len(load_examples(card, "dev", data, fields=fields)) == 3
+    with pytest.raises(UsageError, match="has no test split"):
+        load_examples(card, "test", data, fields=fields)
+
+
 def test_without_the_library_a_set_names_what_to_install(
     make_card: MakeCard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,7 +390,7 @@ def test_new_writes_a_card_that_check_accepts(tmp_path: Path, monkeypatch: pytes
     assert card.labels == {"不好": "不好", "好": "好"}
     assert card.source is not None
     assert card.source.fields == {"text": "content", "label": "category"}
-    done = mp2("tasks", "check", "tickets.toml", "--data", "tickets.csv")
+    done = mp2("tasks", "check", "tickets.toml", "--data", "tickets.csv", "--no-test")
     assert done.exit_code == 0, done.output
     assert "no faults" in done.output
     done = mp2("tasks", "new", "tickets.csv")

@@ -12,7 +12,7 @@ import torch
 from mp2.backbone import Backbone, resolve_device
 from mp2.engine.backend import PRECISIONS, Backend, Probe
 from mp2.engine.cpu.backend import CpuBackend
-from mp2.engine.cpu.differences import DifferenceBackend
+from mp2.engine.cpu.differences import DifferenceBackend, tiles_fit
 from mp2.engine.cuda.backend import CUDA_PRECISIONS, CudaBackend
 from mp2.engine.folder import (
     FOLDER_PRECISIONS,
@@ -150,6 +150,8 @@ class _Asked:
                 self.backbone, device=self.device, precision=precision, reason=reason, wider=wider
             )
         if precision == "fp32":
+            if self.precision == "auto" and tiles_fit(self.backbone.config):
+                reason = f"{reason or 'asked for'}; --precision bf16 is faster on this processor"
             return CpuBackend(self.backbone, reason=reason)
         return DifferenceBackend(self.backbone, precision=precision, reason=reason)
 

@@ -5,10 +5,11 @@ little. Candidate 0 of every call is the reference (the population's mean) and r
 matrix product the other candidates' rows are written as reference + difference; linear layers act on the two
 separately, the reference's product is there already, and only the differences are rounded and multiplied by
 rounded weights: to bfloat16 (about eight times the float32 rate with AMX), or, row by row, to int8 (VNNI,
-AMX). What is not linear (softmax, GELU, LayerNorm) sees float32 sums. The error of a loss is thus a small
-share (1/500, 1/100) of its *difference* from the reference's loss, where rounding the activations themselves
-would cost that share of everything; rank order survives, and a population without spread has no error at
-all. One candidate alone runs in float32.
+AMX). What is not linear (softmax, GELU, LayerNorm) sees float32 sums. With AMX, attention is made of
+differences, too, and a narrow layer is three calls of C (`mp2.engine.cpu.tiles`). The error of a loss is thus
+a small share (1/500, 1/100) of its *difference* from the reference's loss, where rounding the activations
+themselves would cost that share of everything; rank order survives, and a population without spread has no
+error at all. One candidate alone runs in float32.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mp2.backbone import Backbone
+from mp2.backbone import Backbone, BackboneConfig
 from mp2.backbone.encoder import activate
 from mp2.engine.backend import PopulationPrefix
 from mp2.engine.chain import Candidates
@@ -82,7 +83,7 @@ class DifferenceBackend(CpuBackend):
         self.precision = precision
         self._rough_layers: dict[int, _RoughLayer] = {}
         self.steps = make_steps(precision)
-        tiles = precision == "bf16" and not bf16_unfit()
+        tiles = precision == "bf16" and tiles_fit(backbone.config)
         self._tile_attention = make_attention(backbone.config) if tiles else None
 
     def candidates(self, z: torch.Tensor) -> Candidates:
@@ -192,6 +193,11 @@ class DifferenceBackend(CpuBackend):
 
     def _linear(self, weight: torch.Tensor) -> DifferenceLinear:
         return make_linear(self.precision, weight.detach().float())
+
+
+def tiles_fit(config: BackboneConfig) -> bool:
+    """Tell whether bf16 differences of this backbone would be computed in AMX's tiles here."""
+    return not bf16_unfit() and make_attention(config) is not None
 
 
 def _in_rows(context: torch.Tensor, moved: torch.Tensor) -> tuple[torch.Tensor, Difference]:

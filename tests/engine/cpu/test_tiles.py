@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mp2.backbone import Backbone, BackboneConfig, Layer, random_backbone
 from mp2.backbone.encoder import activate
-from mp2.engine import Objective
+from mp2.engine import Objective, create_backend
 from mp2.engine.backend import PopulationPrefix
 from mp2.engine.cpu import attention, native, tiles
 from mp2.engine.cpu.difference_steps import bf16_unfit
@@ -208,6 +208,17 @@ def test_losses_of_populations_are_near_slow_float64(tiny_config: BackboneConfig
     one[:, 1] = z[:, 1]
     expected = SlowReference(backbone, prompts).losses(one, train)
     assert np.abs(objective.layer_losses(1, z[:, 1]).fetch() - expected).max() < SHARE * np.ptp(expected)
+
+
+def test_auto_is_float32_and_says_what_is_faster(
+    tiny_config: BackboneConfig, tiny_backbone: Backbone
+) -> None:
+    told = "; --precision bf16 is faster on this processor"
+    backend = create_backend("auto", made(tiny_config), precision="auto")
+    assert backend.precision == "fp32"
+    assert backend.reason == f"auto: torch, the only runtime without an engine folder{told}"
+    assert told not in create_backend("auto", made(tiny_config), precision="fp32").reason
+    assert told not in create_backend("auto", tiny_backbone, precision="auto").reason
 
 
 def test_heads_that_do_not_fill_tiles_go_without(tiny_backbone: Backbone) -> None:

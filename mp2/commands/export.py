@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mp2.commands.options import BACKBONE, TASK, Choice
+from mp2.commands.options import BACKBONE, PROMPTS, TASK, Choice, revision_option
 from mp2.commands.paths import PATH
 from mp2.commands.printing import as_json_text, tell
 from mp2.errors import UsageError
@@ -16,10 +16,12 @@ from mp2.errors import UsageError
 @click.option("--run", "first", type=PATH, help="Runs to write a bundle of: --run RUN [RUN ...].")
 @click.argument("more", nargs=-1, type=PATH, metavar="[RUN]...")
 @click.option("--backbone", type=BACKBONE, help="A name (cpt-large ...), a folder or a hub id.")
-@click.option("--revision", help="Of a hub backbone: a branch, tag or commit.")
+@revision_option
 @click.option("--out", required=True, type=PATH, help="Folder to write.")
 @click.option(
-    "--prompts", help="fp16 and less: prompts that engines are tuned for. --run: where they are now."
+    "--prompts",
+    type=PROMPTS,
+    help="fp16 and less: prompts that engines are tuned for. --run: where they are now.",
 )
 @click.option(
     "--runtime",
@@ -28,6 +30,7 @@ from mp2.errors import UsageError
 )
 @click.option(
     "--precision",
+    type=Choice("precision", ("fp32", "fp16", "bf16", "fp8")),
     help="fp32; for GPUs fp16, bf16, and without --run fp8.  [default: fp32]",
 )
 @click.option("--task", type=TASK, help="fp16 and less: tune engines for this task's few-shot set.")

@@ -84,11 +84,13 @@ def _searches() -> list[str]:
 
 TASK = Name("task", _tasks)
 BACKBONE = Name("backbone", _backbones)
+PROMPTS = Name("prompts", _prompts)
+DEVICE = Name("device", lambda: ["cpu", "cuda"], paths=False)
 _TYPES: dict[str, click.ParamType[Any]] = {
     "path": PATH,
     "task": TASK,
     "backbone": BACKBONE,
-    "prompts": Name("prompts", _prompts),
+    "prompts": PROMPTS,
     "device": Name("device", lambda: ["auto", "cpu", "cuda"], paths=False),
     "router search": Name("router search", _searches, paths=False),
 }

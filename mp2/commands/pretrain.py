@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mp2.commands.options import BACKBONE, TASK, config_options, field_values
+from mp2.commands.options import BACKBONE, DEVICE, TASK, config_options, field_values, revision_option
 from mp2.commands.paths import PATH
 from mp2.commands.printing import given, notes, quiet_option, tell, typed
 from mp2.training.config import PretrainConfig
@@ -31,12 +31,12 @@ from mp2.training.config import PretrainConfig
     type=BACKBONE,
     help="mini, cpt-large, a folder, or a hub id.",
 )
-@click.option("--revision", help="Of a hub backbone: a branch, tag or commit.")
+@revision_option
 @click.option("--out", type=PATH, help="Folder to write; a run in it goes on.")
 @click.option("--resume", type=PATH, metavar="DIR", help="Go on with the run in DIR as it was asked for.")
 @click.option("--init", type=PATH, help="Prompt file to start from.")
 @config_options(PretrainConfig)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@click.option("--device", type=DEVICE, default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
 @click.option("--threads", type=int, help="CPU threads.  [default: torch's choice]")
 @quiet_option
 @click.pass_context

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mp2.commands.options import build, config_options
+from mp2.commands.options import DEVICE, build, config_options
 from mp2.commands.paths import PATH
 from mp2.commands.printing import notes, quiet_option, tell, typed
 from mp2.training.config import MlmConfig
@@ -23,7 +23,7 @@ from mp2.training.config import MlmConfig
     help="Folder of a run to go on from, as a branch of it.",
 )
 @config_options(MlmConfig)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@click.option("--device", type=DEVICE, default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
 @click.option("--compile/--no-compile", "compiled", default=None, help="torch.compile.  [default: on GPUs]")
 @click.option("--threads", type=int, help="CPU threads.  [default: torch's choice]")
 @quiet_option

@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from mp2.commands.options import BACKBONE
+from mp2.commands.options import BACKBONE, PROMPTS, revision_option
 from mp2.commands.paths import PATH
 from mp2.commands.printing import tell
 from mp2.errors import UsageError
@@ -21,11 +21,15 @@ from mp2.errors import UsageError
     type=BACKBONE,
     help="mini, cpt-large, a folder, or a hub id.",
 )
-@click.option("--revision", help="Of a hub backbone: a branch, tag or commit.")
-@click.option("--like", help="Prompts whose shape and span head to take.  [default: mini-deep for mini]")
+@revision_option
+@click.option(
+    "--like", type=PROMPTS, help="Prompts whose shape and span head to take.  [default: mini-deep for mini]"
+)
 @click.option("--deep", "kind", flag_value="deep", help="Without --like: prompts at every layer (BBTv2).")
 @click.option("--shallow", "kind", flag_value="shallow", help="Without --like: at the input only (BBT).")
-@click.option("--head", help="Prompts whose span head to take (mp2 pretrain --method head, mp2 tune).")
+@click.option(
+    "--head", type=PROMPTS, help="Prompts whose span head to take (mp2 pretrain --method head, mp2 tune)."
+)
 @click.option("--seed", default=8, show_default=True, help="Draws the random projections.")
 @click.option("--out", required=True, type=PATH, help="Prompt file to write.")
 def scratch(

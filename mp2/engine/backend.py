@@ -58,6 +58,7 @@ class Backend(Protocol):
     precision: str
     reason: str  # why this backend: one line, for people
     backbone: Backbone
+    deep_inline: bool  # whether deep prompts may enter as rows of the sequence
 
     def forward(
         self,

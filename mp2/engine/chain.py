@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from mp2.backbone import Backbone, add_to_rows
 from mp2.engine.backend import CACHE_BYTES, PopulationPrefix, Probe, is_out_of_memory
 from mp2.engine.forward import Arrival, Batch, Evaluation, Forward
-from mp2.errors import UsageError
 from mp2.heads import Head
 from mp2.prompts import PrefixProjector, PromptSet
 
@@ -62,7 +61,7 @@ class ChainBackend(ABC):
     precision: str
     reason: str
     backbone: Backbone
-    deep_inline = True  # whether deep prompts may enter as rows of the sequence
+    deep_inline = True
 
     @abstractmethod
     def embed(self, input_ids: torch.Tensor, n_inline: int = 0) -> torch.Tensor:
@@ -168,16 +167,9 @@ class ChainForward(Forward):
         micro_batch_tokens: int,
         cache_bytes: int,
     ) -> None:
-        """Raises UsageError for deep inline prompts where the backend has prefixes only."""
         super().__init__(backend, prompts, head, micro_batch_tokens, cache_bytes)
         self._stages = backend
         self._added = prompts.meta.on_placeholders
-        if self._added and prompts.kind == "deep" and not backend.deep_inline:
-            raise UsageError(
-                f"these deep prompts were trained with inline injection, runtime '{backend.name}' has "
-                "prefixes only: run them with --runtime torch, or give prompts trained with "
-                "--injection prefix"
-            )
         self._config = backend.backbone.config
         self._encoder = backend.backbone.encoder
         self._projector = PrefixProjector(self._encoder, prompts, backend.device)

@@ -97,9 +97,15 @@ class Forward(ABC):
         micro_batch_tokens: int,
         cache_bytes: int,
     ) -> None:
-        """Subclasses raise UsageError for prompts that they cannot run."""
+        """Raises UsageError for deep inline prompts where the backend has prefixes only."""
         backbone = backend.backbone
         prompts.check_fits(backbone)
+        if prompts.kind == "deep" and prompts.meta.injection != "prefix" and not backend.deep_inline:
+            raise UsageError(
+                f"these deep prompts were trained with inline injection, runtime '{backend.name}' on "
+                f"{backend.device} has prefixes only: run them with --runtime torch --device cpu, or give "
+                "prompts trained with --injection prefix"
+            )
         head = SpanHead(prompts.span_weight, prompts.span_bias) if head is None else head
         self.backend, self.prompts = backend, prompts
         self.head = head.to(torch.device(backend.device))

@@ -21,10 +21,9 @@ from mp2.errors import UnknownNameError
 from mp2.export.bundle_files import reading
 from mp2.serve.batcher import Batcher
 from mp2.serve.config import ServeConfig
-from mp2.serve.counting import Counted
+from mp2.serve.counting import Counted, Metrics
 from mp2.serve.errors import BadRequestError, RequestError
 from mp2.serve.lines import checked
-from mp2.serve.metrics import Metrics
 from mp2.serve.model import ServedBundle
 from mp2.serve.replies import json_reply, refusal
 from mp2.serve.request_body import read_body, read_json

@@ -17,8 +17,8 @@ import numpy as np
 
 from mp2.export.bundle_files.reading import Row, Task
 from mp2.serve.config import ServeConfig
+from mp2.serve.counting import Metrics
 from mp2.serve.errors import LateError, OverloadError, RequestError
-from mp2.serve.metrics import Metrics
 from mp2.serve.model import ServedBundle, graph_of
 
 Outputs = dict[str, np.ndarray]

@@ -3,7 +3,7 @@
 from mp2.tasks.card import Source, TaskCard, card_names, list_cards, load_card
 from mp2.tasks.check import CheckReport, check_task
 from mp2.tasks.cloze import ClozeFormatter
-from mp2.tasks.data import has_split, load_examples, parse_lines, read_examples
+from mp2.tasks.data import has_split, load_examples, read_examples
 from mp2.tasks.decode import decode
 from mp2.tasks.example import Answer, Example
 from mp2.tasks.faults import AllFaults, Fault, FirstFault
@@ -39,7 +39,6 @@ __all__ = [
     "list_cards",
     "load_card",
     "load_examples",
-    "parse_lines",
     "read_examples",
     "score",
 ]

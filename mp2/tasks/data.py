@@ -29,7 +29,7 @@ from mp2.tasks.example import Example
 from mp2.tasks.faults import Faults, FirstFault
 from mp2.tasks.place import Files, find_place
 from mp2.tasks.record import Columns, RecordParser, mapped
-from mp2.tasks.record_files import json_lines, read_records
+from mp2.tasks.record_files import read_records
 
 
 def load_examples(
@@ -93,20 +93,11 @@ def read_examples(
     path: Path,
     faults: Faults,
     *,
-    labelled: bool = True,
     fields: Mapping[str, str] | None = None,
 ) -> Iterator[Example]:
     """Yield the good examples of a file, skipping blank lines; bad ones go to ``faults``."""
     records = mapped(Columns(card, fields or {}), read_records(path, faults))
-    yield from parse_records(card, records, str(path), faults, labelled=labelled)
-
-
-def parse_lines(
-    card: TaskCard, lines: Iterable[bytes | str], path: str, faults: Faults, *, labelled: bool = True
-) -> Iterator[Example]:
-    """Yield the good examples of JSON lines; ``labelled=False``: label and answers may be missing."""
-    records = mapped(Columns(card), json_lines(lines, path, faults))
-    yield from parse_records(card, records, path, faults, labelled=labelled)
+    yield from parse_records(card, records, str(path), faults)
 
 
 def parse_records(
@@ -114,11 +105,9 @@ def parse_records(
     records: Iterable[tuple[int, Any]],
     path: str,
     faults: Faults,
-    *,
-    labelled: bool = True,
 ) -> Iterator[Example]:
     """Yield the good examples among (line, object) pairs; the bad ones go to ``faults``."""
     for line, record in records:
-        example = RecordParser(card, path, line, faults, labelled).example(record)
+        example = RecordParser(card, path, line, faults, True).example(record)
         if example is not None:
             yield example

@@ -29,11 +29,11 @@ from mp2.json_files import Fields, check, number, object_of
 from mp2.prompts import ModularPrompts, PromptMeta, PromptSet, new_meta, save_prompts
 from mp2.training.checkpoint import SCORES_LINE, alone_in, cut_back
 from mp2.training.config import PretrainConfig
+from mp2.training.methods.prompt_tuning import begin_single
 from mp2.training.mixture import Batch, MixtureTask, sample_batch
 from mp2.training.outputs import PretrainResult, write_outputs
 from mp2.training.prompted import PromptedEncoder, dev_scores, in_precision, table
 from mp2.training.ranks import Ranks
-from mp2.training.single_prompt import begin_single
 from mp2.training.trainer import Trainer
 
 

@@ -26,12 +26,14 @@ from mp2.files import open_to_append, write_all
 from mp2.journal_lines import journal_line
 from mp2.json_files import parse_json
 from mp2.runs.loggers.tensorboard import Scalars
+from mp2.runs.progress import clock
 from mp2.training.checkpoint import checkpoint_state, cut_back, load_checkpoint, save_checkpoint
-from mp2.training.monitor import SCALARS_EVERY, Progress
 from mp2.training.prefetch import Prefetcher
 from mp2.training.ranks import Ranks, StopSignals
 
 MAX_SKIPPED_IN_A_ROW = 10
+SCALARS_EVERY = 10  # steps; TensorBoard gets the mean loss of as many
+_LINE_EVERY_S = 20.0
 T = TypeVar("T")
 
 
@@ -214,7 +216,7 @@ class Trainer(ABC, Generic[T]):
         if main:
             cut_back(self.journal, self.step, range(1, self.step + 1), self.log)
         amount, unit = self._pace
-        progress = Progress(self.step, self.n_steps, self.log, amount, unit)
+        progress = StepLine(self.step, self.n_steps, self.log, amount, unit)
         last_save = time.monotonic()
         recent: list[float] = []
         with ExitStack() as stack:
@@ -279,3 +281,31 @@ class Trainer(ABC, Generic[T]):
     def more_scalars(self) -> dict[str, float]:
         """Further TensorBoard scalars of the present step."""
         return {}
+
+
+class StepLine:
+    """A line every 20 seconds and at the end: mean loss since the last one, pace, data wait, time left."""
+
+    def __init__(self, first: int, n_steps: int, log: Callable[[str], None], amount: int, unit: str) -> None:
+        """Start at step ``first`` of ``n_steps``; a step handles ``amount`` of ``unit``."""
+        self._first, self._n_steps, self._log = first, n_steps, log
+        self._amount, self._unit = amount, unit
+        self._start = self._last = time.monotonic()
+        self._losses: list[float] = []
+
+    def step(self, step: int, loss: float, wait_share: float) -> None:
+        """Count a step; non-finite losses are left out of the mean."""
+        if math.isfinite(loss):
+            self._losses.append(loss)
+        now = time.monotonic()
+        if now - self._last <= _LINE_EVERY_S and step < self._n_steps:
+            return
+        pace = (step - self._first) / max(1e-9, now - self._start)
+        mean = sum(self._losses) / len(self._losses) if self._losses else math.nan
+        shown = f"{mean:.4f}" if self._losses else "-"
+        self._log(
+            f"step {step}/{self._n_steps} loss {shown} {pace:.2f} steps/s "
+            f"{pace * self._amount:,.0f} {self._unit}/s "
+            f"data wait {100 * wait_share:.1f} % ETA {clock((self._n_steps - step) / pace)}"
+        )
+        self._losses, self._last = [], now

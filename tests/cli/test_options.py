@@ -104,6 +104,10 @@ def test_names_of_runtimes_and_precisions_are_the_engines() -> None:
         (["bbt", "--precision"], "f", ["fp32", "fp16", "fp8"]),
         (["bbt", "--router-search"], "n", ["nevergrad:", "none"]),
         (["bbt", "--cma"], "", ["full", "diagonal"]),
+        (["export", "--precision"], "b", ["bf16"]),
+        (["export", "--prompts"], "mini-d", ["mini-deep"]),
+        (["scratch", "--like"], "mini-s", ["mini-shallow"]),
+        (["pretrain", "--device"], "cu", ["cuda"]),
         (["bbt"], "--router-i", ["--router-iters"]),
     ],
 )

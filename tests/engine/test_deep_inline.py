@@ -16,6 +16,7 @@ from mp2.engine import Objective
 from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.cpu.differences import DifferenceBackend
 from mp2.engine.cuda.backend import CudaBackend
+from mp2.engine.endpoint.backend import EndpointBackend
 from mp2.errors import UsageError
 from mp2.prompts import PromptSet
 from mp2.tasks import MrcInput
@@ -133,17 +134,13 @@ def test_int8_differences_stay_close_to_float32(
 def test_engines_that_have_prefixes_only_refuse_with_one_line(
     tiny_backbone: Backbone, inline: PromptSet, train: list[MrcInput]
 ) -> None:
-    runtime = CudaBackend(tiny_backbone, device="cpu", precision="fp32")
-    with pytest.raises(
-        UsageError, match=r"^[^\n]*inline injection, the CUDA engine has prefixes only[^\n]*$"
-    ):
-        Objective(runtime.forward(inline), train)
     named = CpuBackend(tiny_backbone)
-    named.name, named.deep_inline = "tensorrt", False
-    with pytest.raises(
-        UsageError, match=r"^[^\n]*inline injection, runtime 'tensorrt' has prefixes only[^\n]*$"
-    ):
-        named.forward(inline)
+    named.name, named.deep_inline = "endpoint", False
+    for backend in (CudaBackend(tiny_backbone, device="cpu", precision="fp32"), named):
+        refusal = f"^[^\n]*inline injection, runtime '{backend.name}' on cpu has prefixes only[^\n]*$"
+        with pytest.raises(UsageError, match=refusal):
+            backend.forward(inline)
+    assert not EndpointBackend.deep_inline
 
 
 def test_encoder_equals_the_engine(

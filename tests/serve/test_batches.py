@@ -14,8 +14,8 @@ import pytest
 from mp2.export.bundle_files.reading import Row, Task
 from mp2.serve.batcher import Batcher
 from mp2.serve.config import ServeConfig
+from mp2.serve.counting import Metrics
 from mp2.serve.errors import LateError, OverloadError, RequestError
-from mp2.serve.metrics import Metrics
 
 
 class SlowForward:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from mp2.errors import FormatError, UnknownNameError, UsageError
-from mp2.tasks import AllFaults, Answer, TaskCard, load_card, load_examples, parse_lines, read_examples
+from mp2.tasks import AllFaults, Answer, Example, TaskCard, load_card, load_examples, read_examples
 from mp2.tasks.place import DEMO_DIR
+from mp2.tasks.record import Columns, RecordParser, mapped
+from mp2.tasks.record_files import json_lines
 
 MakeCard = Callable[..., TaskCard]
 GOOD: dict[str, dict[str, Any]] = {
@@ -18,6 +20,15 @@ GOOD: dict[str, dict[str, Any]] = {
     "extraction": {"context": "今天天气很好", "question": "哪天", "answers": [{"text": "天气", "start": 2}]},
     "multiple_choice": {"context": "", "question": "", "options": ["一", "二", "三"], "label": 2},
 }
+
+
+def parse_lines(
+    card: TaskCard, lines: list[str], path: str, faults: AllFaults, *, labelled: bool = True
+) -> list[Example]:
+    """As training reads lines, or (``labelled=False``) as `mp2 predict` does."""
+    records = mapped(Columns(card), json_lines(lines, path, faults))
+    found = [RecordParser(card, path, line, faults, labelled).example(record) for line, record in records]
+    return [example for example in found if example is not None]
 
 
 @pytest.fixture

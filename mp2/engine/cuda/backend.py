@@ -54,6 +54,7 @@ class CudaBackend:
     """`Backend` over packs."""
 
     name = "torch"
+    deep_inline = False
 
     def __init__(
         self,

@@ -22,7 +22,6 @@ from mp2.engine.cuda.lanes import Lane
 from mp2.engine.cuda.pack import Pack, PackedStates, make_packs
 from mp2.engine.cuda.replays import Graphs
 from mp2.engine.forward import Arrival, Batch, Evaluation, Forward
-from mp2.errors import UsageError
 from mp2.heads import Head
 from mp2.prompts import PromptSet
 
@@ -51,13 +50,7 @@ class PackedForward(Forward):
         micro_batch_tokens: int,
         cache_bytes: int,
     ) -> None:
-        """Raises UsageError for deep inline prompts."""
         super().__init__(backend, prompts, head, micro_batch_tokens, cache_bytes)
-        if prompts.kind == "deep" and not self.prefixed:
-            raise UsageError(
-                "these deep prompts were trained with inline injection, the CUDA engine has prefixes only: "
-                "run them with --device cpu, or give prompts trained with --injection prefix"
-            )
         self.graphs = Graphs(None)
         self.project = backend.projector(prompts)
         self._placeholders: torch.Tensor | None = None  # word embeddings [1, m, H] that prompts are added to

@@ -20,7 +20,7 @@ from mp2.engine.chain import Bucket, buckets_of, most_candidates
 from mp2.engine.endpoint.client import Endpoints
 from mp2.engine.endpoint.views import head_inputs, view_of
 from mp2.engine.forward import Arrival, Batch, Evaluation, Forward
-from mp2.errors import MismatchError, UsageError
+from mp2.errors import MismatchError
 from mp2.heads import Head
 from mp2.messages import say
 from mp2.prompts import PrefixProjector, PromptSet
@@ -38,6 +38,7 @@ class EndpointBackend:
 
     name = "endpoint"
     device = "cpu"
+    deep_inline = False  # the graphs of a whole backbone take keys and values
 
     def __init__(
         self,
@@ -153,13 +154,7 @@ class EndpointForward(Forward):
         micro_batch_tokens: int,
         cache_bytes: int,
     ) -> None:
-        """Raises UsageError for deep inline prompts, which no graph of a whole backbone takes."""
         super().__init__(backend, prompts, head, micro_batch_tokens, cache_bytes)
-        if prompts.kind == "deep" and not self.prefixed:
-            raise UsageError(
-                "these deep prompts were trained with inline injection, and servers take keys and values "
-                "only: give prompts trained with --injection prefix, or tune with --runtime torch"
-            )
         self._config, self._servers = backend.backbone.config, backend
         self._projector = PrefixProjector(backend.backbone.encoder, prompts)
         self._view = view_of(self.head)

@@ -67,6 +67,11 @@ def test_what_is_imported_is_declared(folder: str, extras: set[str]) -> None:
     assert {name: file for name, file in imported(folder).items() if name not in declared | OF_TORCH} == {}
 
 
+def test_nothing_is_declared_twice() -> None:
+    for declared in (REQUIREMENTS, *EXTRAS.values()):
+        assert len(names(declared)) == len(declared)
+
+
 def test_the_constraints_have_a_tested_version_of_all_that_is_declared() -> None:
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     pins = [Requirement(line) for line in lines if not line.startswith("#")]

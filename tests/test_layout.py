@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import functools
 import gc
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -55,6 +56,7 @@ LEVELS = (
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 
+@functools.cache
 def parsed(path: Path) -> ast.Module:
     """Parse a file; without the collector, in whose runs Python 3.11's parser loses count (gh-106905)."""
     gc.disable()
@@ -64,10 +66,10 @@ def parsed(path: Path) -> ast.Module:
         gc.enable()
 
 
-def imports() -> Iterator[tuple[str, str, Path]]:
-    """(importer, imported, file) of packages and lone modules of mp2, wherever in a file."""
-    for path in sorted(ROOT.rglob("*.py")):
-        parts = path.relative_to(ROOT).parts
+def imports(root: Path = ROOT) -> Iterator[tuple[str, str, Path]]:
+    """(importer, imported, file) of packages and lone modules below ``root``, wherever in a file."""
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
         if parts == ("__init__.py",):
             continue
         importer = parts[0].removesuffix(".py")
@@ -85,16 +87,67 @@ def imports() -> Iterator[tuple[str, str, Path]]:
                     yield importer, imported, path
 
 
-def test_arrows_point_down_and_no_package_imports_its_importer() -> None:
-    edges = {(a, b): path for a, b, path in imports()}
-    unknown = {name for edge in edges for name in edge} - set(LEVEL)
-    assert not unknown, f"{unknown} have no place in LEVELS"
-    upward = {edge: path for edge, path in edges.items() if LEVEL[edge[1]] > LEVEL[edge[0]]}
-    assert not upward
-    below: dict[str, set[str]] = {name: {b for a, b in edges if a == name} for name in LEVEL}
-    for _ in LEVEL:
+def circles(edges: Collection[tuple[str, str]]) -> list[str]:
+    """Names that lead back to themselves."""
+    below = {name: {b for a, b in edges if a == name} for edge in edges for name in edge}
+    for _ in below:
         below = {name: found.union(*(below[x] for x in found)) for name, found in below.items()}
-    assert not [name for name, found in below.items() if name in found], "packages that import each other"
+    return sorted(name for name, found in below.items() if name in found)
+
+
+def wrong_arrows(root: Path) -> dict[str, Any]:
+    """What points up, or in a circle, or has no place in LEVELS."""
+    edges = {(a, b): path for a, b, path in imports(root)}
+    unknown = {name for edge in edges for name in edge} - set(LEVEL)
+    upward = {edge: path for edge, path in edges.items() if LEVEL.get(edge[1], 0) > LEVEL.get(edge[0], 0)}
+    found = {"unknown": unknown, "upward": upward, "circles": circles(edges)}
+    return {kind: names for kind, names in found.items() if names}
+
+
+def test_arrows_point_down_and_no_package_imports_its_importer() -> None:
+    assert wrong_arrows(ROOT) == {}
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "expected"),
+    [
+        ("engine/folder.py", "from mp2.backbone import load", {}),
+        ("engine/folder.py", "import mp2.export.graphs", {"upward": ("engine", "export")}),
+        ("heads/span.py", "def f():\n    from mp2.tasks.mrc import g", {"circles": ["heads", "tasks"]}),
+        ("somewhere/new.py", "from mp2 import errors", {"unknown": {"somewhere"}}),
+    ],
+)
+def test_a_wrong_arrow_is_found(tmp_path: Path, file: str, line: str, expected: dict[str, Any]) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "mrc.py").write_text("from mp2.heads import span\n", "utf-8")
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(f"{line}\n", "utf-8")
+    found = wrong_arrows(tmp_path)
+    if "upward" in found:
+        (found["upward"],) = found["upward"]
+    assert found == expected
+
+
+def run_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """What stands in a file, without what is there for types only."""
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield child
+            yield from run_nodes(child)
+
+
+def comes_back(walk: list[str]) -> list[str]:
+    """Modules of a walk to which its reader returns: they import one another in a circle."""
+    edges = set()
+    for module in walk:
+        path = ROOT.joinpath(*module.split(".")[1:])
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]:
+            for node in run_nodes(parsed(file)):
+                if isinstance(node, ast.ImportFrom):
+                    names = {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+                    edges |= {(module, x) for x in {*map(stop, names)} & {*walk} - {module}}
+    assert edges
+    return circles(edges)
 
 
 def test_optimizers_know_nothing_of_the_engine_and_the_engine_nothing_of_what_uses_it() -> None:
@@ -164,6 +217,7 @@ def test_from_ask_to_loss_is_a_short_walk(tmp_path: Path, monkeypatch: pytest.Mo
     for walk in walks:
         assert {"mp2.optimizers.two_stage", "mp2.engine.objective", "mp2.engine.cpu"} <= set(walk)
         assert len(walk) <= MOST_MODULES, "\n".join(walk)
+        assert comes_back(walk) == []
 
 
 def test_from_a_line_to_its_label_is_a_short_walk(tmp_path: Path) -> None:
@@ -194,6 +248,7 @@ def test_from_a_line_to_its_label_is_a_short_walk(tmp_path: Path) -> None:
     assert line["label"] in predictor.card.labels
     assert {"mp2.runs.predict", "mp2.tasks.mrc", "mp2.engine.cpu", "mp2.tasks.decode"} <= set(walk)
     assert len(walk) <= MOST_MODULES, "\n".join(walk)
+    assert comes_back(walk) == []
 
 
 def test_from_precision_to_the_backend_is_a_short_walk(

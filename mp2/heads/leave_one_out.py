@@ -49,7 +49,7 @@ def dual(kernel: Tensor, targets: Tensor, penalty: float) -> tuple[Tensor, Tenso
     inverse = torch.linalg.inv(torch.where(finite, kernel, 0.0) + penalty * eye)
     residual = penalty * (inverse @ (targets - targets.mean(0)))  # targets less fitted values
     leverage = 1 - penalty * inverse.diagonal(dim1=-2, dim2=-1) + 1 / n  # S_ii, 1/N of it the intercept's
-    scores = targets - residual / (1 - leverage)[..., None]
+    scores = targets - residual / (1 - leverage)[..., None]  # y - (y - y^) / (1 - S_ii)
     bad = torch.where(finite, 0.0, torch.nan)
     return residual / penalty + bad, scores + bad
 

@@ -1,8 +1,8 @@
 """Stage II: CMA-ES on the fused intrinsic prompt of each layer, divide and conquer (paper 3.4, A.2).
 
-A layer has one CMA-ES (library ``cma``) on the *offset* from its fused intrinsic prompt z^(l): mean 0,
-population 20. Layers are visited in turn, a visit is one generation, and the layer then keeps the best
-offset it has found.
+A layer has one CMA-ES (Hansen and Ostermeier 2001; library ``cma``) on the *offset* from its fused intrinsic
+prompt z^(l): mean 0, population 20. Layers are visited in turn, a visit is one generation, and the layer then
+keeps the best offset it has found.
 
 Where this differs from BBTv2 (Sun et al. 2022), which it follows otherwise: there, a layer keeps the best
 of *all* its own generations (``--keep ever``; their code: ``es.result.xbest``), the first one's even if it is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -16,6 +17,15 @@ from mp2.backbone import Backbone, BackboneConfig, random_backbone
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests import onnxruntime themselves, too
 torch.set_num_threads(1)
+
+
+def pytest_sessionstart() -> None:
+    """Collect without the collector, in whose runs Python 3.11's parser loses count (gh-106905)."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,10 @@ import io
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import click
@@ -17,7 +19,7 @@ from mp2.messages import printable, shortened, warnings_are_lines
 _UNLIMITED = 10_000  # columns: of a file or a pipe
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
 
 
 def note(line: str) -> None:
@@ -51,34 +53,68 @@ def notes(quiet: bool) -> Callable[[str], None]:
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress and no notes on stderr.")
 
 
-def show(what: RenderableType) -> None:
-    """Print a result: within the terminal's width, in whole lines where there is none."""
+def _console() -> Console:
+    """Standard output: within the terminal's width, in whole lines where there is none."""
     from rich.console import Console
 
+    # asked here, and with a height: for TERM=dumb rich takes 80 columns
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _UNLIMITED
+    return Console(file=sys.stdout, width=width, height=25, markup=False, emoji=False, highlight=False)
+
+
+def show(what: RenderableType) -> None:
+    """Print a result."""
     if sys.stdout is None:  # closed
         return
-    width = None if sys.stdout.isatty() else _UNLIMITED
-    console = Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False)
+    console = _console()
     with console.capture() as captured:
         console.print(shortened(what) if isinstance(what, str) else what, soft_wrap=isinstance(what, str))
     text = "\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n"))
-    (tell if width else click.echo)(text)  # a terminal's lines are no longer than it is wide
+    (click.echo if sys.stdout.isatty() else tell)(text)  # a terminal's lines are no longer than it is wide
 
 
 def show_table(
     rows: Iterable[Sequence[str]], head: Sequence[str] = (), numbers_from: int | None = None
 ) -> None:
-    """Print rows in columns, numbers from one on; long cells fold, wide characters count double."""
+    """Print rows in columns, numbers from one on; long cells fold, wide characters count double.
+
+    Where the terminal has no room for whole words and numbers side by side, each row is a paragraph: a line a
+    column with its head.
+    """
+    from rich.cells import cell_len
     from rich.table import Table
 
-    rows = list(rows)
+    if sys.stdout is None:
+        return
+    rows = [[printable(cell) for cell in row] for row in rows]
+    columns = list(zip_longest(head, *rows, fillvalue=""))
+    least = [max(map(_longest_word, column)) for column in columns]
+    spare = _console().width - sum(least) - 2 * len(columns)
+    if head and spare < 0:
+        for i, row in enumerate(rows):
+            show_table(([("", "")] if i else []) + list(zip(head, row, strict=False)))
+        return
     table = Table(box=None, show_header=bool(head), pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for i in range(max(map(len, [head, *rows]))):
-        numeric = numbers_from is not None and i >= numbers_from
-        table.add_column(head[i] if head else "", overflow="fold", justify="right" if numeric else "left")
+    for i, column in enumerate(columns):
+        more = min(max(map(cell_len, column)) - least[i], spare)  # the first columns get what they need
+        spare -= more
+        table.add_column(
+            column[0] if head else "",
+            overflow="fold",
+            justify="right" if numbers_from is not None and i >= numbers_from else "left",
+            width=least[i] + more if head else None,
+        )
     for row in rows:
-        table.add_row(*map(printable, row))
+        table.add_row(*row)
     show(table)
+
+
+def _longest_word(text: str) -> int:
+    """Columns that a cell needs so that no word of it is broken; a wide character is a word of its own."""
+    from rich.cells import cell_len
+
+    words = (word for word in text.split())
+    return max((2 if cell_len(word) > len(word) else len(word) for word in words), default=0)
 
 
 def as_json_text(value: object) -> str:

@@ -58,6 +58,26 @@ def test_a_table_fits_a_narrow_terminal_with_wide_characters(
     assert ":smile:" in "".join(lines)
 
 
+@pytest.mark.parametrize("columns", [40, 30, 28])
+def test_no_word_or_number_of_a_table_is_broken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: int
+) -> None:
+    """As long as words fit side by side it is one table; with less room each row is a paragraph."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    rows = [
+        ("TF-IDF + logistic regression", "3.7481", "30.0 ± 4.1"),
+        ("stage II (selected)", "3.3311", "7.0"),
+    ]
+    show_table(rows, ("", "train loss", "test accuracy"), numbers_from=1)
+    lines = re.sub(r"\x1b\[\d*m", "", capsys.readouterr().out).splitlines()
+    assert max(map(cell_len, lines)) <= columns
+    words = " ".join(lines).split()
+    for word in ("regression", "(selected)", "3.7481", "3.3311", "30.0", "accuracy"):
+        assert word in words
+    assert ("" in lines) == (columns < 30)
+
+
 def test_a_pipe_gets_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:
     show_table([("template", "字" * 300)])
     assert capsys.readouterr().out == f"template  {'字' * 300}\n"

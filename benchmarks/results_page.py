@@ -228,10 +228,9 @@ SECTIONS = [
         files=["serve_load.json"],
         command="python -m benchmarks.serve.load",
         text="`mp2 serve` over mini, 16 clients in a closed loop, one thread a server; median of the rounds "
-        "and their range. Measured on two cores with some eighteen busy processes of others: with one task "
-        "all systems are the same, and their rates differ by 1.8 times, so that no smaller difference means "
-        "anything here. What does not depend on the load: with 64 tasks a forward has six sequences where "
-        "tasks are mixed and one where they are not.",
+        "and their range. With one task the three systems do the same: by how much their figures differ "
+        "there is what the machine's other work does to them. Processor time is what a request costs all "
+        "servers of a system together.",
         table=serve_load,
     ),
     Section(

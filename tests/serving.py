@@ -57,9 +57,20 @@ class Server:
             self.process.wait(60)
 
 
-def start_server(bundle: Path, log: Path, *options: str) -> Server:
-    """Start a server on a free port of the loopback, and wait until it answers."""
-    command = [sys.executable, "-m", "mp2", "serve", "--bundle", str(bundle), "--port", "0", "--threads", "1"]
+def start_server(
+    bundle: Path, log: Path, *options: str, idle_s: int | None = None, most_files: int | None = None
+) -> Server:
+    """Start a server on a free port of the loopback, and wait until it answers.
+
+    ``idle_s`` is how long it keeps a connection without a request, ``most_files`` how many files it may open.
+    """
+    code = "from mp2.cli import main; "
+    if idle_s is not None:
+        code += f"import mp2.serve.server as server; server._IDLE_S = {idle_s}; "
+    if most_files is not None:
+        code += f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({most_files},) * 2); "
+    command = [sys.executable, "-c", f"{code}main()"]
+    command += ["serve", "--bundle", str(bundle), "--port", "0", "--threads", "1"]
     with log.open("wb") as file:
         process = subprocess.Popen([*command, *options], stderr=file, stdout=file, env=os.environ.copy())
     until = time.monotonic() + 120

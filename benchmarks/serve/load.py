@@ -3,12 +3,15 @@
 Three systems serve the same tasks: one server whose batches mix tasks; the same with batches of one task each
 (``--no-mix-tasks``); a process for each task (up to ``--most-processes``: each has the weights once more).
 Clients in a process of their own ask in a closed loop, each the next text of a task drawn at random as soon
-as it has an answer. Systems alternate within a round; tables have medians over rounds and their range. The
-tasks are one short run of ``demo_sentiment`` over the embedded backbone, with other prompts for each task.
+as it has an answer. Systems alternate within a round; tables have medians over rounds and their range. Beside
+the clock's figures stands the processor time that the servers took for a request, which other work on the
+machine hardly changes. The tasks are one short run of ``demo_sentiment`` over the embedded backbone, with
+other prompts for each task.
 
-    python -m benchmarks.serve.load [--tasks 1 8 64] [--clients 16] [--rounds 3] [--seconds 4]
+    python -m benchmarks.serve.load [--tasks 1 4 16 64] [--clients 16] [--rounds 5] [--seconds 4]
 
-About six minutes. Result: ``serve_load.json``.
+About nine minutes on two quiet cores, three of them starts; 64 processes take 8 GB of memory. Result:
+``serve_load.json``.
 """
 
 from __future__ import annotations
@@ -79,8 +82,8 @@ def with_tasks(one: Path, out: Path, names: Sequence[str]) -> Path:
 
 
 @contextmanager
-def servers(commands: Sequence[Sequence[str]], logs: Path) -> Iterator[list[int]]:
-    """Start servers, and give the port of each once all answer."""
+def servers(commands: Sequence[Sequence[str]], logs: Path) -> Iterator[dict[int, int]]:
+    """Start servers, and give port -> process of each once all answer."""
     processes, files = [], []
     try:
         for number, options in enumerate(commands):
@@ -88,7 +91,7 @@ def servers(commands: Sequence[Sequence[str]], logs: Path) -> Iterator[list[int]
             command = [sys.executable, "-m", "mp2", "serve", "--port", "0", "--threads", "1", *options]
             with files[-1].open("wb") as log:
                 processes.append(subprocess.Popen(command, stderr=log, stdout=log))
-        yield [_port(process, file) for process, file in zip(processes, files, strict=True)]
+        yield {_port(p, file): p.pid for p, file in zip(processes, files, strict=True)}
     finally:
         for process in processes:
             process.send_signal(signal.SIGTERM)
@@ -105,9 +108,12 @@ def _port(process: subprocess.Popen[bytes], log: Path) -> int:
     raise Mp2Error(f"a server did not start: {log.read_text('utf-8')[-300:]}")
 
 
-def measured(ports: dict[str, int], args: argparse.Namespace, seed: int) -> dict[str, float]:
-    """Return requests a second, p50 and p99 in ms, and sequences a forward, of one system."""
-    before = _forwards(set(ports.values()))
+def measured(
+    ports: dict[str, int], processes: dict[int, int], args: argparse.Namespace, seed: int
+) -> dict[str, float]:
+    """Return requests a second, p50 and p99 in ms, servers' ms a request, and sequences a forward."""
+    used = {processes[port] for port in ports.values()}
+    before, cpu_before = _forwards(set(ports.values())), _cpu_s(used)
     texts = [example.fields["text"] for example in load_examples(load_card(TASK), "test")][:200]
     asked = {"ports": ports, "texts": texts, "clients": args.clients, "seconds": args.seconds, "seed": seed}
     done = subprocess.run(
@@ -124,13 +130,23 @@ def measured(ports: dict[str, int], args: argparse.Namespace, seed: int) -> dict
     if found["failed"]:
         raise Mp2Error(f"{len(found['failed'])} requests failed, first {found['failed'][0]}")
     after, ms = _forwards(set(ports.values())), 1000 * np.array(found["seconds"])
-    n_forwards = after[0] - before[0]
+    n_forwards, cpu_s = after[0] - before[0], _cpu_s(used) - cpu_before
     return {
         "requests_per_s": len(ms) / args.seconds,
         "p50_ms": float(np.percentile(ms, 50)),
         "p99_ms": float(np.percentile(ms, 99)),
+        "cpu_ms": 1000 * cpu_s / len(ms),
         "rows_per_forward": (after[1] - before[1]) / max(1.0, n_forwards),
     }
+
+
+def _cpu_s(processes: set[int]) -> float:
+    """Return the processor time that processes have taken, in s (Linux)."""
+    ticks = 0
+    for process in processes:
+        fields = Path(f"/proc/{process}/stat").read_text("utf-8").rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # user and system
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _forwards(ports: set[int]) -> tuple[float, float]:
@@ -157,16 +173,17 @@ def compared(one: Path, folder: Path, n_tasks: int, args: argparse.Namespace) ->
         commands.append(["--bundle", str(with_tasks(one, folder / f"{n_tasks}{name}", [name]))])
     logs = folder / f"logs{n_tasks}"
     logs.mkdir()
-    with servers(commands, logs) as ports:
+    with servers(commands, logs) as processes:
+        ports = list(processes)
         systems = [dict.fromkeys(names, ports[0]), dict.fromkeys(names, ports[1])]
         systems += [dict(zip(names, ports[2:], strict=True))] if apart else []
         for own in systems:  # not measured
-            measured(own, argparse.Namespace(**{**vars(args), "seconds": 0.5}), 0)
+            measured(own, processes, argparse.Namespace(**{**vars(args), "seconds": 0.5}), 0)
         rounds: list[list[dict[str, float]]] = [[] for _ in systems]
         for number in range(args.rounds):
             order = list(range(len(systems)))
             for k in order if number % 2 == 0 else order[::-1]:
-                rounds[k].append(measured(systems[k], args, 1 + number))
+                rounds[k].append(measured(systems[k], processes, args, 1 + number))
     row: dict[str, Any] = {"tasks": n_tasks, "clients": args.clients, "seconds": args.seconds}
     for name, own in zip(SYSTEMS, rounds, strict=False):
         row[name] = {key: spread([one[key] for one in own], 2) for key in own[0]}
@@ -176,16 +193,18 @@ def compared(one: Path, folder: Path, n_tasks: int, args: argparse.Namespace) ->
 def table(results: list[dict[str, Any]]) -> str:
     """Return the page's table of ``serve_load.json``."""
     lines = [
-        "| tasks | system | requests a second | p50, ms | p99, ms | sequences a forward |",
-        "| ---: | --- | ---: | ---: | ---: | ---: |",
+        "| tasks | system | requests a second | p50, ms | p99, ms | servers' processor time, ms | "
+        "sequences a forward |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in results[0]["rows"]:
         for name in SYSTEMS:
             if name not in row:
-                lines.append(f"| {row['tasks']} | {name} | not run | | | |")
+                lines.append(f"| {row['tasks']} | {name} | not run | | | | |")
                 continue
             cells = [ranged(row[name][key], 0) for key in ("requests_per_s", "p50_ms", "p99_ms")]
-            cells.append(ranged(row[name]["rows_per_forward"], 1))
+            for key, digits in (("cpu_ms", 2), ("rows_per_forward", 1)):
+                cells.append(ranged(row[name][key], digits) if key in row[name] else "")
             lines.append(f"| {row['tasks']} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -196,11 +215,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tasks", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--tasks", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0)
-    parser.add_argument("--most-processes", type=int, default=8)
+    parser.add_argument("--most-processes", type=int, default=64)
     parser.add_argument("--name", default="serve_load", help="of the result")
     args = parser.parse_args()
     check_rounds(args.rounds)

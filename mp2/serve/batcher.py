@@ -1,15 +1,16 @@
 """One queue for all tasks: what waits together is computed together.
 
 Sequences of different tasks share a forward: row i has prompt i. While one forward computes, others gather;
-only when nothing computes does a sequence wait for company, ``max_wait_ms`` at most.
+only when nothing computes does a sequence wait for company, ``max_wait_ms`` at most. The thread that computes
+takes its next forward itself: it does not wait until the event loop, which may be busy, gives it one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,24 +44,24 @@ class Batcher:
 
     def __init__(self, served: ServedBundle, config: ServeConfig, metrics: Metrics) -> None:
         self._served, self._config, self._metrics = served, config, metrics
+        self._changed = threading.Condition()  # holds what follows
         self._queue: list[Waiting] = []
         self._n_waiting = 0
-        self._arrived = asyncio.Event()
         self._ending = False
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="forward")
-        self._worker: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._work, name="forward", daemon=True)
 
     def start(self) -> None:
-        """Begin to work; inside the event loop."""
-        self._worker = asyncio.create_task(self._work())
+        """Begin to work; inside the event loop, which hears of the results."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
 
     async def stop(self) -> None:
         """End, once nothing waits any more."""
-        self._ending = True
-        self._arrived.set()
-        if self._worker is not None:
-            await self._worker
-        self._thread.shutdown()
+        with self._changed:
+            self._ending = True
+            self._changed.notify()
+        await asyncio.to_thread(self._thread.join)
 
     async def rows(self, task: Task, rows: Sequence[Row]) -> list[Outputs]:
         """Return the outputs of each of the rows of ``task``.
@@ -86,11 +87,12 @@ class Batcher:
         most = self._config.queue
         if n_rows > most and len(work) > 1:
             raise RequestError(413, f"it makes {n_rows} sequences, expected at most {most}; send it in parts")
-        if self._n_waiting and self._n_waiting + n_rows > most:
-            raise OverloadError(self._n_waiting, most)
-        self._queue += work
-        self._count(n_rows)
-        self._arrived.set()
+        with self._changed:
+            if self._n_waiting and self._n_waiting + n_rows > most:
+                raise OverloadError(self._n_waiting, most)
+            self._queue += work
+            self._count(n_rows)
+            self._changed.notify()
         try:
             async with asyncio.timeout(self._config.timeout_s):
                 return list(await asyncio.gather(*(one.result for one in work)))
@@ -104,54 +106,40 @@ class Batcher:
         self._n_waiting += change
         self._metrics.waiting.set(self._n_waiting)
 
-    async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
-        while (batch := await self._next()) is not None:
+    def _work(self) -> None:
+        assert self._loop is not None
+        while (batch := self._next()) is not None:
             if not batch:
                 continue
             started = time.perf_counter()
             self._metrics.batch_rows.observe(sum(one.n_rows for one in batch))
-            found = await loop.run_in_executor(self._thread, self._compute, batch)
+            found = self._compute(batch)
             self._metrics.forward_s.observe(time.perf_counter() - started)
-            for one, (value, error) in zip(batch, found, strict=True):
-                if one.result.done():
-                    continue  # its client has given up
-                if error is None:
-                    one.result.set_result(value)
-                else:
-                    one.result.set_exception(error)
+            self._loop.call_soon_threadsafe(_answer, batch, found)
 
-    async def _next(self) -> list[Waiting] | None:
+    def _next(self) -> list[Waiting] | None:
         """Return what the next forward computes: nothing where all was given up, None at the end."""
-        while not self._queue:
-            if self._ending:
-                return None
-            self._arrived.clear()
-            await self._arrived.wait()
-        await self._company()
-        batch: list[Waiting] = []
-        gone = [one for one in self._queue if one.result.done()]
-        if first := next((one for one in self._queue if not one.result.done()), None):
-            batch = _like(
-                first, [one for one in self._queue if not one.result.done()], self._config.max_batch
-            )
-        taken = {id(one) for one in (*gone, *batch)}
-        self._queue = [one for one in self._queue if id(one) not in taken]
-        self._count(-sum(one.n_rows for one in (*gone, *batch)))
-        return batch
+        with self._changed:
+            while not self._queue:
+                if self._ending:
+                    return None
+                self._changed.wait()
+            self._company()
+            batch: list[Waiting] = []
+            gone = [one for one in self._queue if one.result.done()]
+            if asked := [one for one in self._queue if not one.result.done()]:
+                batch = _like(asked[0], asked, self._config.max_batch)
+            taken = {id(one) for one in (*gone, *batch)}
+            self._queue = [one for one in self._queue if id(one) not in taken]
+            self._count(-sum(one.n_rows for one in (*gone, *batch)))
+            return batch
 
-    async def _company(self) -> None:
+    def _company(self) -> None:
         """Wait until a forward is full, or its first sequence has waited long enough."""
         until = self._queue[0].since + self._config.max_wait_ms / 1000
         while not self._ending and self._queue[0].alone is None and len(self._queue) < self._config.max_batch:
             left = until - time.monotonic()
-            if left <= 0:
-                return
-            self._arrived.clear()
-            try:
-                async with asyncio.timeout(left):
-                    await self._arrived.wait()
-            except TimeoutError:
+            if left <= 0 or not self._changed.wait(left):
                 return
 
     def _compute(self, batch: list[Waiting]) -> list[tuple[Any, Exception | None]]:
@@ -167,6 +155,16 @@ class Batcher:
                 return [self._compute([one])[0] for one in batch]
             why = (str(error) or type(error).__name__).splitlines()[0][:200]
             return [(None, RequestError(503, f"the forward failed: {why}"))]
+
+
+def _answer(batch: Sequence[Waiting], found: Sequence[tuple[Any, Exception | None]]) -> None:
+    for one, (value, error) in zip(batch, found, strict=True):
+        if one.result.done():
+            continue  # its client has given up
+        if error is None:
+            one.result.set_result(value)
+        else:
+            one.result.set_exception(error)
 
 
 def _like(first: Waiting, waiting: Sequence[Waiting], most: int) -> list[Waiting]:

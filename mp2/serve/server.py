@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
+import sys
 from collections.abc import Callable
 
 import uvicorn
@@ -14,6 +16,7 @@ from mp2.serve.app import create_app
 from mp2.serve.config import ServeConfig
 from mp2.serve.model import ServedBundle
 
+_SWITCH_S = 0.0005  # that a thread runs Python while another waits to; 0.005 would be some forwards
 _IDLE_S = 75  # that a connection without a request is kept
 _LAST_S = 5  # beyond a request's own time, for the last answers of a server that stops
 
@@ -23,6 +26,7 @@ def serve(config: ServeConfig, say: Callable[[str], None]) -> None:
 
     Raises FormatError and others of `ServedBundle`, UsageError for an address that cannot be had.
     """
+    sys.setswitchinterval(_SWITCH_S)
     served = ServedBundle(config.bundle, device=config.device, threads=config.threads)
     listener = _listener(config)
     host, port = listener.getsockname()[:2]
@@ -71,15 +75,35 @@ def _listener(config: ServeConfig) -> socket.socket:
 
 
 def _protocol(timeout_s: float) -> type[H11Protocol]:
-    """Return uvicorn's HTTP protocol, which also closes connections whose request's head does not come."""
+    """Return uvicorn's HTTP protocol, which also closes connections whose request's head does not come.
+
+    Of the first request and of later ones: uvicorn's own limit ends with the first byte of a head. And those
+    whose client does not read its answer, which uvicorn would keep for ever.
+    """
 
     class Protocol(H11Protocol):
-        def connection_made(self, transport: object) -> None:  # type: ignore[override]
-            super().connection_made(transport)  # type: ignore[arg-type]
-            self.loop.call_later(timeout_s, self._without_a_head)
+        _waits: asyncio.TimerHandle | None = None  # for the rest of a head
 
-        def _without_a_head(self) -> None:
-            if self.cycle is None and not self.transport.is_closing():
-                self.transport.close()
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._waits = self.loop.call_later(timeout_s, transport.abort)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            idle = self.cycle is None or self.cycle.response_complete
+            if not idle and self._waits is not None:
+                self._waits.cancel()
+                self._waits = None
+            elif idle and self._waits is None:
+                self._waits = self.loop.call_later(timeout_s, self.transport.abort)
+
+        def timeout_keep_alive_handler(self) -> None:
+            super().timeout_keep_alive_handler()  # closes it once all is sent
+            self.transport.abort()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            if self._waits is not None:
+                self._waits.cancel()
 
     return Protocol

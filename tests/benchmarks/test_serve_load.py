@@ -26,6 +26,7 @@ def test_all_systems_answer_and_are_measured(tmp_path: Path) -> None:
         assert row[name]["requests_per_s"]["median"] > 0
         assert row[name]["p99_ms"]["median"] >= row[name]["p50_ms"]["median"]
         assert row[name]["rows_per_forward"]["median"] >= 1
+        assert row[name]["cpu_ms"]["median"] >= 0
     args.most_processes = 1
     more = compared(tmp_path / "one", tmp_path, 3, args)
-    assert "| 3 | a process a task | not run | | | |" in table([{"rows": [row, more]}])
+    assert "| 3 | a process a task | not run | | | | |" in table([{"rows": [row, more]}])

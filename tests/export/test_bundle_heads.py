@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import own_tasks
 import pytest
 import torch
 from command_line import mp2_json
+from safetensors.numpy import load_file
+from serving import start_server
 from small_bert import save_bert
 from transformers import BertForMaskedLM
 
@@ -135,13 +139,70 @@ def test_a_batch_mixes_heads_and_answers_as_predict_does(
         assert len({round(x["probability"], 4) for x in got}) > 1  # the texts do count
 
 
+def sharp(run: Path, copy: Path) -> Path:
+    """A copy of a run, calibrated to the temperature 0.2."""
+    shutil.copytree(run, copy)
+    z, meta = load_tuned(copy / "prompt.safetensors")
+    head = {name: x for name, x in load_file(copy / "prompt.safetensors").items() if name != "z"}
+    save_tuned(copy / "prompt.safetensors", z, replace(meta, temperature=0.2), head)
+    return copy
+
+
+def losses(run: Path) -> list[float]:
+    lines = (run / "journal.jsonl").read_text("utf-8").splitlines()
+    return [x for line in lines for x in [json.loads(line).get("loss")] if x is not None]
+
+
+def test_all_heads_through_a_server_answer_as_predict_does_and_tune_as_here(
+    world: Path, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Calibrated runs, deep and shallow prompts, three heads: in common batches, and behind --endpoint."""
+    served = runs | {
+        task: sharp(runs[task], tmp_path / task) for task in ("tickets", "assistant", "speech_act")
+    }
+    write_bundle(list(served.values()), tmp_path / "b")
+    server = start_server(tmp_path / "b", tmp_path / "log")
+    try:
+        asked = [(task, line) for task in runs for line in lines(task)]
+        bodies = [{key: x for key, x in line.items() if key != "task"} for _, line in asked]
+        with ThreadPoolExecutor(16) as threads:
+            found = list(
+                threads.map(lambda k: server.ask(f"/v1/tasks/{asked[k][0]}", bodies[k]), range(len(asked)))
+            )
+        expected = [answer for task, run in served.items() for answer in predicted(run, lines(task))]
+        assert [status for status, _ in found] == [200] * len(asked)
+        assert [answer["label"] for _, answer in found] == [answer["label"] for answer in expected]
+        np.testing.assert_allclose(
+            [answer["probability"] for _, answer in found],
+            [answer["probability"] for answer in expected],
+            rtol=0,
+            atol=1e-5,
+        )
+        for task, words in (
+            ("tickets", ["--head", "ridge"]),
+            ("departments", ["--head", "mlm", "--shallow"]),
+        ):
+            where = ("--task", world / f"{task}.toml", "--data", world, "--backbone", world / "bert")
+            short = (
+                "--threads",
+                "1",
+                "--no-baselines",
+                "--no-test",
+                "--iters",
+                "21",
+                "--out",
+                tmp_path / task,
+            )
+            through = mp2_json("bbt", *where, *short, *words, "--endpoint", server.url)
+            own, local = losses(Path(through["run_dir"])), losses(runs[task])
+            assert len(own) == len(local) > 0
+            np.testing.assert_allclose(own, local, rtol=0, atol=1e-5)
+    finally:
+        server.kill()
+
+
 def test_the_temperature_is_the_runs(runs: dict[str, Path], tmp_path: Path) -> None:
-    run = tmp_path / "sharp"
-    run.mkdir()
-    for file in runs["speech_act"].iterdir():
-        (run / file.name).write_bytes(file.read_bytes())
-    z, meta = load_tuned(run / "prompt.safetensors")
-    save_tuned(run / "prompt.safetensors", z, replace(meta, temperature=0.2))
+    run = sharp(runs["speech_act"], tmp_path / "sharp")
     write_bundle([run], tmp_path / "b")
     assert Bundle.open(tmp_path / "b").card("speech_act")["temperature"] == 0.2
     done = alone(tmp_path / "b", lines("speech_act"), tmp_path)

@@ -9,10 +9,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from serving import Server
+from serving import Server, start_server
+
+from mp2.engine.endpoint.wire import JSON_LENGTH, message
 
 LINE = json.dumps({"text": "球队进球"}).encode()
 PATH = "/v1/tasks/demo_topic"
@@ -62,6 +66,82 @@ def test_slow_clients_are_let_go(start: Callable[..., Server]) -> None:
     assert server.ask(PATH, {"text": "球队进球"})[0] == 200
     assert b"Traceback" not in server.log.read_bytes()
     assert re.search(r'status="408"} 1\.0', server.send("GET", "/metrics")[2].decode())
+
+
+def trickle(connection: socket.socket, data: bytes) -> None:
+    for letter in data:  # a byte now and then
+        connection.sendall(bytes([letter]))
+        time.sleep(0.2)
+
+
+def read_on(connection: socket.socket) -> bytes:
+    parts = []
+    try:
+        while part := connection.recv(1 << 20):
+            parts.append(part)
+    except ConnectionResetError:
+        pass
+    return b"".join(parts)
+
+
+def test_a_later_head_may_be_no_slower_than_the_first(start: Callable[..., Server]) -> None:
+    server = start("--timeout-s", "1")
+    with socket.create_connection((server.host, server.port), 30) as connection:
+        for _ in range(2):
+            connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b"{}"):
+                answer += connection.recv(4096)
+            time.sleep(2)  # idle for longer than a head may take
+        started = time.monotonic()
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            trickle(connection, b"GET /v2/health/live HTTP/1.1\r\nHost: " + 80 * b"x")
+        assert time.monotonic() - started < 15
+
+
+def test_an_answer_that_nobody_reads_is_not_kept(bundle: Path, tmp_path: Path) -> None:
+    server = start_server(bundle, tmp_path / "log", idle_s=2)
+    graph = server.ask("/v2/models/backbone")[1]
+    own = {x["name"]: [1 if size < 0 else size for size in x["shape"]] for x in graph["inputs"]}
+    n, t = 16, 200
+    own["input_ids"] = own["attention_mask"] = [n, t]
+    own["segments"] = [n, 1, 2]
+    types = {x["name"]: np.int64 if x["datatype"] == "INT64" else np.float32 for x in graph["inputs"]}
+    body, length = message({}, "inputs", {name: np.zeros(shape, types[name]) for name, shape in own.items()})
+    head = f"POST /v2/models/backbone/infer HTTP/1.1\r\nHost: x\r\n{JSON_LENGTH}: {length}\r\n"
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(60)
+    connection.connect((server.host, server.port))
+    try:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        time.sleep(6)  # some 10 MB of numbers as JSON lie at the server
+        got = read_on(connection)
+        length = int(re.search(rb"content-length: (\d+)", got)[1])  # type: ignore[index]
+        assert length > len(got)  # the rest was given up
+        assert server.ask(PATH, {"text": "球队进球"})[0] == 200
+    finally:
+        connection.close()
+        server.kill()
+
+
+def test_more_connections_than_files_are_outlived(bundle: Path, tmp_path: Path) -> None:
+    server = start_server(bundle, tmp_path / "log", "--timeout-s", "1", most_files=80)
+    open_ones = []
+    try:
+        for _ in range(120):
+            open_ones.append(socket.create_connection((server.host, server.port), 30))
+        until = time.monotonic() + 60
+        while True:  # those without a head are let go
+            try:
+                assert server.ask(PATH, {"text": "球队进球"})[0] == 200
+                break
+            except OSError:
+                assert time.monotonic() < until
+    finally:
+        for one in open_ones:
+            one.close()
+        server.kill()
 
 
 def test_nothing_that_was_begun_is_lost_at_sigterm(start: Callable[..., Server]) -> None:

@@ -126,11 +126,12 @@ def feeds(tasks: list[Task], rows: list[Row]) -> dict[str, np.ndarray]:
 
 def stack(arrays: list[np.ndarray]) -> np.ndarray:
     """Return arrays as one; the axis of tokens, rows or segments (last but one, or only one) is filled up."""
-    axis = max(arrays[0].ndim - 2, 0)
-    size = max(x.shape[axis] for x in arrays)
-    return np.stack(
-        [np.pad(x, [(0, (size - n) * (k == axis)) for k, n in enumerate(x.shape)]) for x in arrays]
-    )
+    axis, shape = max(arrays[0].ndim - 2, 0), list(arrays[0].shape)
+    shape[axis] = max(x.shape[axis] for x in arrays)
+    made = np.zeros((len(arrays), *shape), arrays[0].dtype)
+    for row, x in zip(made, arrays, strict=True):
+        row[(slice(None),) * axis + (slice(x.shape[axis]),)] = x
+    return made
 
 
 def outputs(tasks: list[Task]) -> list[str]:

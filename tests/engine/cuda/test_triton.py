@@ -102,14 +102,23 @@ def test_rows_are_quantised_as_the_plain_way_does_after_the_activation(
 
 
 @pytest.mark.parametrize("dtype", PRODUCTS)
-@pytest.mark.parametrize(("b", "c", "m"), [(1, 1, 0), (2, 2, 3), (2, 1, 70), (1, 2, 70)])
+@pytest.mark.parametrize(
+    ("b", "c", "m", "lengths", "size"),
+    [
+        (1, 1, 0, (3, 1, 130), 24),
+        (2, 2, 3, (3, 1, 130), 24),
+        (2, 1, 70, (3, 1, 130), 24),
+        (1, 2, 70, (3, 1, 130), 24),
+        (2, 2, 50, (3, 64, 65, 200), 64),
+    ],
+)
 def test_one_softmax_over_prefix_and_text_of_any_length(
-    kernels: ModuleType, b: int, c: int, m: int, dtype: torch.dtype
+    kernels: ModuleType, b: int, c: int, m: int, lengths: tuple[int, ...], size: int, dtype: torch.dtype
 ) -> None:
     rng = torch.Generator().manual_seed(0)
-    spans = Spans(np.array([3, 1, 130]), b, DEVICE)
-    qkv = torch.randn(b, 134, 3, 2, 24, generator=rng).to(DEVICE, dtype)
-    keys, values = torch.randn(2, c, 2, m, 24, generator=rng).to(DEVICE, dtype)
+    spans = Spans(np.array(lengths), b, DEVICE)
+    qkv = torch.randn(b, sum(lengths), 3, 2, size, generator=rng).to(DEVICE, dtype)
+    keys, values = torch.randn(2, c, 2, m, size, generator=rng).to(DEVICE, dtype)
     got = kernels.attend(qkv, spans, (keys, values))
     exact = attend(PlainKernels(), qkv.double(), spans, (keys.double(), values.double()))
     assert (got.shape, got.dtype) == (exact.shape, dtype)

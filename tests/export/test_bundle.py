@@ -421,7 +421,7 @@ def test_the_command_takes_many_runs_and_replaces_its_own_folder(
     assert "DIFFERS" not in result.output
     assert "2 task(s) on 'mini'" in result.output
     result = CliRunner().invoke(main, [*command, "--json"])
-    assert list(json.loads(result.output)["manifest"]["tasks"]) == ["demo_topic", "choice"]
+    assert list(json.loads(result.stdout)["manifest"]["tasks"]) == ["demo_topic", "choice"]
     with pytest.raises(FormatError, match="a bundle of 'mp2 export --run', expected an engine folder"):
         EngineFolder.open(tmp_path / "b")
 
@@ -429,7 +429,7 @@ def test_the_command_takes_many_runs_and_replaces_its_own_folder(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--run", "RUN", "--popsize", "3", "--graphs-only"], "--popsize, --graphs-only: for an engine"),
+        (["--run", "RUN", "--task", "demo_topic", "--popsize", "3"], "--task, --popsize: for an engine"),
         (["--run", "RUN", "--runtime", "tensorrt"], "pip install"),
         (["--run", "RUN", "--runtime", "onnxrutime"], "Did you mean 'onnxruntime'"),
         (["--backbone", "mini", "--triton"], "--triton is for a bundle"),

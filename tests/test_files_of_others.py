@@ -124,6 +124,36 @@ def test_prompts_of_types_that_are_no_floats_are_refused_not_cast(
             load_tuned(path) if kept != world.deep else load_prompts(path)
 
 
+def test_a_git_lfs_pointer_is_named_as_one_wherever_a_file_is_read(
+    world: World, engine: Path, tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    """Data in every format, cards, corpora, texts to label, graphs and weights of an engine."""
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{7:064d}\nsize 1302674\n"
+    run = mp2_json("bbt", *world.options(), *SHORT)["run_dir"]
+    asked: list[tuple[object, ...]] = []
+    for ending in ("jsonl", "json", "csv", "tsv", "parquet"):
+        (tmp_path / ending / "mood").mkdir(parents=True)
+        data = tmp_path / ending / "mood" / f"train.{ending}"
+        data.write_text(pointer)
+        asked.append(("tasks", "check", world.card, "--data", tmp_path / ending))
+        asked.append(("predict", "--run", run, "--input", data))
+        asked.append(("tasks", "new", data, "--out", tmp_path / "new.toml"))
+    (tmp_path / "card.toml").write_text(pointer)
+    asked.append(("tasks", "check", tmp_path / "card.toml"))
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text(pointer)
+    asked.append(("pretrain-backbone", "--corpus", tmp_path / "corpus", "--out", tmp_path / "out"))
+    for words in asked:
+        done = mp2(*words)
+        assert done.exit_code == 2, (words, done.output)
+        assert "is a git-lfs pointer, not the file itself" in done.output, (words, done.output)
+    for name in ("layer_01.onnx", "embed.bin"):
+        theirs = Path(shutil.copytree(engine, tmp_path / f"engine-{name}"))
+        (theirs / name).write_text(pointer)
+        with pytest.raises(FormatError, match="is a git-lfs pointer"):
+            EngineFolder.open(theirs, tiny_backbone)
+
+
 def test_a_run_on_a_file_system_without_locks(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mp2.errors import FormatError, MismatchError, shown
 from mp2.files import json_bytes
 from mp2.json_files import Fields, build, check, object_of, one_line, one_of, read_object, sha256, text, whole
+from mp2.text_files import check_file
 
 if TYPE_CHECKING:
     from mp2.backbone import Backbone
@@ -175,6 +176,7 @@ def check_hashes(folder: Path, files: Mapping[str, str], again: str) -> None:
             raise FormatError(f"'{name}' is listed but missing; {again}", path=at, field="files")
         got = file_sha256(file)
         if got != expected:
+            check_file(file)  # a git-lfs pointer is named as such
             raise FormatError(f"sha256 is {got[:12]}, expected {expected[:12]}; {again}", path=file)
 
 

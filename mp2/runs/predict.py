@@ -18,6 +18,7 @@ from mp2.runs.tuned import check_fits, load_tuned, run_card, tuned_head
 from mp2.tasks.faults import FirstFault
 from mp2.tasks.record import Columns, RecordParser, is_blank
 from mp2.tasks.record_files import Records, is_lines, json_lines, read_records
+from mp2.text_files import check_file
 
 if TYPE_CHECKING:
     from mp2.tasks import Example, TaskCard
@@ -280,6 +281,7 @@ def predict_file(
     path = Path(source)
     if not path.is_file():
         raise UsageError(f"there is no file {source}; --input takes a file of lines, or - for standard input")
+    check_file(path)
     predictor = Predictor(run_dir, **options)
     if not is_lines(path):
         yield from predictor.predict_table(path, None if path.suffix in TABLES else keep)

@@ -22,6 +22,7 @@ from mp2.errors import UnknownNameError, UsageError
 from mp2.tasks.card_rules import DEFAULT_HUB_SPLITS, DEFAULT_MAX_ANSWER_TOKENS, CardRules, template_parts
 from mp2.tasks.encodings import not_utf8
 from mp2.tasks.faults import Faults, FirstFault
+from mp2.text_files import check_file
 
 CARDS_DIR = Path(__file__).parent / "cards"
 
@@ -154,6 +155,7 @@ def _read(path: Path) -> TaskCard:
 
 def read_card(path: Path, faults: Faults) -> TaskCard | None:
     """Read and validate one card; report to ``faults`` and return None if there are any."""
+    check_file(path)
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")

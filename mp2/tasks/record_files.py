@@ -18,6 +18,7 @@ from mp2.errors import MissingDependencyError, UsageError, shown
 from mp2.json_files import JsonError, parse_json
 from mp2.tasks.encodings import not_utf8
 from mp2.tasks.faults import Faults
+from mp2.text_files import check_file
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 Records = Iterator[tuple[int, Any]]
@@ -29,6 +30,7 @@ def read_records(path: Path, faults: Faults, *, to_label: bool = False) -> Recor
 
     With ``to_label`` tables keep their blank rows, and may have one column.
     """
+    check_file(path)
     if path.suffix == ".parquet":
         return _parquet(path, faults)
     if path.suffix in (".csv", ".tsv"):

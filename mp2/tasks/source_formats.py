@@ -15,6 +15,7 @@ from mp2.json_files import parse_json
 from mp2.tasks.encodings import not_utf8
 from mp2.tasks.faults import Faults
 from mp2.tasks.record_files import Records, read_records
+from mp2.text_files import check_file
 
 SOURCE_FORMATS = ("", "lines", "squad", "c3")
 
@@ -26,6 +27,7 @@ def source_records(
     if form == "":
         yield from read_records(path, faults)
         return
+    check_file(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

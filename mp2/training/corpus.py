@@ -40,6 +40,7 @@ def corpus_files(folder: Path) -> list[Path]:
 
 def paragraphs(path: Path) -> Iterator[str]:
     """Non-empty lines of a text file; a blank line (document boundary) is yielded as an empty string."""
+    check_file(path)
     opener = lzma.open if path.suffix == ".xz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:

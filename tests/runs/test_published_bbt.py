@@ -167,6 +167,20 @@ def test_multiple_choice_is_answered_with_a_letter_of_the_examples_own(
     assert all(one["probability"] >= least for one, least in zip(found, chance, strict=True))
 
 
+def test_multiple_choice_without_prompts_is_read_by_letters_which_bundles_do_not_write(
+    world: Path, tmp_path: Path
+) -> None:
+    write_choice(tmp_path)
+    where = ("--task", tmp_path / "choice.toml", "--data", tmp_path, "--backbone", world / "bert")
+    rest = ("--threads", 1, "--out", tmp_path / "runs", "--no-baselines", "--iters", 5)
+    result = mp2_json("bbt", *where, *rest)
+    assert result["head"]["kind"] == "mlm"
+    assert "letters" in result["head"]["reason"]
+    refused = mp2("export", "--run", result["run_dir"], "--out", tmp_path / "bundle")
+    assert refused.exit_code == 2
+    assert "letters of its options, which bundles do not write" in refused.stderr
+
+
 def test_extraction_has_no_label_words(world: Path, tmp_path: Path) -> None:
     done = mp2("bbt", "--method", "bbt", "--task", "cmrc2018", "--backbone", world / "bert", "--data", world)
     assert done.exit_code == 2

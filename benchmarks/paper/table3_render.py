@@ -92,8 +92,9 @@ def _sentence(answer: dict[str, Any]) -> str:
 def _footnote(rows: Sequence[Row], settings: dict[str, Any]) -> str:
     seeds_of = sorted({row["n"] for row in rows if "n" in row})
     seeds = f"{seeds_of[0]}" if len(seeds_of) == 1 else f"{seeds_of[0]} to {seeds_of[-1]}"
+    seeds += " seed" if seeds == "1" else " seeds"
     return (
-        f"Test score, mean ± standard deviation over {seeds} seed{"s" * (seeds_of[-1:] != [1])}; the first {settings['test_limit']} test "
+        f"Test score, mean ± standard deviation over {seeds}; the first {settings['test_limit']} test "
         f"examples; backbone {settings['backbone']}; {settings['iters']} iterations (black-box), "
         f"{settings['epochs']} epochs (gradient); at most {settings['max_tokens']} tokens. Majority: the "
         "test set's most frequent label or option; in extraction tasks the whole context as the answer. What "

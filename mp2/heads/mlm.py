@@ -42,6 +42,11 @@ class LabelWordHead:
         self._known, places = torch.unique(tokens, return_inverse=True)  # ids that any label needs
         self._places = places.view_as(tokens)  # [C, longest], into them
 
+    @property
+    def sha256(self) -> str:
+        """Hash of the checkpoint's head."""
+        return self._mlm.sha256()
+
     def to(self, device: torch.device) -> LabelWordHead:
         """See `Head.to`."""
         moved = LabelWordHead(self._mlm.to(device), self._words, self._train)

@@ -64,9 +64,11 @@ class HeadChoice:
 
     def as_dict(self) -> dict[str, Any]:
         """What config.json and result.json say of it."""
-        from mp2.heads import RidgeHead
+        from mp2.heads import LabelWordHead, RidgeHead
 
         found: dict[str, Any] = {"kind": self.kind, "reason": self.reason}
+        if isinstance(self.head, LabelWordHead):
+            found["sha256"] = self.head.sha256  # the backbone's hash is of the encoder alone
         if isinstance(self.head, RidgeHead):
             found |= asdict(self.head.settings) | {"parts": [asdict(x) for x in self.head.settings.parts]}
         return found

@@ -103,7 +103,7 @@ def tuned_head(
 
     Raises:
         FormatError: no such head, or its tensors are not those of one.
-        UsageError: the checkpoint has no masked-language-model head.
+        UsageError: the checkpoint has no masked-language-model head, or another one.
     """
     from mp2.heads import FittedRidge, LabelWordHead, SpanHead
     from mp2.heads.ridge import RidgeSettings
@@ -116,6 +116,12 @@ def tuned_head(
             raise UsageError(
                 f"the run reads answers by the masked-language-model head of backbone '{meta.backbone}', and "
                 "this checkpoint has none"
+            )
+        tuned, here = meta.head.get("sha256"), backbone.mlm_head.sha256()
+        if tuned not in (None, here):  # None: a run of before it was kept
+            raise MismatchError(
+                f"the run reads answers by the masked-language-model head {shown(str(tuned)[:12])} of backbone "
+                f"'{meta.backbone}', and this checkpoint's is {here[:12]}: give the checkpoint of the run"
             )
         return LabelWordHead(backbone.mlm_head, words)
     if kind == "ridge":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import own_tasks
 import pytest
 from command_line import mp2, mp2_json, predicted_accuracy, predictions
+from safetensors.torch import load_file, save_file
 from small_bert import save_bert
 from transformers import BertForMaskedLM, BertModel
 
@@ -44,6 +46,14 @@ def test_the_checkpoints_own_head_reads_label_words(world: Path, tmp_path: Path)
     assert result["stages"]["stage2"]["train_loss"] < result["stages"]["untuned"]["train_loss"]
     test = world / "tickets" / "test.jsonl"
     assert predicted_accuracy(result["run_dir"], test) == pytest.approx(result["test_score"])
+    other = tmp_path / "other"  # the same encoder under another head
+    shutil.copytree(world / "bert", other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["cls.predictions.transform.dense.bias"] += 1.0
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    refused = mp2("predict", "--run", result["run_dir"], "--input", test, "--backbone", other)
+    assert refused.exit_code == 2
+    assert "reads answers by the masked-language-model head" in refused.output
 
 
 @pytest.mark.parametrize("kind", ["--deep", "--shallow"])

@@ -120,8 +120,8 @@ def tuned_head(
         tuned, here = meta.head.get("sha256"), backbone.mlm_head.sha256()
         if tuned not in (None, here):  # None: a run of before it was kept
             raise MismatchError(
-                f"the run reads answers by the masked-language-model head {shown(str(tuned)[:12])} of backbone "
-                f"'{meta.backbone}', and this checkpoint's is {here[:12]}: give the checkpoint of the run"
+                f"the run reads answers by the masked-language-model head {shown(str(tuned)[:12])} of "
+                f"backbone '{meta.backbone}', and this checkpoint's is {here[:12]}: give the checkpoint of the run"
             )
         return LabelWordHead(backbone.mlm_head, words)
     if kind == "ridge":

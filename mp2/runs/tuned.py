@@ -121,7 +121,7 @@ def tuned_head(
         if tuned not in (None, here):  # None: a run of before it was kept
             raise MismatchError(
                 f"the run reads answers by the masked-language-model head {shown(str(tuned)[:12])} of "
-                f"backbone '{meta.backbone}', and this checkpoint's is {here[:12]}: give the checkpoint of the run"
+                f"backbone '{meta.backbone}', and this checkpoint's is {here[:12]}: give the run's checkpoint"
             )
         return LabelWordHead(backbone.mlm_head, words)
     if kind == "ridge":

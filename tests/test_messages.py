@@ -78,7 +78,7 @@ def test_long_names_labels_and_paths_are_cut_on_both_streams(tmp_path: Path) -> 
     deep.mkdir(parents=True)
     rows = [json.dumps({"text": LONG, "label": LONG[:900] + str(i % 4)}) for i in range(9)]
     (deep / "train.jsonl").write_text("\n".join(rows) + "\n")
-    typed = ("--runtime", "tensorrt", "--graphs-only")
+    typed = ("--precision", "fp16")
     for words in (
         ("tasks", "check", card, "--data", deep / "train.jsonl"),
         ("tasks", "show", card, "--data", deep / "train.jsonl"),

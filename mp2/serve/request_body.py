@@ -13,7 +13,15 @@ from mp2.serve.errors import BadRequestError, RequestError
 
 
 async def read_body(request: Request, most_bytes: int, timeout_s: float) -> bytes:
-    """Return the body; RequestError 413 for more than ``most_bytes``, 408 where it does not come in time."""
+    """Return the body; RequestError 413 for more than ``most_bytes``, 408 where it does not come in time.
+
+    415 for one that is compressed: a few bytes of it could be any number of them.
+    """
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() not in ("", "identity"):
+        raise RequestError(
+            415, f"Content-Encoding is {shown(encoding)}, expected none: send the body as it is"
+        )
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and (len(declared) > 18 or int(declared) > most_bytes):
         raise _too_large(most_bytes)

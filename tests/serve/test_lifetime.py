@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import json
 import re
@@ -40,6 +41,16 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(start: Callable[.
     assert chunked.getresponse().status == 413
     chunked.close()
     assert server.ask(PATH, {"text": "球队进球"})[0] == 200
+
+
+def test_a_compressed_body_is_refused(server: Server) -> None:
+    for encoding in ("gzip", "deflate", "br, gzip"):
+        status, _, data = server.send("POST", PATH, gzip.compress(LINE), {"Content-Encoding": encoding})
+        assert (status, json.loads(data)["error"]) == (
+            415,
+            f'Content-Encoding is "{encoding}", expected none: send the body as it is',
+        )
+    assert server.send("POST", PATH, LINE, {"Content-Encoding": "identity"})[0] == 200
 
 
 def test_a_list_of_more_lines_than_may_wait_is_refused(start: Callable[..., Server]) -> None:

@@ -30,6 +30,10 @@ def open_safetensors(
         with safe_open(path, framework=framework) as file:
             yield file
     except (SafetensorError, OSError) as error:
+        if "not valid UTF-8" in str(error):  # said of the path, by the readers for torch
+            raise FormatError(
+                "the package safetensors opens no path whose name is not UTF-8; rename it", path=path
+            ) from error
         raise FormatError(f"not a {expected}: {error}", path=path) from error
 
 

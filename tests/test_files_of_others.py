@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -152,6 +153,20 @@ def test_a_git_lfs_pointer_is_named_as_one_wherever_a_file_is_read(
         (theirs / name).write_text(pointer)
         with pytest.raises(FormatError, match="is a git-lfs pointer"):
             EngineFolder.open(theirs, tiny_backbone)
+
+
+def test_weights_below_a_folder_that_is_no_utf_8_are_refused_for_that(world: World, tmp_path: Path) -> None:
+    """A folder named in GBK; prompts and backbones are read by a library that opens no such path."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xca\xfd\xbe\xdd"))
+    shutil.copytree(world.backbone, folder)
+    shutil.copy(world.deep, folder / "p.safetensors")
+    for words in (
+        ("tasks", "check", "demo_topic", "--backbone", folder),
+        ("bbt", "--task", "demo_topic", "--prompts", folder / "p.safetensors", "--explain"),
+    ):
+        done = mp2(*words)
+        assert done.exit_code == 2, done.output
+        assert "the package safetensors opens no path whose name is not UTF-8" in done.stderr
 
 
 def test_a_run_on_a_file_system_without_locks(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

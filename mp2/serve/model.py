@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from mp2.engine.bundle import BUNDLE_FORMAT, Bundle
 from mp2.engine.folder import MANIFEST, EngineFolder
@@ -15,7 +16,7 @@ from mp2.engine.onnx.model_files import load_session, read_model
 from mp2.engine.onnx.providers import Provider
 from mp2.errors import FormatError, Mp2Error
 from mp2.export.bundle_files import reading
-from mp2.json_files import read_object
+from mp2.json_files import Fields, check, list_of, number, one_of, read_object, text, whole
 from mp2.limits import usable_cores
 
 _TYPES = {"tensor(int64)": "int64", "tensor(float)": "float32"}
@@ -79,7 +80,7 @@ class ServedBundle:
         self.backbone, self.backbone_sha256 = str(backbone["name"]), str(backbone["sha256"])
         self.positions, self.vocab_size = int(manifest["limits"]["positions"]), int(backbone["vocab_size"])
         self.precision = bundle.precision
-        self.tokenizer, self.tasks = reading.load(self._path, bundle.read)
+        self.tokenizer, self.tasks = _tasks(bundle)
         return bundle, list(manifest["graphs"])
 
     def _engine_folder(self) -> tuple[EngineFolder, list[str]]:
@@ -111,6 +112,49 @@ class ServedBundle:
         names = reading.outputs(tasks)
         found = self.run(graph_of(tasks[0]), reading.feeds(tasks, rows), names)
         return [{name: found[name][k] for name in names} for k in range(len(rows))]
+
+
+def _tasks(bundle: Bundle) -> tuple[tokenizers.Tokenizer, dict[str, reading.Task]]:
+    """Return a bundle's tokenizer and tasks; FormatError where its files, whose hashes fit, hold neither.
+
+    The reader is the one that bundles bring, which trusts them; whoever makes a bundle makes its hashes.
+    """
+    try:
+        tokenizer, tasks = reading.load(bundle.path, bundle.read)
+        for name, task in tasks.items():
+            check(task, _TASK, bundle.path / bundle.manifest["tasks"][name]["card"])
+            if not all(np.isfinite(tensor).all() for tensor in task["tensors"].values()):
+                raise FormatError(f"the tensors of task {name[:60]!r} hold NaN or infinity", path=bundle.path)
+            if task["graph"] not in bundle.manifest["graphs"]:
+                raise FormatError(f"task {name[:60]!r} runs on a graph that is not there", path=bundle.path)
+    except FormatError:
+        raise
+    except BaseException as error:  # the tokenizers' panics are no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        said = " ".join(str(error).split())[:200]
+        raise FormatError(
+            f"not tasks and a tokenizer of a bundle: {type(error).__name__}: {said}", path=bundle.path
+        ) from error
+    return tokenizer, tasks
+
+
+_IDS = list_of(whole(0, 2**31 - 1))
+_TASK = Fields(
+    {
+        "type": one_of("classification", "extraction", "multiple_choice"),
+        "head": one_of("span", "mlm", "ridge"),
+        "fields": list_of(text),
+        "graph": text,
+        "room": whole(),
+        "prompt_length": whole(0, 2**31 - 1),
+        "parts": list_of(Fields({"ids": _IDS})),
+        "options": list_of(Fields({"ids": _IDS})),
+        "before": _IDS,
+        "after": _IDS,
+    },
+    {"temperature": number(0)},
+)
 
 
 def graph_of(task: reading.Task) -> str:

@@ -7,15 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from export.test_bundle import make_run
 
-from fuzz.campaign import campaign, damaged_bytes
+from fuzz.campaign import campaign, damaged_bytes, damaged_json, damaged_tensors
 from mp2.backbone import Backbone
 from mp2.engine.bundle import BUNDLE_SCHEMA_VERSION, Bundle
 from mp2.engine.folder import EngineFolder
 from mp2.engine.onnx.backend import OnnxBackend
-from mp2.export import export_engine
+from mp2.export import export_engine, write_bundle
+from mp2.serve.model import _tasks
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,37 @@ def test_graphs(engine: Path, tiny_backbone: Backbone) -> None:
     finally:
         path.write_bytes(good)
         manifest.write_bytes(said)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle")
+    run = make_run(folder / "run", "demo_topic", "mini-deep", max_tokens=100)
+    write_bundle([run], folder / "bundle")
+    return folder / "bundle"
+
+
+@pytest.mark.parametrize("name", ["tasks/demo_topic.json", "tasks/demo_topic.safetensors", "tokenizer.json"])
+def test_files_of_a_bundle(bundle: Path, name: str) -> None:
+    """A file of it is damaged and its hash made right: one line, or tasks of the right fields."""
+    path = bundle / name
+    good, said = path.read_bytes(), json.loads((bundle / "manifest.json").read_text())
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        said["files"][name] = hashlib.sha256(data).hexdigest()
+        tokenizer, tasks = _tasks(Bundle(bundle, said))
+        for task in tasks.values():
+            assert task["head"] in ("span", "mlm", "ridge")
+            assert all(isinstance(part["ids"], list) for part in task["parts"])
+            assert all(np.isfinite(tensor).all() for tensor in task["tensors"].values())
+        assert tokenizer.get_vocab_size() > 0
+
+    damage = damaged_json if name.endswith("json") else damaged_tensors
+    try:
+        campaign(f"bundle's {name}", good, read, (damage, damage, damaged_bytes))
+    finally:
+        read(good)
 
 
 def test_bundle_manifest(tmp_path: Path) -> None:

@@ -114,7 +114,15 @@ def main() -> None:
     for task in tasks:
         data = str(args.data) if args.data else None
         row = run(
-            BbtConfig(task=task, data=data, head="span", iters=args.iters, threads=args.threads, test=False)
+            BbtConfig(
+                task=task,
+                data=data,
+                head="span",
+                iters=args.iters,
+                threads=args.threads,
+                test=False,
+                baselines=False,
+            )
         )
         rows.append(row)
         print(

@@ -338,6 +338,7 @@ def run(words: Sequence[str] | None = None) -> None:
                 iters=args.iters,
                 seed=SEED,
                 test=False,
+                baselines=False,
                 threads=args.threads,
             )
             cell = run_cell(model, config, max(1.0, (end - time.perf_counter()) / left))

@@ -202,6 +202,7 @@ def main() -> None:
                     iters=args.iters,
                     router=RouterConfig(iterations=min(100, args.iters // 2)),
                     test_limit=args.test_limit,
+                    baselines=False,
                     device=args.device,
                 )
                 configs = [replace(one, seed=seed) for seed in read_seeds(None, args.seeds)]

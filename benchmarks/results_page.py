@@ -257,9 +257,9 @@ SECTIONS = [
         command="python -m benchmarks.paper.heads --data DIR --backbone DIR --heads ridge --iters 40 "
         "--test-limit 200 --max-tokens 64",
         text="The encoder of `recipes/m3e_small.sh`, which has no masked-language-model head; deep prompts "
-        "from scratch. Test accuracy, mean ± standard deviation over the seeds that were run (the file says how "
-        "many); the last line is the mean over the tasks, of seeds that have all of them. 40 iterations are "
-        "two generations of CMA-ES.",
+        "from scratch. Test accuracy, mean ± standard deviation over the seeds that were run (the file says "
+        "how many); the last line is the mean over the tasks, of seeds that have all of them. 40 "
+        "iterations are two generations of CMA-ES.",
         table=lambda results: heads_table(results[0]["rows"]),
     ),
     Section(

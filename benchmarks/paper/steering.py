@@ -53,10 +53,15 @@ def points_in(work: Path) -> list[tuple[int, Path]]:
 
 
 def rows_of(work: Path) -> list[dict[str, Any]]:
-    """A row a point: mean test scores in per cent of each column, the gains, and the scores of its tasks."""
-    rows = []
-    for tokens, folder in points_in(work):
-        scores = summarise(read_cells(folder))
+    """A row a point: mean test scores in per cent of each column, the gains, and the scores of its tasks.
+
+    Of the tasks that deep MP2 has at every point: means over other tasks would not compare.
+    """
+    rows, points = [], points_in(work)
+    deep = [{c["task"] for c in read_cells(f) if c["method"] == "deep"} for _, f in points]
+    common = set[str]().union(*deep).intersection(*deep)
+    for tokens, folder in points:
+        scores = summarise([cell for cell in read_cells(folder) if cell["task"] in common])
         found = answers(scores)
         settings = json.loads((folder / "settings.json").read_text("utf-8"))
         settings["backbone"] = Path(settings["backbone"]).name

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The recipe of a label-free backbone of 6 x 256 from plain text: one CPU core, days; 300 M tokens or more.
-#   recipes/backbone.sh split CORPUS_DIR WORK_DIR      hold out every 500th document
-#   recipes/backbone.sh train WORK_DIR [OPTION ...]    train at a constant rate; stop it and start it as you like
-#   recipes/backbone.sh lengthen WORK_DIR [OPTION ...] a branch of where it is, on rows of 512 tokens
-#   recipes/backbone.sh ship WORK_DIR NAME [OPTION ...]    a branch of `long`, else of the trunk, decayed, as float16
+#   recipes/backbone.sh split CORPUS_DIR WORK_DIR         hold out every 500th document
+#   recipes/backbone.sh train WORK_DIR [OPTION ...]       train at a constant rate; stop it and start it as you like
+#   recipes/backbone.sh lengthen WORK_DIR [OPTION ...]    a branch of where it is, on rows of 512 tokens
+#   recipes/backbone.sh ship WORK_DIR NAME [OPTION ...]   a branch of `long`, else of the trunk, decayed, as float16
 # CORPUS_DIR: *.txt.xz, one paragraph a line, a blank line after each document. `lengthen` takes a twentieth of the
 # steps so far and `ship` a tenth; training may go on beside them and after them. Rows of 128 tokens begin anywhere
 # in the position table, so that all 512 positions are trained without `lengthen`, but attention over more than 128

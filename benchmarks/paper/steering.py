@@ -5,7 +5,7 @@ A point is one backbone and deep prompts over it, all made by the same recipes. 
 its own under --work that is named by the tokens; points of before are kept, so that further ones are added
 by the same command. A gain is the mean over tasks of (deep MP2 - BBTv2), paired by seed.
 
-    python -m benchmarks.paper steering --data DIR --point 7.5e6 BACKBONE PROMPTS [--point ...]
+    python -m benchmarks.paper steering --data DIR --point 7.5e6 BACKBONE PROMPTS [--point 3e8 B P ...]
     python -m benchmarks.paper steering --data DIR --table        # the table and the picture of what is there
 """
 

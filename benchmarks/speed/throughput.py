@@ -10,7 +10,7 @@ round. One "iteration" is one candidate on the whole few-shot set. Every figure 
 ``--rounds`` with least and most, ratios and shares are taken within a round, and a target is met only where
 every round is above it (`verdict`).
 
-    python -m benchmarks.speed.throughput --data DIR [--shape mini mini-m50 1024 cpt-large] [--task ...]
+    python -m benchmarks.speed.throughput --data DIR [--shape mini mini-m50 1024 cpt-large] [--task NAME ...]
         [--engine torch:fp32 torch:bf16 torch:int8 onnxruntime:fp32] [--device cuda] [--rounds 5] [--growth]
 
 ``mini`` is the embedded backbone with its embedded prompts (m = 16), ``mini-m50`` the same backbone with

@@ -59,4 +59,4 @@ def test_the_recipe_of_mini_makes_a_backbone_and_prompts(tmp_path: Path) -> None
     assert (backbone.config.n_layers, backbone.config.hidden) == (4, 128)
     for kind in ("deep", "shallow"):
         prompts = load_prompts(tmp_path / "work" / "prompts" / f"{kind}.safetensors", backbone)
-        assert {load_card(task.removesuffix("~1")).task for task in prompts.meta.tasks} <= tasks
+        assert {load_card(task.removesuffix("_rotated")).task for task in prompts.meta.tasks} <= tasks

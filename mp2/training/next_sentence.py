@@ -71,7 +71,8 @@ class Sentences:
         self._ends: NDArray[np.int64] = load_array(ends, np.int64, 1)
         self.first: NDArray[np.int64] = load_array(first, np.int64, 1)
         for path, places, end in ((ends, self._ends, len(self._text)), (first, self.first, len(self._ends))):
-            if not len(places) or places[0] < 0 or places[-1] != end or (np.diff(places) < 0).any():
+            last = places[-1] if len(places) else 0
+            if last != end or (places < 0).any() or (np.diff(places) < 0).any():
                 raise FormatError(f"its numbers do not rise to {end:,}; {AGAIN}", path=path)
         if len(self.first) < 3:
             raise UsageError(

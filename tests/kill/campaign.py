@@ -227,22 +227,22 @@ def unbroken(kind: Kind, folder: Path) -> tuple[Any, float]:
 
 
 def killed(kind: Kind, folder: Path, seconds: float, rng: random.Random) -> tuple[Any, int, float]:
-    """What a command leaves that is killed and started again, how often it was, and how long a whole one takes.
+    """What a command leaves that is killed and started again, how often it was, how long a whole one takes.
 
-    The machine may be faster now than when ``seconds`` was measured: where the command ends before the first kill,
-    it is started anew in an empty folder, with the time that it took.
+    The machine may be faster now than when ``seconds`` was measured: where the command ends before the first
+    kill, it is started anew in an empty folder, with the time that it took.
     """
     for _ in range(9):
         folder.mkdir(parents=True)
         start, after_s = time.monotonic(), rng.uniform(0.1, 1.0) * seconds
-        if run(kind.start, folder, after_s) != 0:
+        if (status := run(kind.start, folder, after_s)) != 0:
             break
         seconds = min(seconds, time.monotonic() - start)
         shutil.rmtree(folder)
     else:
         raise SystemExit(f"{folder}: ends before it can be killed, nine times")
     command, n_kills, more = kind.start, 0, rng.randint(0, 3)
-    while True:
+    while status == -signal.SIGKILL:
         n_kills += 1
         if kind.go_on is not None:
             command = kind.go_on(folder) or kind.start
@@ -251,10 +251,7 @@ def killed(kind: Kind, folder: Path, seconds: float, rng: random.Random) -> tupl
         status = run(command, folder, rng.uniform(0.1, 1.05) * seconds if n_kills <= more else None)
         if status == 0:
             return kind.left(folder), n_kills, seconds
-        if status != -signal.SIGKILL:
-            raise SystemExit(
-                f"exit {status} after a kill: {(folder / 'said.txt').read_text('utf-8')[-2000:]}"
-            )
+    raise SystemExit(f"exit {status}, no kill: {(folder / 'said.txt').read_text('utf-8')[-2000:]}")
 
 
 def kill_server(bundle: Path, rng: random.Random) -> bool:

@@ -59,9 +59,10 @@ def test_nothing_prints_past_the_one_place() -> None:
 
 
 def test_warnings_are_lines() -> None:
-    """In a process of its own: the tests turn warnings into errors."""
+    """In a process of its own: tests make errors of warnings, and commands in them change them."""
     code = (
-        "from mp2.messages import warnings_are_lines as a; import warnings; a(); warnings.warn('x\\ny' * 900)"
+        "from mp2.messages import warnings_are_lines as a; import warnings; "
+        "assert warnings.formatwarning.__module__ == 'warnings'; a(); warnings.warn('x\\ny' * 900)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert re.fullmatch(r"mp2: warning: x y.{300,}\n", done.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +20,12 @@ def show_result(result: dict[str, Any]) -> None:
         f"{result['task']}  {result['method']}  seed {result['seed']}  backbone {result['backbone']}"
         f"  router search {result['router_search']}"
     )
-    rows = []
+    rows, scores = [], []
     for name, label in STAGES.items():
         stage = result["stages"].get(name)
         if stage is not None:
             loss, test = stage["train_loss"], stage["test_score"]
+            scores += [score is not None for score in (test, stage["dev_score"])]
             cells = [
                 "-" if loss is None else f"{loss:.4f}",
                 "-" if stage["dev_score"] is None else percent(stage["dev_score"]),
@@ -33,6 +35,8 @@ def show_result(result: dict[str, Any]) -> None:
         rows.append([name, "", dev, test])
     metric = result["metric"]
     show_table(rows, ("", "train loss", f"dev {metric}", f"test {metric}"), numbers_from=1)
+    if not any(scores):
+        show("no dev and no test examples: nothing here says how good it is; a dev or test file would")
     seconds, engine = result["seconds"], result["engine"]
     show(
         f"{result['iterations']} iterations in {clock(seconds['stage1'] + seconds['stage2'])}"
@@ -51,7 +55,7 @@ def show_result(result: dict[str, Any]) -> None:
     if result["verdict"]:
         show(result["verdict"])
     show(result["run_dir"])
-    show(f"label new text with it: mp2 predict --run {result['run_dir']} --input FILE")
+    show(f"label new text with it: mp2 predict --run {shlex.quote(result['run_dir'])} --input FILE")
 
 
 def calibration_line(found: dict[str, Any] | None) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -93,8 +94,8 @@ def tasks_new(file: Path, name: str | None, out: Path | None) -> None:
         raise UsageError(f"{path} is there already; give another --out")
     write_text(path, made.text)
     tell("\n".join([*made.found, f"wrote {path}; edit it, then:"]))
-    tell(f"  mp2 tasks check {path} --data {file} --no-test")
-    tell(f"  mp2 bbt --task {path} --data {file} --no-test")
+    tell(f"  mp2 tasks check {quote(str(path))} --data {quote(str(file))} --no-test")
+    tell(f"  mp2 bbt --task {quote(str(path))} --data {quote(str(file))} --no-test")
 
 
 @tasks.command("fetch")

@@ -59,13 +59,14 @@ def baseline_facts(
     """Return what ``result.json`` has of the baselines, and of the selected prompt beside them.
 
     ``verdict`` says in words that the prompt is no better than one of them; None where it is better than all.
+    Both are None with ``--no-baselines``, and where no dev or test example is there to be scored.
     """
     from mp2.tasks.baselines import baselines, verdict
 
     config, split = problem.config, problem.split
-    if not config.baselines:
-        return {"baselines": None, "verdict": None}
     scored = {"dev": split.dev, "test": problem.data.tests if config.test else []}
+    if not config.baselines or not any(scored.values()):
+        return {"baselines": None, "verdict": None}
     lines = baselines(problem.card, split.train, scored, problem.data.states)
     where, found = ("test", test_score) if test_score is not None else ("dev", dev_score)
     other_head = problem.card.type == "classification" and problem.head.kind == "span"

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ class Journal:
         except OSError as error:
             raise Mp2Error(
                 f"cannot write {self.path}: {error.strerror or error}. Only the generation in flight is "
-                f"lost: make room, then go on with: mp2 bbt --resume {self.path.parent}"
+                f"lost: make room, then go on with: mp2 bbt --resume {shlex.quote(str(self.path.parent))}"
             ) from error
 
     def _write(self, data: bytes) -> None:

@@ -237,6 +237,8 @@ def _lines(
                 yield _Line(None, "empty line", kept)
                 continue
         record = columns(row)
+        if isinstance(record, dict):  # what is to be found may be there, empty or of other labels
+            record = {key: value for key, value in record.items() if key not in ("label", "answers")}
         empty = [key for key in needed if isinstance(record, dict) and _is_blank(record.get(key))]
         if empty:
             yield _Line(None, f"{', '.join(empty)} is empty", kept)

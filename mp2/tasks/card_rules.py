@@ -18,6 +18,8 @@ TRACKS = ("upstream", "unseen_data", "unseen_task", "extra")
 METRIC_OF_TYPE = {"classification": "accuracy", "extraction": "f1", "multiple_choice": "accuracy"}
 SPLITS = ("train", "dev", "test")
 DEFAULT_MAX_ANSWER_TOKENS = 64
+TASK_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")  # it is part of a folder's name, with method, seed and time
+TASK_NAME_RULE = "a name like 'my_task': small letters, digits and _, a letter first, at most 64"
 DEFAULT_HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 
 _QUOTES = "\"'"
@@ -103,8 +105,8 @@ class CardRules:
             if key not in raw:
                 self.report(f"missing; expected {_KIND[_REQUIRED[key]]}", key)
         good = {key for key in raw if key in known and self._typed(raw[key], known[key], key)}
-        if "task" in good and not re.fullmatch(r"[a-z][a-z0-9_]*", raw["task"]):
-            self.report(f"got {shown(raw['task'])}, expected a name like 'my_task'", "task")
+        if "task" in good and not TASK_NAME.fullmatch(raw["task"]):
+            self.report(f"got {shown(raw['task'])}, expected {TASK_NAME_RULE}", "task")
         if "family" in good and not raw["family"].strip():
             self.report("empty; expected what kind of task this is, as in 'topic classification'", "family")
         for key, choices in (("type", TYPES), ("track", TRACKS)):

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mp2.errors import UsageError
+from mp2.errors import UsageError, shown
+from mp2.tasks.card_rules import TASK_NAME, TASK_NAME_RULE
 from mp2.tasks.faults import FirstFault
 from mp2.tasks.record import written
 from mp2.tasks.record_files import read_records
@@ -34,7 +35,7 @@ _OPTION_NAMES = ("options", "choices", "choice", "candidates")
 _ANSWER_NAMES = ("answers", "answer")
 _CONTEXT_NAMES = ("context", "passage", "content", "article", "text", "document")
 _QUESTION_NAMES = ("question", "query")
-_IGNORED = ("id", "idx", "index", "guid", "uid")
+_IGNORED = ("id", "idx", "index", "guid", "uid", "编号", "序号")
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,11 @@ class NewCard:
 def new_card(path: Path, task: str | None = None) -> NewCard:
     """Propose a card for a data file: its type, its columns, a template and, for classification, its labels.
 
-    Raises ``UsageError`` where no label, options or answers are found, ``FormatError`` at a line that is bad.
+    Raises ``UsageError`` where no label, options or answers are found, or for a ``task`` that no card may be
+    called; ``FormatError`` at a line that is bad.
     """
+    if task is not None and not TASK_NAME.fullmatch(task):
+        raise UsageError(f"--name is {shown(task)}, expected {TASK_NAME_RULE}")
     if not path.is_file():
         raise UsageError(f"there is no file {path}; give a data file: .jsonl, .json, .csv, .tsv or .parquet")
     rows = [row for _, row in read_records(path, FirstFault()) if isinstance(row, dict)]
@@ -68,7 +72,7 @@ def new_card(path: Path, task: str | None = None) -> NewCard:
 
 def _task_name(path: Path) -> str:
     stem = path.parent.name if path.stem.startswith("train") else path.stem
-    name = re.sub(r"[^a-z0-9_]+", "_", stem.lower()).strip("_0123456789")
+    name = re.sub(r"[^a-z0-9_]+", "_", stem.lower()).lstrip("_0123456789")[:64].rstrip("_")
     return name or "my_task"
 
 
@@ -83,13 +87,13 @@ def _choice(task: str, columns: Sequence[str], options: str) -> NewCard:
     question = _first(columns, _QUESTION_NAMES)
     fields = {"options": options, "label": label}
     parts = []
-    for key, column, shown in (
+    for key, column, part in (
         ("context", context, "文档：“{context}”"),
         ("question", question, "问题：“{question}”"),
     ):
         if column:
             fields[key] = column
-            parts.append(shown)
+            parts.append(part)
     if not parts:
         raise UsageError(f"options are in '{options}', but no column with a text or a question was found")
     template = "，".join([*parts, "选项：{options}"])
@@ -115,13 +119,18 @@ def _extraction(
 def _classification(task: str, path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> NewCard:
     label = _label_column(path, columns, rows)
     counts = Counter(str(written(row[label])) for row in rows if row.get(label) not in (None, ""))
+    if path.suffix in (".csv", ".tsv") and label in counts and label.lower() not in _LABEL_NAMES:
+        raise UsageError(
+            f"{path}: the first line is an example ('{label}' is in later lines too), expected the names of "
+            "the columns; put them above it, as in text,label"
+        )
     texts = [
         column
         for column in columns
         if column != label
         and column.lower() not in (*_IGNORED, *_LABEL_NAMES)
         and all(isinstance(row.get(column), str) for row in rows)
-        and any(row[column].strip() for row in rows)
+        and not all(re.fullmatch(r"\s*[\d.]*\s*", row[column]) for row in rows)  # numbers, or nothing
     ]
     if not texts:
         raise UsageError(f"{path}: no column of texts beside '{label}'; expected at least one")

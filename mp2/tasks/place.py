@@ -72,7 +72,7 @@ def find_place(card: TaskCard, data: str | Path | None = None) -> Place | None:
     if path.is_file():
         return _neighbours(path, given)
     if not path.is_dir():
-        raise UsageError(f"{given}: there is no folder {root}")
+        raise UsageError(f"{given}: there is no file or folder {root}")
     for folder in (path / card.task, path):
         if any((folder / name).is_file() for name in _SAVED):
             return DataSet(str(folder), saved=True)

@@ -93,7 +93,7 @@ TUNING: list[tuple[list[object], str]] = [
     (["--task", "chnsentt"], "Did you mean 'chnsent'"),
     (["--task", "ROOT/nowhere.toml"], "there is no task card"),
     (["--task", "ROOT/half.toml"], "half.toml: field 'family': missing"),
-    (["--data", "ROOT/nowhere"], "--data: there is no folder"),
+    (["--data", "ROOT/nowhere"], "--data: there is no file or folder"),
     (["--data", "ROOT/empty"], "empty has no folder 'mood'"),
     (["--data", "ROOT/no-examples"], "the train data of task 'mood' is empty"),
     (["--data", "ROOT/no-json"], "train.jsonl:1: not JSON"),
@@ -202,7 +202,7 @@ CASES: dict[str, list[tuple[list[object], str]]] = {
     "pretrain": [
         (["--tasks", "moood"], "unknown task 'moood'"),
         (["find.tml"], "unknown task 'find.tml'"),
-        (["--data", "ROOT/nowhere"], "--data: there is no folder"),
+        (["--data", "ROOT/nowhere"], "--data: there is no file or folder"),
         (["--data", "ROOT/no-label"], "train.jsonl:2: field 'label': unknown label 'poss'"),
         (["--data", "ROOT/no-test"], "has no"),
         (
@@ -248,10 +248,10 @@ CASES: dict[str, list[tuple[list[object], str]]] = {
         (["--inptu", "x"], "No such option '--inptu'"),
     ],
     "tasks show": [
-        (["--data", "ROOT/nowhere"], "--data: there is no folder"),
+        (["--data", "ROOT/nowhere"], "--data: there is no file or folder"),
         (["--backbone", "mimi"], "Did you mean 'mini'"),
     ],
-    "tasks check": [(["--data", "ROOT/nowhere"], "--data: there is no folder")],
+    "tasks check": [(["--data", "ROOT/nowhere"], "--data: there is no file or folder")],
 }
 
 

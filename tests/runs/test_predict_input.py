@@ -55,6 +55,37 @@ def test_columns_of_the_input_that_are_called_like_ours_are_kept_under_another_n
     assert 0 <= float(row["probability"]) <= 1
 
 
+def test_labels_of_the_input_are_no_matter_to_what_is_found(runs: dict[str, Path], tmp_path: Path) -> None:
+    """A test file often has the column, empty, or with labels of its own."""
+    path = tmp_path / "labelled.csv"
+    path.write_text("text,label\n好,\n不好,unknown\n", "utf-8")
+    rows = list(csv.DictReader(printed(runs["mood"], path).splitlines()))
+    assert [row["input_label"] for row in rows] == ["", "unknown"]
+    assert all(row["label"] in ("pos", "neg") for row in rows)
+    given = {"question": "谁", "context": "天气很好"}
+    lines = tmp_path / "answers.jsonl"
+    lines.write_text("".join(json.dumps(given | more) + "\n" for more in ({"answers": 3}, {})), "utf-8")
+    with_answers, without = printed(runs["find"], lines).splitlines()
+    assert with_answers == without
+    options = {"context": "天气", "question": "谁", "options": ["一", "二"]}
+    lines.write_text("".join(json.dumps(options | more) + "\n" for more in ({"label": 7}, {})), "utf-8")
+    with_label, without = printed(runs["pick"], lines).splitlines()
+    assert with_label == without
+
+
+def test_a_run_without_dev_and_test_says_that_nothing_says_how_good_it_is(
+    world: World, tmp_path: Path
+) -> None:
+    words = ("--iters", "1", "--router-search", "none", "--no-test", "--dev", "none")
+    done = mp2("bbt", *world.options(), *words, "--out", tmp_path / "my runs")
+    assert done.exit_code == 0, done.stderr
+    assert "no dev and no test examples: nothing here says how good it is" in done.stdout
+    assert "majority class" not in done.stdout
+    (run,) = (tmp_path / "my runs").iterdir()
+    assert json.loads((run / "result.json").read_text("utf-8"))["baselines"] is None
+    assert done.stdout.endswith(f"mp2 predict --run '{run}' --input FILE\n")
+
+
 def test_a_json_array_is_read_like_lines(runs: dict[str, Path], tmp_path: Path) -> None:
     records = [{"text": "好", "id": 1}, {"text": "", "id": 2}, {"text": "不好", "id": 3}]
     array, lines = tmp_path / "a.json", tmp_path / "a.jsonl"

@@ -434,3 +434,41 @@ def test_answers_in_a_cell_are_found_in_the_context(make_card: MakeCard, tmp_pat
     path.write_text("context,question,answers\n今天天气,问,天气\n", encoding="utf-8")
     (example,) = load_examples(make_card("extraction"), "train", path)
     assert example.answers == (Answer("天气", 2),)
+
+
+@pytest.mark.parametrize("name", ["a" * 65, "a" * 160, "My Task", "酒店", "", "7up"])
+def test_new_makes_no_card_of_a_name_that_check_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").write_text("text,label\n" + "好,是\n坏,不\n" * 2, encoding="utf-8")
+    done = mp2("tasks", "new", "a.csv", "--name", name)
+    assert (done.exit_code, "expected a name like 'my_task'" in done.stderr) == (2, True)
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr) < 400
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+    done = mp2("tasks", "new", "a.csv", "--name", "a" * 64)
+    assert done.exit_code == 0, done.stderr
+    card = next(tmp_path.glob("*.toml"))
+    card.write_text(card.read_text("utf-8").replace("a" * 64, name), encoding="utf-8")
+    done = mp2("tasks", "check", card, "--data", "a.csv", "--no-test")
+    assert (done.exit_code, "expected a name like 'my_task'" in done.output) == (2, True)
+
+
+def test_new_takes_names_and_columns_as_files_have_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Digits at a name's end stay, numbers are no texts, what is to be typed next is quoted for a shell."""
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(f"{i},{i * 1.5},今天{i},{'好' if i % 2 else '不好'}\n" for i in range(8))
+    Path("2024 hotel v2.csv").write_text("nr,price,content,label\n" + rows, encoding="utf-8")
+    done = mp2("tasks", "new", "2024 hotel v2.csv")
+    assert "texts in 'content'\n" in done.output
+    assert "mp2 tasks check hotel_v2.toml --data '2024 hotel v2.csv' --no-test" in done.output
+    assert load_card("hotel_v2.toml").fields == ("text",)
+    long = f"{'a' * 100}.csv"
+    Path(long).write_text("text,label\n" + "好,是\n坏,不\n" * 2, encoding="utf-8")
+    assert f"wrote {'a' * 64}.toml" in mp2("tasks", "new", long).output
+    Path("headless.csv").write_text("好,yes\n坏,no\n" * 3, encoding="utf-8")
+    done = mp2("tasks", "new", "headless.csv")
+    assert (done.exit_code, "expected the names of the columns" in done.stderr) == (2, True)

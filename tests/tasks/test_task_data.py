@@ -261,7 +261,7 @@ def test_missing_folders_and_splits_say_what_is_there(
         load_examples(card, "train", tmp_path)
     with pytest.raises(UsageError, match=r"has no folder 'tnews'.*it has 1 tasks: 'deep'"):
         load_examples(load_card("tnews"), "train", tmp_path)
-    with pytest.raises(UsageError, match="there is no folder /no/such"):
+    with pytest.raises(UsageError, match="there is no file or folder /no/such"):
         load_examples(card, "train", "/no/such")
     with pytest.raises(UnknownNameError, match="unknown split 'tset'"):
         load_examples(card, "tset", tmp_path)

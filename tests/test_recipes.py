@@ -39,6 +39,11 @@ def test_everything_that_ships_is_made_by_one_script(tmp_path: Path) -> None:
         assert (prompts.kind, prompts.meta.prompt_tokens, prompts.meta.intrinsic_dim) == (kind, 32, 64)
         assert set(prompts.meta.tasks) == {"waimai", "bq", "cote_mfw"}
         assert prompts.meta.router_normalisation == "sum"
+    made = {f.stem: load_prompts(f, backbone) for f in (tmp_path / "work" / "prompts" / "float16").iterdir()}
+    assert set(made) == {"deep", "shallow", "deep-one-rate", "shallow-two-rates", "spot", "ppt", "head"}
+    for name in ("spot", "ppt", "head"):
+        assert made[name].meta.is_single
+        assert made[name].meta.provenance["method"] == name
     files = [f for f in (tmp_path / "work" / "shipped").glob("*/*") if f.is_file()]
     assert f"{sum(f.stat().st_size for f in files)} bytes" in said
     before = {f: f.read_bytes() for f in files}

@@ -451,7 +451,7 @@ def readme_scores() -> str:
 
 
 def readme_speed() -> str:
-    """README's table of speed: a line a backbone and task of two; ms an evaluation, times plain loop and rivals."""
+    """README's table of speed: a line a backbone and task; ms an evaluation, times plain loop and rivals."""
     rows = [
         "| backbone | task | float32, ms | times plain, A, B, C | bf16, ms | times plain, A, B, C | ranks |",
         "| --- | --- | ---: | --- | ---: | --- | ---: |",

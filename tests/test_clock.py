@@ -21,7 +21,7 @@ def test_two_runs_of_the_same_second_have_folders_of_their_own(
 
 
 def test_nothing_measures_time_by_the_clock_of_the_day() -> None:
-    """``time.monotonic`` and ``time.perf_counter`` never jump; MLflow wants the time of day for its points."""
+    """``time.monotonic`` never jumps; MLflow alone wants the time of day, for its points."""
     daily = re.compile(r"\btime\.time(_ns)?\(|datetime\.(now|utcnow)\(")
     users = [str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py") if daily.search(p.read_text("utf-8"))]
     assert users == ["runs/loggers/mlflow.py"]

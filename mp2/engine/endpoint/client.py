@@ -23,6 +23,7 @@ from mp2.json_files import Fields, check, list_of, parse_json, text, whole
 
 CONNECTIONS = 2  # to a server: one request is computed, the next is on its way
 _LONGEST_WAIT_S = 5.0
+_LONGEST_END_S = 1.0
 _ANSWER_S = 300.0  # that a server may compute
 _LATER = (408, 429, 500, 502, 503, 504)  # may be answered when asked again
 
@@ -90,7 +91,7 @@ class Endpoints:
             self._started = True
             for url, place in self._servers:
                 for _ in range(CONNECTIONS):
-                    threading.Thread(target=self._queue.serve, args=(url, place), daemon=True).start()
+                    self._queue.start(url, place)
         request = _Request(f"/v2/models/{model}/infer", feeds, outputs)
         self._queue.put(request)
         return request.answer
@@ -132,6 +133,12 @@ class _Queue:
         self._ready = threading.Condition()
         self._down: set[str] = set()
         self._ended = False
+        self._threads: list[threading.Thread] = []
+
+    def start(self, url: str, place: tuple[str, str, int]) -> None:
+        """Begin to send to a server, over one connection."""
+        self._threads.append(threading.Thread(target=self.serve, args=(url, place), daemon=True))
+        self._threads[-1].start()
 
     def put(self, request: _Request) -> None:
         with self._ready:
@@ -139,10 +146,16 @@ class _Queue:
             self._ready.notify()
 
     def end(self) -> None:
-        """Let the threads go."""
+        """Let the threads go: one that is still there when the interpreter ends can abort the process.
+
+        One that waits for a server's answer is not waited for.
+        """
         with self._ready:
             self._ended = True
             self._ready.notify_all()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(_LONGEST_END_S)
 
     def serve(self, url: str, place: tuple[str, str, int]) -> None:
         """Send what waits to one server, over one connection."""

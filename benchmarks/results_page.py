@@ -293,7 +293,8 @@ SECTIONS = [
         text="CPT-large's shape with random weights on two CPU cores, beside the paper's RTX 3090, which ran "
         "the authors' loop: so does the column beside ours. The rivals A, B and C are not in it, because a "
         "population of B takes minutes on a whole few-shot set at 24 layers; `python -m "
-        "benchmarks.speed.throughput --shape cpt-large` has them at this shape, on 4 examples, and was not run to its end yet.",
+        "benchmarks.speed.throughput --shape cpt-large` has them at this shape, on 4 examples, "
+        "and was not run to its end yet.",
         table=lambda results: table4(results[0]["rows"]),
     ),
     Section(

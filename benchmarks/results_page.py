@@ -291,10 +291,8 @@ SECTIONS = [
         files=["table4.json"],
         command="python -m benchmarks.paper table4 --data DIR",
         text="CPT-large's shape with random weights on two CPU cores, beside the paper's RTX 3090, which ran "
-        "the authors' loop: so does the column beside ours. The rivals A, B and C are not in it, because a "
-        "population of B takes minutes on a whole few-shot set at 24 layers; `python -m "
-        "benchmarks.speed.throughput --shape cpt-large` has them at this shape, on 4 examples, "
-        "and was not run to its end yet.",
+        "the authors' loop: so does the plain loop beside ours. A, B and C (of deep prompts) are what a good "
+        "engineer would write, see `benchmarks/speed/rivals.py`; earlier files have none.",
         table=lambda results: table4(results[0]["rows"]),
     ),
     Section(

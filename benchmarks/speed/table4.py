@@ -1,9 +1,9 @@
 """Table 4 of the paper: minutes of the two stages of black-box tuning, at the shape of CPT-large.
 
 The paper (Sun et al., ACL 2023, Table 4; "training time (in minutes)", an NVIDIA RTX 3090, appendix
-A.2) against mp2 and against a plain PyTorch loop (``benchmarks/speed/plain_loop.py``), both on this machine,
-in this run. Weights are random (24 layers, 1024 wide, 16 heads, the vocabulary's size of CPT); time does not
-depend on their values.
+A.2) against mp2, a plain PyTorch loop (``benchmarks/speed/plain_loop.py``) and, for deep prompts, what a good
+engineer would write (``benchmarks/speed/rivals.py``: A, B, C), all on this machine, in this run. Weights are
+random (24 layers, 1024 wide, 16 heads, the vocabulary's size of CPT); time does not depend on their values.
 
 What the paper's deep minutes stand for: stage II minutes divided by 7,800 iterations (shallow: 8,000 less
 200) and by 2,880 (deep) give the same milliseconds an evaluation, task by task, and 2,880 evaluations are
@@ -40,7 +40,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -49,10 +48,12 @@ import torch
 
 from benchmarks.command import one_line_errors
 from benchmarks.provenance import RESULTS, provenance, save
+from benchmarks.speed.engine_work import matrix_dtype
 from benchmarks.speed.full_shape import HEADS, HIDDEN, POSITIONS, VOCAB, vocabulary
 from benchmarks.speed.plain_loop import PlainLoop
+from benchmarks.speed.rivals import RIVALS, Rival
 from benchmarks.speed.suggestions import suggestion_cost
-from benchmarks.speed.table4_render import KINDS, PAPER, PUBLISHED, STATED, TASKS, table
+from benchmarks.speed.table4_render import KINDS, PAPER, PUBLISHED, STATED, TASKS, WHOSE, table
 from mp2.backbone import Backbone, BackboneConfig, random_backbone
 from mp2.engine import Objective, Scorer, create_backend
 from mp2.heads import SpanHead
@@ -66,7 +67,7 @@ from mp2.runs.run import make_problem
 from mp2.runs.series import start_run
 from mp2.tasks import MrcInput
 
-PLAIN_EXAMPLES = 32
+PLAIN_EXAMPLES, RIVAL_EXAMPLES = 32, 8
 POPULATION = 5  # timed on a CPU; on a GPU the whole population
 SEED = 42
 
@@ -147,34 +148,97 @@ def _steady(work: Callable[[], object]) -> float:
     return min(times[1:])
 
 
-def plain_seconds(model: FrozenModel, train: Sequence[MrcInput], device: str) -> float:
-    """Seconds of one evaluation of the plain loop, extrapolated over layers and examples."""
-    by_length = sorted(train, key=lambda x: x.n_tokens)
-    step = max(1.0, len(train) / PLAIN_EXAMPLES)
-    part = [by_length[-1 - int(k * step)] for k in range(min(PLAIN_EXAMPLES, len(train)))]
-    seconds: dict[float, float] = {}
-    for depth in sorted({1, min(3, model.backbone.config.n_layers)}):
+def others_seconds(
+    model: FrozenModel, train: Sequence[MrcInput], rivals: bool
+) -> dict[str, dict[str, float]]:
+    """Seconds of one evaluation in stages I and II of the plain loop and, with ``rivals``, of A, B and C.
+
+    Extrapolated over layers and examples. They compute as the engine does on a GPU, on a CPU in float32.
+    """
+    device, n_layers = str(model.backend.device), model.backbone.config.n_layers
+    dtype = matrix_dtype(device, model.backend.precision)
+    names = ("plain", *RIVALS) if rivals else ("plain",)
+    measured: dict[str, dict[float, float]] = {name: {} for name in names}
+    for depth in sorted({1, min(3, n_layers)}):
         body, prompts = first_layers(model.backbone, model.prompts, depth)
-        loop = PlainLoop(body, prompts, part, device)
-        z = np.random.default_rng(0).standard_normal((prompts.z.shape[0], prompts.z.shape[-1]))
-        times: list[float] = []
-        for _ in range(4):
-            start = time.perf_counter()
-            loop.loss(z.astype(np.float32))  # a Python float: the device is done
-            times.append(time.perf_counter() - start)
-            if len(times) > 1 and sum(times[1:]) > 2.0:
-                break
-        seconds[depth] = median(times[1:])
-    return extrapolate(seconds, model.backbone.config.n_layers) * len(train) / len(part)
+        turns = {"plain": plain_work(body, prompts, spaced(train, PLAIN_EXAMPLES), device, dtype)}
+        if rivals:
+            turns |= rivals_work(body, prompts, spaced(train, RIVAL_EXAMPLES), device, dtype)
+        times: dict[str, list[float]] = {name: [] for name in turns}
+        for number in range(3):  # the first is left out: it allocates
+            for name in reversed(turns) if number == 2 else turns:
+                started = time.perf_counter()
+                n_evaluations = turns[name]()
+                times[name].append((time.perf_counter() - started) / n_evaluations)
+        for name, found in times.items():
+            layers = (depth + 1) / 2 if name == "C" else depth  # that an evaluation runs, in the mean
+            measured[name][layers] = min(found[1:])
+    n = len(train)
+    parts = {name: min(n, PLAIN_EXAMPLES if name == "plain" else RIVAL_EXAMPLES) for name in names}
+    seconds = {
+        name: extrapolate(found, (n_layers + 1) / 2 if name == "C" else n_layers) * n / parts[name]
+        for name, found in measured.items()
+    }
+    return {
+        name: {"stage1": seconds["B" if name == "C" else name], "stage2": seconds[name]} for name in names
+    }
 
 
-def run_cell(model: FrozenModel, config: BbtConfig, budget_s: float) -> dict[str, Any]:
-    """One task and kind: predicted, run where that fits ``budget_s``, and the plain loop beside it."""
+def spaced(train: Sequence[MrcInput], most: int) -> list[MrcInput]:
+    """At most so many of ``train``, evenly from the longest on."""
+    by_length = sorted(train, key=lambda x: x.n_tokens)
+    step = max(1.0, len(train) / most)
+    return [by_length[-1 - int(k * step)] for k in range(min(most, len(train)))]
+
+
+def plain_work(
+    body: Backbone, prompts: PromptSet, inputs: Sequence[MrcInput], device: str, dtype: torch.dtype
+) -> Callable[[], int]:
+    """What evaluates a candidate by the plain loop, waits for it and returns how many evaluations it was."""
+    loop = PlainLoop(body, prompts, inputs, device, dtype)
+    z = np.random.default_rng(0).standard_normal((prompts.z.shape[0], prompts.z.shape[-1])).astype(np.float32)
+
+    def work() -> int:
+        loop.loss(z)
+        return 1
+
+    return work
+
+
+def rivals_work(
+    body: Backbone, prompts: PromptSet, inputs: Sequence[MrcInput], device: str, dtype: torch.dtype
+) -> dict[str, Callable[[], int]]:
+    """The same of A (one candidate), B (a population) and C (a population at each layer in turn)."""
+    n_layers = len(prompts.z)
+    p = 20 if device != "cpu" else POPULATION
+    z = np.random.default_rng(0).standard_normal((n_layers, p, prompts.z.shape[-1])).astype(np.float32)
+    found: dict[str, Callable[[], int]] = {}
+    first: Rival | None = None
+    for kind in RIVALS:
+        rival = Rival(kind, body, prompts, inputs, device, dtype, like=first)
+        first = first or rival
+        visited = range(n_layers) if kind == "C" else range(1)  # the cost of A and B is the same at each
+        n = 1 if kind == "A" else p
+
+        def work(rival: Rival = rival, visited: range = visited, n: int = n) -> int:
+            rival.set_incumbent(z[:, 0])
+            for layer in visited:
+                rival.layer_losses(layer, z[layer, :n])
+            return n * len(visited)
+
+        found[kind] = work
+    return found
+
+
+def run_cell(
+    model: FrozenModel, config: BbtConfig, budget_s: float, *, rivals: bool = True
+) -> dict[str, Any]:
+    """One task and kind: predicted, run where that fits ``budget_s``; plain loop and ``rivals`` beside it."""
     started = time.perf_counter()
     problem = make_problem(config, model)
     lengths = [x.n_tokens for x in problem.train_inputs]
     device = str(model.backend.device)
-    plain_s = plain_seconds(model, problem.train_inputs, device)
+    others = others_seconds(model, problem.train_inputs, rivals and model.kind == "deep")
     stage1, stage2 = iterations_of(problem)
     seconds = our_seconds(model, problem)
     round_iters = (model.space().n_layers if model.kind == "deep" else 5) * config.layers.popsize
@@ -200,13 +264,7 @@ def run_cell(model: FrozenModel, config: BbtConfig, budget_s: float) -> dict[str
         "max_tokens": max(lengths),
         "iterations": [stage1, stage2],
         "ours": ours,
-        "plain": {
-            "how": "extrapolated",
-            "evaluation_ms": round(1e3 * plain_s, 2),
-            "stage1_minutes": round(stage1 * plain_s / 60, 3),
-            "two_stage_minutes": round((stage1 + PUBLISHED[model.kind]) * plain_s / 60, 3),
-            "stated_minutes": round((stage1 + STATED[model.kind]) * plain_s / 60, 3),
-        },
+        **{name: _others(model.kind, stage1, spent) for name, spent in others.items()},
         "paper": paper(model.kind, config.task),
         "predicted_s": round(predicted_s, 2),
         "spent_s": round(time.perf_counter() - started, 1),
@@ -235,6 +293,21 @@ def _ours(how: str, kind: str, stage1_s: float, stage2_s: float, dev_s: float, s
         "two_stage_minutes": round((stage1_s + share * (stage2_s + dev_s)) / 60, 3),
         "stated_minutes": round((stage1_s + stage2_s + dev_s) / 60, 3),
         "evaluation_ms": round(1e3 * stage2_s / stage2, 3),
+    }
+
+
+def _others(kind: str, stage1: int, seconds: dict[str, float]) -> dict[str, Any]:
+    minutes = {
+        name: count * seconds["stage2"] / 60
+        for name, count in (("two_stage", PUBLISHED[kind]), ("stated", STATED[kind]))
+    }
+    stage1_minutes = stage1 * seconds["stage1"] / 60
+    return {
+        "how": "extrapolated",
+        "evaluation_ms": round(1e3 * seconds["stage2"], 2),
+        "stage1_minutes": round(stage1_minutes, 3),
+        "two_stage_minutes": round(stage1_minutes + minutes["two_stage"], 3),
+        "stated_minutes": round(stage1_minutes + minutes["stated"], 3),
     }
 
 
@@ -286,6 +359,9 @@ def run(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--engine", type=Path, help="engine folder, for runtimes that need one")
     parser.add_argument("--budget-minutes", type=float, default=10.0)
     parser.add_argument("--bo-minutes", type=float, default=2.0)
+    parser.add_argument(
+        "--rivals", action=argparse.BooleanOptionalAction, default=True, help="A, B and C as well"
+    )
     parser.add_argument("--bo-only", action="store_true", help="only the suggestions, into the JSON there is")
     parser.add_argument("--iters", type=int, default=8000)
     parser.add_argument("--work", type=Path, default=Path("runs/table4"), help="cells that are done")
@@ -298,7 +374,16 @@ def run(words: Sequence[str] | None = None) -> None:
         parser.error("the four tasks are needed: give --data DIR or set MP2_DATA")
     settings = {
         key: str(getattr(args, key))
-        for key in ("layers", "runtime", "device", "precision", "threads", "iters", "budget_minutes")
+        for key in (
+            "layers",
+            "runtime",
+            "device",
+            "precision",
+            "threads",
+            "iters",
+            "budget_minutes",
+            "rivals",
+        )
     }
     tag = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     args.work.mkdir(parents=True, exist_ok=True)
@@ -341,13 +426,12 @@ def run(words: Sequence[str] | None = None) -> None:
                 baselines=False,
                 threads=args.threads,
             )
-            cell = run_cell(model, config, max(1.0, (end - time.perf_counter()) / left))
+            cell = run_cell(model, config, max(1.0, (end - time.perf_counter()) / left), rivals=args.rivals)
             cell["provenance"] = provenance()
             files[kind, task].write_text(json.dumps(cell, ensure_ascii=False, indent=1) + "\n", "utf-8")
-            ms = {whose: cell[whose]["evaluation_ms"] for whose in ("ours", "plain", "paper")}
+            ms = ", ".join(f"{whose} {cell[whose]['evaluation_ms']:.1f}" for whose in WHOSE if whose in cell)
             print(
-                f"{kind:8} {task:9} ms an evaluation: ours {ms['ours']:.2f}, plain {ms['plain']:.2f}, paper "
-                f"{ms['paper']:.1f} ({cell['ours']['how']}, {cell['spent_s']:.0f} s)",
+                f"{kind:8} {task:9} ms an evaluation: {ms} ({cell['ours']['how']}, {cell['spent_s']:.0f} s)",
                 flush=True,
             )
         del model, prompts

@@ -13,6 +13,8 @@ PAPER = {  # Table 4: minutes, only stage I and two-stage
 }
 PUBLISHED = {"shallow": 7800, "deep": 2880}  # stage II evaluations that the paper's minutes stand for
 STATED = {"shallow": 7800, "deep": 7900}
+RIVALS = ("plain", "A", "B", "C")  # A, B and C: of deep prompts, where they were measured
+WHOSE = ("paper", *RIVALS, "ours")
 
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
@@ -43,18 +45,21 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
         if STATED[kind] != PUBLISHED[kind]:
             metrics.append((f"minutes, two-stage ({STATED[kind]:,}, as the paper states)", "stated_minutes"))
         for title, name in metrics:
-            for whose in ("paper", "plain", "ours"):
-                found = [row[t][whose].get(name) for t in tasks]
-                if all(x is None for x in found):
+            for whose in WHOSE:
+                found = [row[t].get(whose, {}) for t in tasks]
+                if all(name not in x for x in found):
                     continue
-                marks = ["" if row[t][whose].get("how") != "extrapolated" else " *" for t in tasks]
-                texts = [f" {_number(x)}{mark} |" for x, mark in zip(found, marks, strict=True)]
+                marks = [" *" if x.get("how") == "extrapolated" else "" for x in found]
+                texts = [f" {_number(x.get(name))}{mark} |" for x, mark in zip(found, marks, strict=True)]
                 lines.append(f"| {title} | {whose} |" + "".join(texts))
                 title = ""
             if "bo" in row and name == "stage1_minutes":
                 lines.append(_with_bo(row["bo"], [row[t]["ours"][name] for t in tasks]))
-        ratios = [row[t]["plain"]["evaluation_ms"] / row[t]["ours"]["evaluation_ms"] for t in tasks]
-        lines.append("| plain / ours, an evaluation | |" + "".join(f" {x:.2f} |" for x in ratios))
+        for rival in RIVALS:
+            if any(rival in row[t] for t in tasks):
+                lines.append(
+                    f"| {rival} / ours, an evaluation | |" + "".join(_ratio(row[t], rival) for t in tasks)
+                )
         lines.append("")
     lines.append("\\* extrapolated from timed iterations")
     return "\n".join(lines)
@@ -68,5 +73,13 @@ def _with_bo(bo: dict[str, Any], stage1_minutes: Sequence[float]) -> str:
     return f"| | ours, router search `bo` ({_number(minutes)} of it suggestions) |" + "".join(texts)
 
 
-def _number(x: float) -> str:
+def _ratio(cell: dict[str, Any], rival: str) -> str:
+    if rival not in cell:
+        return " |"
+    return f" {cell[rival]['evaluation_ms'] / cell['ours']['evaluation_ms']:.2f} |"
+
+
+def _number(x: float | None) -> str:
+    if x is None:
+        return ""
     return f"{x:,.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"

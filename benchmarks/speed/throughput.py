@@ -19,7 +19,7 @@ in ``--work``: a measurement can be cut into pieces by ``--minutes`` or Ctrl-C, 
 A task is written as soon as its rounds are done. ``1024`` (6 layers) has the first 8 examples of a task,
 ``cpt-large`` (24 layers) the first 4; both visit two layers a round and search 5 routers. ``--growth``
 measures cost against the number of examples, length, population and layers instead, and draws
-throughput_growth.png (15 minutes).
+throughput_growth.png (15 minutes; ``--no-rivals`` leaves A, B and C out of it).
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=5, help="samples of everything, at least 3")
     parser.add_argument("--growth", action="store_true", help="cost against size instead")
+    parser.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True, help="in --growth")
     parser.add_argument("--minutes", type=float, default=240.0, help="then no round is begun")
     parser.add_argument("--work", type=Path, default=Path("runs/throughput"), help="where rounds are kept")
     parser.add_argument("--engines", type=Path, default=Path("engines"), help="where engine folders are kept")
@@ -119,7 +120,9 @@ def main() -> None:
     if args.growth:
         from benchmarks.speed.throughput_growth import measure
 
-        done = measure(engines, args.device, args.engines, args.name, args.work, args.minutes, args.rounds)
+        done = measure(
+            engines, args.device, args.engines, args.name, args.work, args.minutes, args.rounds, args.rivals
+        )
         if done:
             print("written:", *done)
         return

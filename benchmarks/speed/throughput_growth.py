@@ -5,8 +5,8 @@ tokens, a population of 20. Cost is ms an evaluation, mean over the layers visit
 point once, so that drift hits all alike, and a point's cost is its median over the rounds, shown with the
 least and the most; the base point is one point of all curves. In every other round the turns within a point
 are in the opposite order. A visit of a point is kept, so that a measurement that ends can go on. On one
-thread of a CPU it is the thread's own time that counts, which other processes do not lengthen. The curves
-have the plain loop beside them; rivals A, B and C are in the table alone.
+thread of a CPU it is the thread's own time that counts, which other processes do not lengthen. The plain loop
+and the rivals A, B and C (`benchmarks.speed.rivals`; ``--no-rivals`` leaves these out) are measured as well.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from benchmarks.speed.engine_work import (
     INTRINSIC_DIM,
     PROMPT_TOKENS,
     Engine,
+    matrix_dtype,
     random_inputs,
     shaped_backbone,
     synchronize,
 )
 from benchmarks.speed.forward_parts import clock
 from benchmarks.speed.plain_loop import PlainLoop
+from benchmarks.speed.rivals import RIVALS, Rival
 from benchmarks.speed.rounds import Pieces, spread
 from mp2.prompts import random_prompts
 
@@ -52,13 +54,14 @@ def measure(
     work: Path,
     minutes: float,
     n_rounds: int,
+    rivals: bool = True,
 ) -> tuple[Path, Path] | None:
     """Measure what is left of all curves; the paths of the JSON and of the picture, once nothing is left.
 
     Visits of points are kept in ``work`` as they are done; none is begun when ``minutes`` are over, and then
     None is returned.
     """
-    settings = ["growth", clock_name(device), device, [str(engine) for engine in engines]]
+    settings = ["growth", clock_name(device), device, [str(engine) for engine in engines], rivals]
     pieces = Pieces(work, settings, minutes)
     sizes = {axis: [{**BASE, axis: value} for value in values] for axis, values in CURVES.items()}
     times: dict[str, list[dict[str, Any]]] = {_name(size): [] for own in sizes.values() for size in own}
@@ -67,7 +70,7 @@ def measure(
         for point_name, size in size_of.items():
             record = pieces.get(
                 f"{point_name}-{number}",
-                lambda size=size, number=number: {"ms": point(size, engines, device, folder, number)},  # type: ignore[misc]
+                lambda size=size, number=number: {"ms": point(size, engines, device, folder, rivals, number)},  # type: ignore[misc]
             )
             if record is not None:
                 times[point_name].append(record["ms"])
@@ -89,9 +92,9 @@ def _name(size: dict[str, int]) -> str:
 
 
 def point(
-    size: dict[str, int], engines: Sequence[Engine], device: str, folder: Path, number: int
+    size: dict[str, int], engines: Sequence[Engine], device: str, folder: Path, rivals: bool, number: int
 ) -> dict[str, float]:
-    """Ms an evaluation of every engine and of the plain loop for one size, in round ``number``."""
+    """Ms an evaluation of every engine, the plain loop and ``rivals`` for one size, in round ``number``."""
     backbone = shaped_backbone(size["layers"], 256, 8)
     prompts = random_prompts(
         backbone, "deep", prompt_tokens=PROMPT_TOKENS, intrinsic_dim=INTRINSIC_DIM, seed=1
@@ -101,28 +104,42 @@ def point(
     z = rng.standard_normal((size["layers"], INTRINSIC_DIM)).astype(np.float32)
     candidates = rng.standard_normal((size["population"], INTRINSIC_DIM)).astype(np.float32)
 
+    dtype = matrix_dtype(device, engines[0].precision)
+    # cost falls by the same from each layer to the next: the mean over all is that of the first and last
+    ends = sorted({0, size["layers"] - 1})
+
     def engine_s(engine: Engine) -> float:
         objective = engine.objective(backbone, prompts, inputs, device, folder)
         objective.set_incumbent(z)
         times = []
-        # cost falls by the same from each layer to the next: the mean over all is that of the first and last
-        for layer in sorted({0, size["layers"] - 1}):
+        for layer in ends:
             objective.layer_losses(layer, candidates[:2] if device == "cpu" else candidates).fetch()
             times.append(_seconds(lambda i=layer: objective.layer_losses(i, candidates).fetch(), device))  # type: ignore[misc]
         return mean(times) / size["population"]
 
     def plain_s() -> float:
-        plain = PlainLoop(backbone, prompts, inputs, device)
+        plain = PlainLoop(backbone, prompts, inputs, device, dtype)
         plain.loss(z)
         return median(_seconds(lambda: plain.loss(z), device) for _ in range(3))
 
-    turns: list[Engine | None] = [None, *engines]
-    if number % 2:
-        turns.reverse()
-    return {
-        str(engine or PLAIN): round(1e3 * (plain_s() if engine is None else engine_s(engine)), 4)
-        for engine in turns
-    }
+    made: list[Rival] = []
+
+    def rival_s(kind: str) -> float:
+        rival = Rival(kind, backbone, prompts, inputs, device, dtype, like=made[0] if made else None)
+        made.append(rival)
+        rival.set_incumbent(z)
+        some = candidates[:1] if kind == "A" else candidates
+        times = []
+        for layer in ends if kind == "C" else ends[:1]:  # elsewhere the cost of A and B is the same
+            rival.layer_losses(layer, some[:1])  # C: what is below is kept from here on
+            times.append(_seconds(lambda i=layer: rival.layer_losses(i, some), device))  # type: ignore[misc]
+        return mean(times) / len(some)
+
+    turns: dict[str, Callable[[], float]] = {PLAIN: plain_s}
+    turns |= {kind: lambda kind=kind: rival_s(kind) for kind in RIVALS if rivals}  # type: ignore[misc]
+    turns |= {str(engine): lambda engine=engine: engine_s(engine) for engine in engines}  # type: ignore[misc]
+    names = list(reversed(turns)) if number % 2 else list(turns)
+    return {name: round(1e3 * turns[name](), 4) for name in names}
 
 
 def clock_name(device: str) -> str:

@@ -74,10 +74,13 @@ def test_a_cell_is_measured_where_it_fits_and_extrapolated_where_not(
         shots=2,
         test=False,  # type: ignore[arg-type]
     )
-    cell = table4.run_cell(model, config, budget_s)
+    cell = table4.run_cell(model, config, budget_s, rivals=how == "extrapolated")
     ours = cell["ours"]
     assert ours["how"] == how
-    assert cell["plain"]["how"] == "extrapolated"
+    others = [name for name in ("plain", "A", "B", "C") if name in cell]
+    rivals = ["A", "B", "C"] if kind == "deep" and how == "extrapolated" else []  # they are deep
+    assert others == ["plain", *rivals]
+    assert all(cell[name]["how"] == "extrapolated" for name in others)
     assert cell["iterations"] == [100 if kind == "deep" else 200, 10]
     assert ours["evaluation_ms"] > 0
     assert 0 < ours["stage1_minutes"] < ours["two_stage_minutes"]
@@ -85,6 +88,40 @@ def test_a_cell_is_measured_where_it_fits_and_extrapolated_where_not(
     assert f"minutes, two-stage ({table4.PUBLISHED[kind]:,} evaluations in stage II)" in text
     rows = [line for line in text.splitlines() if "| ours |" in line]
     assert all((" *" in row) == (how == "extrapolated") for row in rows)
+    times = {name: cell[name] for name in others}
+    assert all(0 < x["stage1_minutes"] < x["two_stage_minutes"] for x in times.values())
+    for name, own in times.items():
+        ratio = own["evaluation_ms"] / ours["evaluation_ms"]
+        assert f"| {name} / ours, an evaluation | | {ratio:.2f} |" in text
+        assert sum(line.count(f"| {name} | ") for line in text.splitlines()) == (4 if kind == "deep" else 3)
+
+
+def test_rivals_are_extrapolated_from_one_and_three_layers_and_are_optional(
+    small: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = random_prompts(small, "deep", prompt_tokens=4, intrinsic_dim=5)
+    model = FrozenModel(small, prompts, CpuBackend(small))
+    spans = np.empty((0, 2), np.int64)
+    inputs = [
+        MrcInput(example=k, input_ids=np.arange(5, 15), start=1, end=2, option_spans=spans) for k in range(16)
+    ]
+    assert set(table4.others_seconds(model, inputs, rivals=False)) == {"plain"}
+    now = [0.0]
+    layers: dict[str, list[int]] = {kind: [] for kind in "ABC"}
+
+    def losses(self: table4.Rival, layer: int, z: np.ndarray) -> np.ndarray:
+        run = len(self._layers) - (layer if self.kind == "C" else 0)
+        layers[self.kind].append(run)
+        now[0] += len(z) * (1.0 + run)  # a second a layer, and one
+        return np.zeros(len(z))
+
+    monkeypatch.setattr(table4.Rival, "layer_losses", losses)
+    monkeypatch.setattr(table4.time, "perf_counter", lambda: now[0])
+    found = table4.others_seconds(model, inputs, rivals=True)
+    # of 16 examples 8 were run; 4 layers, of which a visit of C runs 2.5 in the mean
+    assert {kind: found[kind]["stage2"] for kind in "ABC"} == pytest.approx({"A": 10, "B": 10, "C": 7})
+    assert found["C"]["stage1"] == found["B"]["stage1"] == pytest.approx(10)
+    assert layers == {"A": [1] * 3 + [3] * 3, "B": [1] * 3 + [3] * 3, "C": [1] * 3 + [3, 2, 1] * 3}
 
 
 def test_the_plain_loop_takes_shallow_prompts(small: Backbone) -> None:

@@ -254,7 +254,7 @@ def test_growth_visits_all_points_in_every_round_goes_on_and_is_drawn(
     assert points == [(0, 1), (0, 2), (1, 1), (1, 2), (1, 2), (2, 1), (2, 2)]
     assert len(saved) == 5
     for row in saved:
-        assert set(row["ms"]) == {"torch:fp32", "torch:int8", "plain loop"}
+        assert set(row["ms"]) == {"torch:fp32", "torch:int8", "plain loop", "A", "B", "C"}
         for ms in row["ms"].values():
             assert len(ms["rounds"]) == 3
             assert 0 < ms["min"] <= ms["median"] <= ms["max"]

@@ -126,3 +126,19 @@ def trainable_attention(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
+
+
+@contextmanager
+def tiny_numbers_as_zero() -> Iterator[None]:
+    """While entered, CPU arithmetic takes numbers below 1.2e-38 (denormals) as zero; before, as it was.
+
+    A processor handles each of them in microcode. Once attention has become sharp, its backward pass is full
+    of them: over the checkpoint of step 5,300 of a 6 x 256 model a step took 1.6 s with them, 0.93 without.
+    Threads that OpenMP has started before stay as they were, so this is entered before the first product.
+    """
+    as_zero = bool(torch.tensor(1e-39).mul(0.5) == 0)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(as_zero)

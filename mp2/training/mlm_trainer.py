@@ -26,7 +26,7 @@ from mp2.training.config import MlmConfig
 from mp2.training.contrastive import shared_document
 from mp2.training.corpus import corpus_files, file_digests, folder_tokenizer, pack, ppmi_embeddings
 from mp2.training.masking import mask_tokens
-from mp2.training.mlm import MaskedLanguageModel, schedule, trainable_attention
+from mp2.training.mlm import MaskedLanguageModel, schedule, tiny_numbers_as_zero, trainable_attention
 from mp2.training.mlm_branch import branch, check_start
 from mp2.training.model_card import backbone_card
 from mp2.training.outputs import draw_curves
@@ -182,6 +182,7 @@ class MlmTrainer(Trainer[Tensors]):
         return rate, rate
 
 
+@tiny_numbers_as_zero()
 def train_mlm(
     corpus: str | Path,
     out: str | Path,

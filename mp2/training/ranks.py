@@ -38,6 +38,7 @@ _TIMEOUT = timedelta(hours=2)  # the others may wait for one process to format o
 _RELEASE_S = 10.0
 _RELEASE_AFTER_LOSS_S = 0.5
 _exchanged: deque[weakref.ref[Tensor]] = deque(maxlen=64)
+_left: list[dist.ProcessGroup] = []  # see ``_leave``
 _CPU = torch.device("cpu")
 
 
@@ -178,8 +179,13 @@ def _first_line(error: RuntimeError) -> str:
 
 
 def _leave() -> None:
-    """Destroy the process group, once gloo's threads have let go of all tensors."""
+    """Destroy the process group, once gloo's threads have let go of all tensors.
+
+    Its last owner ends these threads. DistributedDataParallel does that with the interpreter's lock held,
+    torch's Python object does not; so one is kept here, which outlives the model.
+    """
     _let_go(_RELEASE_S)
+    _left.append(dist.distributed_c10d._get_default_group())  # type: ignore[no-untyped-call]
     dist.destroy_process_group()
 
 

@@ -266,6 +266,21 @@ def test_the_contrastive_term_is_added_with_its_weight_and_told(corpus: Path, tm
         assert line["loss"] == pytest.approx(line["mlm"] + 0.3 * line["contrastive"], abs=1e-5)
 
 
+def test_tiny_numbers_are_zero_while_it_trains_and_as_before_after(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def halved() -> float:
+        return float(torch.tensor(1e-39) * 0.5)
+
+    seen = []
+    after_step = MlmTrainer.after_step
+    monkeypatch.setattr(MlmTrainer, "after_step", lambda run: (seen.append(halved()), after_step(run)))
+    before = halved()
+    train_mlm(corpus, tmp_path, tiny(steps=2), log=print)
+    assert seen == [0.0, 0.0]
+    assert halved() == before != 0.0
+
+
 @pytest.mark.parametrize(("compiled", "expected"), [(None, 0), (False, 0), (True, 1)])
 def test_the_model_is_compiled_where_asked(
     corpus: Path,

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mp2.commands.options import TASK, build, config_options, log_option, read_seeds
+from mp2.commands.options import TASK, build, config_options, log_option, named_tasks, read_seeds
 from mp2.commands.paths import PATH
 from mp2.commands.printing import as_json_text, given, notes, quiet_option, show, show_table
 from mp2.errors import UsageError
@@ -132,12 +131,12 @@ def _asks_for_many(typed: dict[str, Any]) -> bool:
     if typed["resume"]:
         first = Path(typed["resume"][0])
         return len(typed["resume"]) > 1 or find_runs(first) != [first]
-    return typed["seeds"] is not None or len(_tasks(typed["tasks"])) > 1
+    return typed["seeds"] is not None or len(named_tasks(typed["tasks"])) > 1
 
 
 def _configs(typed: dict[str, Any], given: set[str]) -> list[BbtConfig]:
     """A config for every task and seed; the seeds of a task are neighbours."""
-    tasks, seeds = _tasks(typed["tasks"]), read_seeds(typed["seed"], typed["seeds"])
+    tasks, seeds = named_tasks(typed["tasks"]), read_seeds(typed["seed"], typed["seeds"])
     if not tasks:
         raise UsageError("no task: give --task NAME ('mp2 tasks' lists them), a card, or --resume RUNDIR")
     if typed["method"] != "mp2" and "keep" in given:
@@ -149,17 +148,6 @@ def _configs(typed: dict[str, Any], given: set[str]) -> list[BbtConfig]:
         if {name, "router_only"} <= given:
             raise UsageError(f"--router-only has no stage II, which {_flag(name)} is for: drop one of them")
     return [replace(config, task=task, seed=seed) for task in tasks for seed in seeds]
-
-
-def _tasks(given: Sequence[str]) -> list[str]:
-    """The tasks of all ``--task``, each a name, a card or several with commas."""
-    tasks: list[str] = []
-    for text in given:
-        tasks += [text] if os.path.exists(text) else [part.strip() for part in text.split(",")]
-    twice = [task for task in tasks if tasks.count(task) > 1]
-    if twice:
-        raise UsageError(f"task '{twice[0]}' was given more than once")
-    return tasks
 
 
 def _check_kind(given: set[str], kind: Kind) -> None:

@@ -7,8 +7,9 @@ precisions and searches (``mp2 --help`` says how to switch that on).
 
 from __future__ import annotations
 
+import os
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -94,6 +95,21 @@ _TYPES: dict[str, click.ParamType[Any]] = {
     "device": Name("device", lambda: ["auto", "cpu", "cuda"], paths=False),
     "router search": Name("router search", _searches, paths=False),
 }
+
+
+def named_tasks(given: Sequence[str]) -> list[str]:
+    """The tasks of options or arguments, each a name, a card or several with commas.
+
+    Raises:
+        UsageError: a task given twice.
+    """
+    tasks: list[str] = []
+    for text in given:
+        tasks += [text] if os.path.exists(text) else [part.strip() for part in text.split(",")]
+    twice = [task for task in tasks if tasks.count(task) > 1]
+    if twice:
+        raise UsageError(f"task '{twice[0]}' was given twice; give each task once")
+    return tasks
 
 
 def config_options(

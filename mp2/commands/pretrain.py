@@ -6,7 +6,15 @@ from typing import Any
 
 import click
 
-from mp2.commands.options import BACKBONE, DEVICE, TASK, config_options, field_values, revision_option
+from mp2.commands.options import (
+    BACKBONE,
+    DEVICE,
+    TASK,
+    config_options,
+    field_values,
+    named_tasks,
+    revision_option,
+)
 from mp2.commands.paths import PATH
 from mp2.commands.printing import given, notes, quiet_option, tell, typed
 from mp2.training.config import PretrainConfig
@@ -19,7 +27,7 @@ from mp2.training.config import PretrainConfig
     multiple=True,
     type=TASK,
     metavar="TASK ...",
-    help="Names or cards, as many as you like: --tasks my/*.toml.  [default: all that have data]",
+    help="Names or cards, with commas or spaces: --tasks my/*.toml.  [default: all that have data]",
 )
 @click.argument("more", nargs=-1, metavar="", type=TASK)
 @click.option("--data", type=PATH, help="Folder with TASK/{train,dev}.jsonl; or MP2_DATA.")
@@ -50,6 +58,7 @@ def pretrain(ctx: click.Context, /, device: str, threads: int | None, quiet: boo
 
     names = ("names", "more", "data", "corpus", "backbone", "revision", "out", "resume", "init")
     asked = {name: options[name] for name in names} | field_values(PretrainConfig, options)
+    asked |= {"names": named_tasks((*options["names"], *options["more"])), "more": ()}
     inputs, config, out = asked_run(asked, given(ctx) - {"quiet"}, typed())
     resumed = options["resume"] is not None
     pretrain_command(inputs, config, out, device, threads, resumed=resumed, log=notes(quiet), show=tell)

@@ -123,9 +123,14 @@ def test_tasks_may_be_given_as_the_shell_expands_a_glob(options: list[object], t
     done = mp2("pretrain", "--tasks", *cards, *options[1:], "--out", tmp_path / "out", "--steps", 2)
     assert done.exit_code == 0, done.stderr
     assert load_prompts(tmp_path / "out" / "prompts.safetensors").meta.tasks == ("find", "mood", "pick")
+    with_commas = mp2(
+        *options, "--tasks", ",".join(map(str, cards)), "--out", tmp_path / "commas", "--steps", 2
+    )
+    assert with_commas.exit_code == 0, with_commas.stderr
+    assert load_prompts(tmp_path / "commas" / "prompts.safetensors").meta.tasks == ("find", "mood", "pick")
     twice = mp2(*options, "--tasks", cards[0], cards[0], "--out", tmp_path / "twice", "--steps", 2)
     assert twice.exit_code == 2
-    assert "task 'find' was given twice" in twice.stderr
+    assert "find.toml' was given twice" in twice.stderr
     none = mp2(*options, "--tasks", "nowhere/*.toml", "--out", tmp_path / "none", "--steps", 2)
     assert none.exit_code == 2
     assert "no task card nowhere/*.toml" in none.stderr

@@ -19,8 +19,8 @@ layers on at most 32 of the examples, padded to the longest of all.
 
 The paper searches the router by Bayesian optimisation, ours by ``bits``: a row of its own has our forwards
 with the suggestions of ``bo`` (``benchmarks/speed/suggestions.py``; ``--bo-minutes`` a kind, then
-extrapolated).
-``--bo-only`` measures these alone and puts them into the JSON that is there.
+extrapolated; 0: those of the JSON that is there). ``--bo-only`` measures these alone and puts them into the
+JSON.
 
     python -m benchmarks.paper table4 --data DIR [--budget-minutes 10] [--runtime torch] [--threads N]
 
@@ -401,6 +401,8 @@ def run(words: Sequence[str] | None = None) -> None:
             precision=args.precision,
         )
     bo_files = {kind: args.work / f"{tag}-{kind}-bo.json" for kind in args.kind}
+    if not args.bo_minutes:
+        bo_files.clear()
     for kind, file in bo_files.items():
         if not file.is_file():
             row = bo_row(kind, args.layers, args.iters, 60 * args.bo_minutes) | {"provenance": provenance()}
@@ -437,6 +439,9 @@ def run(words: Sequence[str] | None = None) -> None:
         del model, prompts
         gc.collect()
     cells = [json.loads(file.read_text("utf-8")) for file in (*files.values(), *bo_files.values())]
+    if not args.bo_minutes:
+        there = json.loads((RESULTS / f"{args.name}.json").read_text("utf-8"))["rows"]
+        cells += [row for row in there if row["task"] == "bo" and row["kind"] in args.kind]
     print(table(cells))
     print("written:", save(args.name, cells))
 

@@ -26,9 +26,10 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
         if not tasks:
             continue
         one = row[tasks[0]]
-        what = f"{one['device']}, {one['runtime']}, {one['precision']}"
+        theirs = "float32" if one["device"] == "cpu" else "the same precision"
         lines += [
-            f"{kind} prompts, {one['n_layers']} layers; ours and the plain loop: {what}; paper: an RTX 3090",
+            f"{kind} prompts, {one['n_layers']} layers, {one['device']}; ours: {one['runtime']} in "
+            f"{one['precision']}, the others in {theirs}; paper: an RTX 3090",
             "",
             "| " + " | ".join(["", "whose", *tasks]) + " |",
             "| --- | --- |" + " ---: |" * len(tasks),

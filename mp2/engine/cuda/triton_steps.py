@@ -130,14 +130,11 @@ def add_norm(
     return out
 
 
-def quantize(x: torch.Tensor, activation: str = "", dtype: torch.dtype = FP8) -> tuple[Any, torch.Tensor]:
-    """See `mp2.engine.cuda.steps.Steps.quantize`; of ``activation`` of x, where one is named.
-
-    ``dtype`` is e4m3's but in tests: the interpreter's own conversion to it is wrong (3.6 to 3.9).
-    """
+def quantize(x: torch.Tensor, activation: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    """See `mp2.engine.cuda.steps.Steps.quantize`; of ``activation`` of x, where one is named."""
     x = x.contiguous()
     n_rows, width = x.shape
-    rows = torch.empty(n_rows, width, dtype=dtype, device=x.device)
+    rows = torch.empty(n_rows, width, dtype=FP8, device=x.device)
     scales = torch.empty(n_rows, 1, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)
     with _on(x):

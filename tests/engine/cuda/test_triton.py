@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,18 +31,57 @@ from ..slow_reference import SlowReference, make_inputs
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
 HALVES = [torch.float32, torch.float16, torch.bfloat16]
-# the interpreter's products do not know bfloat16, for which numpy has no type
-PRODUCTS = HALVES[:2] if INTERPRETED else HALVES
 
 
 @pytest.fixture(scope="module")
-def kernels() -> ModuleType:
+def kernels() -> Iterator[ModuleType]:
     pytest.importorskip("triton", reason="triton is not here; CPU builds of torch do not bring it")
     from mp2.engine.cuda import triton_steps
 
     if INTERPRETED and type(triton_steps._add_norm).__name__ != "InterpretedFunction":
         pytest.skip(f"triton was imported without TRITON_INTERPRET, now {os.environ['TRITON_INTERPRET']}")
-    return triton_steps
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRETED:
+            teach_interpreter(patch)
+        yield triton_steps
+
+
+def teach_interpreter(patch: pytest.MonkeyPatch) -> None:
+    """Have Triton's interpreter (3.6 to 3.9) do what it does not do right, with torch.
+
+    numpy has no bfloat16, whose bits it multiplies as integers, and its conversion to e4m3 loses carries.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    types = {
+        tl.bfloat16: torch.bfloat16,
+        tl.float8e4nv: FP8,
+        tl.float16: torch.float16,
+        tl.float32: torch.float32,
+    }
+
+    def convert(data: np.ndarray, before: Any, after: Any, rounding: Any) -> np.ndarray:
+        sizes = [np.dtype(f"u{kind.primitive_bitwidth // 8}") for kind in (before, after)]
+        bits = torch.from_numpy(np.frombuffer(data.tobytes(), sizes[0]).copy())
+        made = bits.view(types[before]).to(types[after]).view(getattr(torch, sizes[1].name))
+        return made.numpy().reshape(data.shape)
+
+    real = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        wide = [
+            interpreter.TensorHandle(
+                convert(x.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32
+            )
+            if x.dtype.scalar == tl.bfloat16
+            else x
+            for x in (a, b)
+        ]
+        return real(self, *wide, *rest)
+
+    patch.setattr(interpreter, "_convert_float", convert)
+    patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 def near(dtype: torch.dtype) -> dict[str, float]:
@@ -88,20 +128,17 @@ def test_rows_are_quantised_as_the_plain_way_does_after_the_activation(
     x = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     x[2] = 0
     x[3] *= 1e4
-    # the interpreter loses carries when it converts to e4m3: there, what is converted is looked at
-    rows, scales = kernels.quantize(x, activation, torch.float32 if INTERPRETED else FP8)
+    rows, scales = kernels.quantize(x, activation)
     wide = activate(activation, x) if activation else x
     expected, expected_scales = quantize_rows(wide)
     torch.testing.assert_close(scales, expected_scales)
-    if INTERPRETED:
-        torch.testing.assert_close(rows * scales, wide)
-        assert float(rows.abs().max()) == pytest.approx(FP8_MAX)
-        assert torch.isfinite(rows).all()
-    else:
-        torch.testing.assert_close(rows.float(), expected.float(), rtol=0.13, atol=0.02)
+    assert rows.dtype == FP8
+    assert float(rows.float().abs().max()) == FP8_MAX
+    torch.testing.assert_close(rows.float(), expected.float(), rtol=0.13, atol=0.02)
+    assert float((rows.float() == expected.float()).float().mean()) > 0.95  # a quotient may lie between two
 
 
-@pytest.mark.parametrize("dtype", PRODUCTS)
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
     ("b", "c", "m", "lengths", "size"),
     [

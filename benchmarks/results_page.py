@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,14 +61,24 @@ class Section:
     table: Callable[[list[Result]], str]
 
 
+def grid(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; ``:`` at the end of a head puts its column to the right."""
+    rule = ["---:" if head.endswith(":") else "---" for head in heads]
+    lines = ([head.removesuffix(":") for head in heads], rule, *rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def rows_of(results: list[Result]) -> Iterator[Result]:
+    """The rows of all results."""
+    return (row for result in results for row in result["rows"])
+
+
 def throughput(results: list[Result]) -> str:
     """Deep stage II against the plain loop, a precision a row."""
-    rows = [
-        "| backbone | task | engine | plain ms | ours ms | times plain | times A | times B | times C "
-        "| full forward, % of matrix rate | rank agreement: least, median |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
-    ]
-    for row in (row for result in results for row in result["rows"]):
+    heads = ["backbone", "task", "engine", "plain ms:", "ours ms:", "times plain:", "times A:", "times B:"]
+    heads += ["times C:", "full forward, % of matrix rate:", "rank agreement: least, median"]
+    rows = []
+    for row in rows_of(results):
         if row["runtime"] != "torch":
             continue  # measured with graphs that were rewritten for the CPU, which is no longer done
         shape = f"{row['layers']} x {row['hidden']}, m = {row['prompt_tokens']} ({row['shape']}){_old(row)}"
@@ -76,13 +86,11 @@ def throughput(results: list[Result]) -> str:
             f"{row['spearman_min']:.4f}, {row['spearman_median']:.4f}" if "spearman_min" in row else ""
         )
         share = {k: 100 * v for k, v in row["stage1_share"].items() if k != "rounds"}
-        rows.append(
-            f"| {shape} | {row['task']} | {row['runtime']} {row['precision']} | "
-            f"{row['plain_ms']['median']:.0f} | {row['stage2_ms']['median']:.1f} | "
-            f"{ranged(row['stage2_ratio'], 1)} | {' | '.join(_rivals(row))} | {ranged(share, 0)} | "
-            f"{agreement} |"
-        )
-    return "\n".join(rows)
+        times = [ranged(row["stage2_ratio"], 1), *_rivals(row)]
+        ms = [f"{row['plain_ms']['median']:.0f}", f"{row['stage2_ms']['median']:.1f}"]
+        engine = f"{row['runtime']} {row['precision']}"
+        rows.append([shape, row["task"], engine, *ms, *times, ranged(share, 0), agreement])
+    return grid(heads, rows)
 
 
 def _old(row: Result) -> str:
@@ -111,81 +119,77 @@ def router_search(results: list[Result]) -> str:
 
 def pretraining(results: list[Result]) -> str:
     """Examples a second of `mp2 pretrain` and of a plain loop."""
+    heads = ("backbone", "prompts", "ours, examples/s:", "plain:", "times plain:", "% of matrix rate:")
     rows = [
-        "| backbone | prompts | ours, examples/s | plain | times plain | % of matrix rate |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
-    for row in results[0]["rows"]:
-        rows.append(
-            f"| {row['layers']} x {row['hidden']} | {row['kind']} | "
-            f"{row['ours_examples_per_s']['median']:.0f} | "
-            f"{row['plain_examples_per_s']['median']:.0f} | {ranged(row['ratio'], 2)} | "
-            f"{100 * row['ours_share_of_matrix_rate']['median']:.0f} |"
+        (
+            f"{row['layers']} x {row['hidden']}",
+            row["kind"],
+            f"{row['ours_examples_per_s']['median']:.0f}",
+            f"{row['plain_examples_per_s']['median']:.0f}",
+            ranged(row["ratio"], 2),
+            f"{100 * row['ours_share_of_matrix_rate']['median']:.0f}",
         )
-    return "\n".join(rows)
+        for row in rows_of(results)
+    ]
+    return grid(heads, rows)
 
 
 def outside_forwards(results: list[Result]) -> str:
     """Share of a run's time that is not forward, in per cent."""
-    rows = ["| task | all | suggestions | journal | other |", "| --- | ---: | ---: | ---: | ---: |"]
-    for row in results[0]["rows"]:
+    rows = []
+    for row in rows_of(results):
         parts = row["outside_share_by_part"]
         shown = [row["outside_share"], *(parts[name] for name in ("suggest", "journal", "other"))]
-        rows.append(f"| {row['task']} | " + " | ".join(f"{100 * x:.1f}" for x in shown) + " |")
-    return "\n".join(rows)
+        rows.append([row["task"], *(f"{100 * x:.1f}" for x in shown)])
+    return grid(("task", "all:", "suggestions:", "journal:", "other:"), rows)
 
 
 def router_groups(results: list[Result]) -> str:
     """Agreement of routers' clusters with the families of their tasks (Figure 5)."""
+    heads = ("prompts", "routers", "tasks:", "adjusted Rand index:", "95 % of shuffled:", "p:")
     rows = [
-        "| prompts | routers | tasks | adjusted Rand index | 95 % of shuffled | p |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
-    for row in (row for result in results for row in result["rows"]):
-        shuffled = row["shuffled"]
-        rows.append(
-            f"| {row['prompts']} ({row['kind']}) | {row['router']} | {row['tasks']} | "
-            f"{row['adjusted_rand_index']:.3f} | {shuffled['quantile_95']:.3f} | {shuffled['p']:.4f} |"
+        (
+            f"{row['prompts']} ({row['kind']})",
+            row["router"],
+            str(row["tasks"]),
+            f"{row['adjusted_rand_index']:.3f}",
+            f"{row['shuffled']['quantile_95']:.3f}",
+            f"{row['shuffled']['p']:.4f}",
         )
-    return "\n".join(rows)
+        for row in rows_of(results)
+    ]
+    return grid(heads, rows)
 
 
 def shared_layers(results: list[Result]) -> str:
     """Share of stage I's layers whose router bits were seen before, in per cent."""
-    rows = ["| task | search | within a population | ever |", "| --- | --- | ---: | ---: |"]
-    for row in results[0]["rows"]:
-        within, ever = (f"{100 * row[name]:.1f}" for name in ("within_population", "ever"))
-        rows.append(f"| {row['task']} | {row['method']} | {within} | {ever} |")
-    return "\n".join(rows)
+    rows = [
+        (row["task"], row["method"], *(f"{100 * row[name]:.1f}" for name in ("within_population", "ever")))
+        for row in rows_of(results)
+    ]
+    return grid(("task", "search", "within a population:", "ever:"), rows)
 
 
 def emulated(results: list[Result]) -> str:
     """What a precision costs TensorRT graphs, emulated on the CPU."""
-    rows = [
-        "| precision | Spearman with float32 by layer | largest error of a loss |",
-        "| --- | --- | ---: |",
-    ]
-    for row in results[0]["rows"]:
+    rows = []
+    for row in rows_of(results):
         ranks = ", ".join(f"{x:.3f}" for x in row["spearman_by_layer"])
-        rows.append(f"| {row['precision']} | {ranks} | {row['loss_error_max']:.4f} |")
-    return "\n".join(rows)
+        rows.append((row["precision"], ranks, f"{row['loss_error_max']:.4f}"))
+    return grid(("precision", "Spearman with float32 by layer", "largest error of a loss:"), rows)
 
 
 def cpu_settings(results: list[Result]) -> str:
     """A visit of a layer with and without C kernels, and with threads that spin."""
-    rows = ["| level | precision | without | threads | spin | beside | ms a visit |"]
-    rows.append("| --- | --- | --- | ---: | --- | --- | ---: |")
-    for row in (row for result in results for row in result["rows"]):
-        about = [row[key] for key in ("level", "precision", "without", "threads", "spin", "beside")]
-        rows.append(f"| {' | '.join(map(str, about))} | {ranged(row['visit_ms'], 0)} |")
-    return "\n".join(rows)
+    about = ("level", "precision", "without", "threads", "spin", "beside")
+    rows = [(*(str(row[key]) for key in about), ranged(row["visit_ms"], 0)) for row in rows_of(results)]
+    return grid([f"{key}:" if key == "threads" else key for key in about] + ["ms a visit:"], rows)
 
 
 def full_shape(results: list[Result]) -> str:
     """Time and memory of whole commands at the shape of CPT-large."""
-    rows = ["| command | seconds | peak GiB |", "| --- | ---: | ---: |"]
-    rows += [f"| `{r['command']}` | {r['seconds']:.0f} | {r['peak_gib']:.1f} |" for r in results[0]["rows"]]
-    return "\n".join(rows)
+    rows = [(f"`{r['command']}`", f"{r['seconds']:.0f}", f"{r['peak_gib']:.1f}") for r in rows_of(results)]
+    return grid(("command", "seconds:", "peak GiB:"), rows)
 
 
 SECTIONS = [
@@ -438,37 +442,35 @@ def readme_scores() -> str:
         "deep": "MP2, two stages",
     }
     best = {task: max(found[name].get(task, 0.0) for name in lines) for task in tasks}
-    rows = ["| | " + " | ".join(SHORT.get(task, task) for task in tasks) + " | mean |"]
-    rows.append("| --- |" + " ---: |" * (len(tasks) + 1))
+    rows = []
     for name, shown in lines.items():
         cells = [(found[name].get(task), task) for task in tasks]
         texts = ["" if x is None else f"**{x:.1f}**" if x == best[task] else f"{x:.1f}" for x, task in cells]
         complete = [x for x, _ in cells if x is not None]
         mean = f"{sum(complete) / len(tasks):.1f}" if len(complete) == len(tasks) else ""
-        rows.append(f"| {shown} | {' | '.join(texts)} | {mean} |")
-    return "\n".join(rows)
+        rows.append([shown, *texts, mean])
+    return grid(["method", *(f"{SHORT.get(task, task)}:" for task in tasks), "mean:"], rows)
 
 
 def readme_speed() -> str:
     """README's table of speed: a line a backbone and task; ms an evaluation, times plain loop and rivals."""
-    rows = [
-        "| backbone | task | float32, ms | times plain, A, B, C | bf16, ms | times plain, A, B, C | ranks |",
-        "| --- | --- | ---: | --- | ---: | --- | ---: |",
-    ]
+    rows: list[list[str]] = []
     for row in (row for name in SPEED if "m50" not in name for row in read(name)["rows"]):
         if row["task"] not in ("lcqmc", "tnews"):  # the page has all
             continue
         if row["runtime"] != "torch" or row["precision"] not in ("fp32", "bf16"):
             continue
         times = [row["stage2_ratio"], *row.get("rival_ratios", {}).values()]
-        ours = f"{row['stage2_ms']['median']:.1f} | {', '.join(format(x['median'], '.1f') for x in times)} |"
+        ours = [f"{row['stage2_ms']['median']:.1f}", ", ".join(f"{x['median']:.1f}" for x in times)]
         if row["precision"] == "fp32":
             about = f"{row['layers']} x {row['hidden']}, m = {row['prompt_tokens']}{_old(row)}"
-            rows.append(f"| {about} | {row['task']} | {ours}")
+            rows.append([about, row["task"], *ours])
         else:
-            rows[-1] += f" {ours} {row['spearman_min']:.4f} |"
+            rows[-1] += [*ours, f"{row['spearman_min']:.4f}"]
+    times_plain = "times plain, A, B, C"
+    heads = ["backbone", "task", "float32, ms:", times_plain, "bf16, ms:", times_plain, "ranks:"]
     # a result of before bf16 and the rivals were measured has fewer cells than the head
-    return "\n".join(row + " |" * (rows[0].count("|") - row.count("|")) for row in rows)
+    return grid(heads, [row + [""] * (len(heads) - len(row)) for row in rows])
 
 
 def readme(text: str) -> str:

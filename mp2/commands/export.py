@@ -6,23 +6,28 @@ from typing import Any
 
 import click
 
-from mp2.commands.options import BACKBONE, PROMPTS, TASK, Choice, revision_option
+from mp2.commands.options import Choice, config_options
 from mp2.commands.paths import PATH
 from mp2.commands.printing import as_json_text, tell
 from mp2.errors import UsageError
+from mp2.runs.config import BbtConfig
 
 
 @click.command(short_help="Write ONNX graphs: a bundle of runs, or an engine.")
 @click.option("--run", "first", type=PATH, help="Runs to write a bundle of: --run RUN [RUN ...].")
 @click.argument("more", nargs=-1, type=PATH, metavar="[RUN]...")
-@click.option("--backbone", type=BACKBONE, help="A name (cpt-large ...), a folder or a hub id.")
-@revision_option
-@click.option("--out", required=True, type=PATH, help="Folder to write.")
-@click.option(
-    "--prompts",
-    type=PROMPTS,
-    help="fp16 and less: prompts that engines are tuned for. --run: where they are now.",
+@config_options(
+    BbtConfig,
+    only={
+        "backbone": "A name (cpt-large ...), a folder or a hub id.",
+        "revision": "Of a hub backbone: a branch, tag or commit.",
+        "prompts": "fp16 and less: prompts that engines are tuned for. --run: where they are now.",
+        "task": "fp16 and less: tune engines for this task's few-shot set.",
+        "data": "Folder with TASK/train.jsonl; or MP2_DATA.",
+        "popsize": "fp16 and less: population that engines are tuned for.  [default: 20]",
+    },
 )
+@click.option("--out", required=True, type=PATH, help="Folder to write.")
 @click.option(
     "--runtime",
     type=Choice("runtime", ("onnxruntime", "tensorrt")),
@@ -32,11 +37,6 @@ from mp2.errors import UsageError
     "--precision",
     type=Choice("precision", ("fp32", "fp16", "bf16", "fp8")),
     help="fp32; for GPUs fp16, bf16, and without --run fp8.  [default: fp32]",
-)
-@click.option("--task", type=TASK, help="fp16 and less: tune engines for this task's few-shot set.")
-@click.option("--data", type=PATH, help="Folder with TASK/train.jsonl; or MP2_DATA.")
-@click.option(
-    "--popsize", type=int, help="fp16 and less: population that engines are tuned for.  [default: 20]"
 )
 @click.option("--triton", is_flag=True, help="--run: write a Triton model repository, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -240,9 +240,6 @@ field_option = click.option(
 )
 
 
-revision_option = click.option("--revision", help="Of a hub backbone: a branch, tag or commit.")
-
-
 def _logger_names(ctx: click.Context, parameter: click.Parameter, typed: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(name.strip() for text in typed for name in text.split(",")))
 

@@ -6,17 +6,10 @@ from typing import Any
 
 import click
 
-from mp2.commands.options import (
-    BACKBONE,
-    DEVICE,
-    TASK,
-    config_options,
-    field_values,
-    named_tasks,
-    revision_option,
-)
+from mp2.commands.options import DEVICE, TASK, config_options, field_values, named_tasks
 from mp2.commands.paths import PATH
 from mp2.commands.printing import given, notes, quiet_option, tell, typed
+from mp2.runs.config import BbtConfig
 from mp2.training.config import PretrainConfig
 
 
@@ -32,14 +25,7 @@ from mp2.training.config import PretrainConfig
 @click.argument("more", nargs=-1, metavar="", type=TASK)
 @click.option("--data", type=PATH, help="Folder with TASK/{train,dev}.jsonl; or MP2_DATA.")
 @click.option("--corpus", type=PATH, help="Of --method ppt: folder of *.txt or *.txt.xz.")
-@click.option(
-    "--backbone",
-    default="mini",
-    show_default=True,
-    type=BACKBONE,
-    help="mini, cpt-large, a folder, or a hub id.",
-)
-@revision_option
+@config_options(BbtConfig, keep=("backbone", "revision"))
 @click.option("--out", type=PATH, help="Folder to write; a run in it goes on.")
 @click.option("--resume", type=PATH, metavar="DIR", help="Go on with the run in DIR as it was asked for.")
 @click.option("--init", type=PATH, help="Prompt file to start from.")

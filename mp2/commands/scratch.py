@@ -7,21 +7,15 @@ from typing import Literal
 
 import click
 
-from mp2.commands.options import BACKBONE, PROMPTS, revision_option
+from mp2.commands.options import PROMPTS, config_options
 from mp2.commands.paths import PATH
 from mp2.commands.printing import tell
 from mp2.errors import UsageError
+from mp2.runs.config import BbtConfig
 
 
 @click.command(short_help="Write untrained prompts.")
-@click.option(
-    "--backbone",
-    default="mini",
-    show_default=True,
-    type=BACKBONE,
-    help="mini, cpt-large, a folder, or a hub id.",
-)
-@revision_option
+@config_options(BbtConfig, keep=("backbone", "revision"))
 @click.option(
     "--like", type=PROMPTS, help="Prompts whose shape and span head to take.  [default: mini-deep for mini]"
 )

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from mp2.commands.options import BACKBONE, TASK, build, config_options, revision_option
-from mp2.commands.paths import PATH, PathName
+from mp2.commands.options import TASK, build, config_options
+from mp2.commands.paths import PathName
 from mp2.commands.printing import as_json_text, note, show, show_table, tell
 from mp2.errors import UsageError
 from mp2.runs.config import BbtConfig
@@ -41,19 +41,20 @@ def tasks(ctx: click.Context, as_json: bool) -> None:
 
 @tasks.command("show")
 @click.argument("name", type=TASK)
-@click.option(
-    "--backbone", type=BACKBONE, help="Count tokens with this backbone's tokenizer.  [default: mini]"
+@config_options(
+    BbtConfig,
+    only={
+        "backbone": "Count tokens with this backbone's tokenizer.  [default: mini]",
+        "revision": "Of a hub backbone: a branch, tag or commit.",
+        "data": "Folder with NAME/train.jsonl; or MP2_DATA.",
+    },
 )
-@revision_option
-@click.option("--data", type=PATH, help="Folder with NAME/train.jsonl; or MP2_DATA.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def tasks_show(
-    name: str, backbone: str | None, revision: str | None, data: str | None, as_json: bool
-) -> None:
+def tasks_show(name: str, as_json: bool, **typed: Any) -> None:
     """Show a task card (a name or a TOML file), an example written out, and token lengths."""
     from mp2.tasks.show import view_task
 
-    view = view_task(name, data, backbone, revision)
+    view = view_task(name, **typed)
     if as_json:
         click.echo(as_json_text(view.as_dict()))
     else:

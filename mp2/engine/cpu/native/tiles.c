@@ -14,6 +14,7 @@
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__linux__)
 #include "tiles.h"
+#include <omp.h>
 #define TILES 1
 #endif
 
@@ -41,15 +42,18 @@ int mp2_tiles_pack(const float *weight, uint16_t *packed, long n, long k) {
 }
 
 #ifdef TILES
+#define ROOM_BYTES(bytes) (((bytes) + 4096) / 64 * 64)
 struct room { char *at; };
 static void *take(struct room *room, size_t bytes) { /* of a room that is large enough */
     void *found = room->at;
     room->at += (bytes + 127) / 64 * 64; /* an odd cache line between buffers */
     return found;
 }
-static char *new_room(size_t bytes) {
-    char *room = aligned_alloc(64, (bytes + 4096) / 64 * 64);
-    return room ? memset(room, 0, (bytes + 4096) / 64 * 64) : NULL;
+/* one for each thread, of which each clears its own */
+static char *new_rooms(size_t bytes, int threads) { return aligned_alloc(64, ROOM_BYTES(bytes) * (size_t)threads); }
+static struct room own_room(char *rooms, size_t bytes) {
+    char *at = rooms + ROOM_BYTES(bytes) * (size_t)omp_get_thread_num();
+    return (struct room){memset(at, 0, ROOM_BYTES(bytes))};
 }
 #endif
 
@@ -57,38 +61,32 @@ static char *new_room(size_t bytes) {
 int mp2_tiles_linear(const float *x, const uint16_t *packed, uint16_t *y, long p, long r, long n, long k, int threads) {
 #ifdef TILES
     if (n % 32 || k % 32 || k > MP2_MAX_ROW) return MP2_BAD_SIZE;
-    int failed = 0;
     long blocks = (r + BLOCK - 1) / BLOCK;
+    size_t bytes = (size_t)(BLOCK * (2 * k + 4 * 32 + 256));
+    char *rooms = new_rooms(bytes, threads);
+    if (!rooms) return MP2_NO_MEMORY;
 #pragma omp parallel num_threads(threads)
     {
-        char *room = new_room((size_t)(BLOCK * (2 * k + 4 * 32 + 256)));
-        if (!room) {
-#pragma omp atomic write
-            failed = MP2_NO_MEMORY;
-        }
-#pragma omp barrier
-        if (!failed) {
-            struct room left = {room};
-            uint16_t *q = take(&left, sizeof(uint16_t) * BLOCK * (size_t)k);
-            float *sums = take(&left, sizeof(float) * BLOCK * 32);
-            tiles_on();
+        struct room left = own_room(rooms, bytes);
+        uint16_t *q = take(&left, sizeof(uint16_t) * BLOCK * (size_t)k);
+        float *sums = take(&left, sizeof(float) * BLOCK * 32);
+        tiles_on();
 #pragma omp for schedule(static)
-            for (long item = 0; item < blocks * p; item++) {
-                long first = item / p * BLOCK, rows = r - first < BLOCK ? r - first : BLOCK, c = item % p;
+        for (long item = 0; item < blocks * p; item++) {
+            long first = item / p * BLOCK, rows = r - first < BLOCK ? r - first : BLOCK, c = item % p;
+            for (long i = 0; i < rows; i++)
+                difference_row(x + ((1 + c) * r + first + i) * k, x + (first + i) * k, q + i * k, k);
+            for (long j = 0; j < n; j += 32) {
+                block_product(q, k, packed + j * k, k / 32, sums, 32, rows, 1);
+                uint16_t *to = y + (c * r + first) * n + j;
                 for (long i = 0; i < rows; i++)
-                    difference_row(x + ((1 + c) * r + first + i) * k, x + (first + i) * k, q + i * k, k);
-                for (long j = 0; j < n; j += 32) {
-                    block_product(q, k, packed + j * k, k / 32, sums, 32, rows, 1);
-                    uint16_t *to = y + (c * r + first) * n + j;
-                    for (long i = 0; i < rows; i++)
-                        store_bfloat16(to + i * n, _mm512_loadu_ps(sums + 32 * i), _mm512_loadu_ps(sums + 32 * i + 16));
-                }
+                    store_bfloat16(to + i * n, _mm512_loadu_ps(sums + 32 * i), _mm512_loadu_ps(sums + 32 * i + 16));
             }
-            _tile_release();
         }
-        free(room);
+        _tile_release();
     }
-    return failed;
+    free(rooms);
+    return 0;
 #else
     (void)x, (void)packed, (void)y, (void)p, (void)r, (void)n, (void)k, (void)threads;
     return MP2_BAD_SIZE;
@@ -157,153 +155,146 @@ int mp2_tiles_attend(const float *qkv, const uint16_t *moved, const float *keys,
                      long d, long m, int threads) {
 #ifdef TILES
     if (d < 32 || d % 32 || d > MP2_MAX_HEAD) return MP2_BAD_SIZE;
-    int failed = 0;
     long w = (m + (text ? 1 : t) + 31) / 32 * 32, row = 3 * h * d, steps = d / 32, key_steps = w / 32;
     long most_rows = (t + 15) / 16 * 16;
     float factor = 1.0f / sqrtf((float)d);
     static const uint16_t nothing[MP2_MAX_HEAD];
+    size_t bytes = sizeof(float) * (size_t)(w * 2 * d + most_rows * (2 * w + d + 1) + 32 * (2 * w + d)) +
+                   sizeof(uint16_t) * (size_t)(w * 2 * d * 2 + most_rows * 2 * d + 32 * 2 * w + 2 * (m + w) * d) +
+                   sizeof(uint16_t *) * (size_t)(2 * w) + sizeof(long) * (size_t)t + 128 * 20;
+    char *rooms = new_rooms(bytes, threads);
+    if (!rooms) return MP2_NO_MEMORY;
 #pragma omp parallel num_threads(threads)
     {
-        size_t bytes = sizeof(float) * (size_t)(w * 2 * d + most_rows * (2 * w + d + 1) + 32 * (2 * w + d)) +
-                       sizeof(uint16_t) * (size_t)(w * 2 * d * 2 + most_rows * 2 * d + 32 * 2 * w + 2 * (m + w) * d) +
-                       sizeof(uint16_t *) * (size_t)(2 * w) + sizeof(long) * (size_t)t + 128 * 20;
-        char *room = new_room(bytes);
-        if (!room) {
-#pragma omp atomic write
-            failed = MP2_NO_MEMORY;
-        }
-#pragma omp barrier
-        if (!failed) {
-            struct room left = {room};
-            float *kt = take(&left, sizeof(float) * (size_t)(w * d)), *vs = take(&left, sizeof(float) * (size_t)(w * d));
-            float *score = take(&left, sizeof(float) * (size_t)(most_rows * w));
-            float *weight = take(&left, sizeof(float) * (size_t)(most_rows * w));
-            float *query = take(&left, sizeof(float) * (size_t)(most_rows * d));
-            float *top = take(&left, sizeof(float) * (size_t)most_rows);
-            float *sums = take(&left, sizeof(float) * (size_t)(32 * w)), *own = take(&left, sizeof(float) * (size_t)(32 * w));
-            float *mixed = take(&left, sizeof(float) * (size_t)(32 * d));
-            uint16_t *key_panels = take(&left, sizeof(uint16_t) * (size_t)(w * 2 * d));
-            uint16_t *value_panels = take(&left, sizeof(uint16_t) * (size_t)(w * 2 * d));
-            uint16_t *asked = take(&left, sizeof(uint16_t) * (size_t)(most_rows * 2 * d));
-            uint16_t *weights = take(&left, sizeof(uint16_t) * (size_t)(32 * 2 * w));
-            uint16_t *k0 = take(&left, sizeof(uint16_t) * (size_t)(w * d)), *v0 = take(&left, sizeof(uint16_t) * (size_t)(w * d));
-            uint16_t *km = take(&left, sizeof(uint16_t) * (size_t)(m * d)), *vm = take(&left, sizeof(uint16_t) * (size_t)(m * d));
-            const uint16_t **key_rows = take(&left, sizeof(uint16_t *) * (size_t)w);
-            const uint16_t **value_rows = take(&left, sizeof(uint16_t *) * (size_t)w);
-            long *real = take(&left, sizeof(long) * (size_t)t);
-            tiles_on();
+        struct room left = own_room(rooms, bytes);
+        float *kt = take(&left, sizeof(float) * (size_t)(w * d)), *vs = take(&left, sizeof(float) * (size_t)(w * d));
+        float *score = take(&left, sizeof(float) * (size_t)(most_rows * w));
+        float *weight = take(&left, sizeof(float) * (size_t)(most_rows * w));
+        float *query = take(&left, sizeof(float) * (size_t)(most_rows * d));
+        float *top = take(&left, sizeof(float) * (size_t)most_rows);
+        float *sums = take(&left, sizeof(float) * (size_t)(32 * w)), *own = take(&left, sizeof(float) * (size_t)(32 * w));
+        float *mixed = take(&left, sizeof(float) * (size_t)(32 * d));
+        uint16_t *key_panels = take(&left, sizeof(uint16_t) * (size_t)(w * 2 * d));
+        uint16_t *value_panels = take(&left, sizeof(uint16_t) * (size_t)(w * 2 * d));
+        uint16_t *asked = take(&left, sizeof(uint16_t) * (size_t)(most_rows * 2 * d));
+        uint16_t *weights = take(&left, sizeof(uint16_t) * (size_t)(32 * 2 * w));
+        uint16_t *k0 = take(&left, sizeof(uint16_t) * (size_t)(w * d)), *v0 = take(&left, sizeof(uint16_t) * (size_t)(w * d));
+        uint16_t *km = take(&left, sizeof(uint16_t) * (size_t)(m * d)), *vm = take(&left, sizeof(uint16_t) * (size_t)(m * d));
+        const uint16_t **key_rows = take(&left, sizeof(uint16_t *) * (size_t)w);
+        const uint16_t **value_rows = take(&left, sizeof(uint16_t *) * (size_t)w);
+        long *real = take(&left, sizeof(long) * (size_t)t);
+        tiles_on();
 #pragma omp for schedule(static)
-            for (long item = 0; item < n * h; item++) {
-                long in = item / h, ih = item % h;
-                const float *q = qkv + in * t * row + ih * d, *k = q + h * d, *v = k + h * d;
-                long prefix = ((shared_n ? 0 : in) * h + ih) * m * d, block = (shared_n ? 1 : n) * h * m * d;
-                const float *pk = keys + prefix, *pv = values + prefix;
-                long count = 0;
-                for (long i = 0; i < t && !text; i++)
-                    if (!mask || mask[in * t + i]) real[count++] = i;
-                const float *finished = text ? text + (in * t * h + ih) * d : NULL;
-                /* the reference in float32 */
-                for (long s = 0; s < w; s++) {
-                    const float *from_k = s < m ? pk + s * d : s < m + count ? k + real[s - m] * row : NULL;
-                    const float *from_v = s < m ? pv + s * d : s < m + count ? v + real[s - m] * row : NULL;
-                    for (long j = 0; j < d; j++) {
-                        kt[j * w + s] = from_k ? from_k[j] : 0.0f;
-                        vs[s * d + j] = from_v ? from_v[j] : 0.0f;
+        for (long item = 0; item < n * h; item++) {
+            long in = item / h, ih = item % h;
+            const float *q = qkv + in * t * row + ih * d, *k = q + h * d, *v = k + h * d;
+            long prefix = ((shared_n ? 0 : in) * h + ih) * m * d, block = (shared_n ? 1 : n) * h * m * d;
+            const float *pk = keys + prefix, *pv = values + prefix;
+            long count = 0;
+            for (long i = 0; i < t && !text; i++)
+                if (!mask || mask[in * t + i]) real[count++] = i;
+            const float *finished = text ? text + (in * t * h + ih) * d : NULL;
+            /* the reference in float32 */
+            for (long s = 0; s < w; s++) {
+                const float *from_k = s < m ? pk + s * d : s < m + count ? k + real[s - m] * row : NULL;
+                const float *from_v = s < m ? pv + s * d : s < m + count ? v + real[s - m] * row : NULL;
+                for (long j = 0; j < d; j++) {
+                    kt[j * w + s] = from_k ? from_k[j] : 0.0f;
+                    vs[s * d + j] = from_v ? from_v[j] : 0.0f;
+                }
+                for (long j = 0; j < d; j += 32)
+                    if (from_k) {
+                        store_bfloat16(k0 + s * d + j, _mm512_loadu_ps(from_k + j), _mm512_loadu_ps(from_k + j + 16));
+                        store_bfloat16(v0 + s * d + j, _mm512_loadu_ps(from_v + j), _mm512_loadu_ps(from_v + j + 16));
                     }
-                    for (long j = 0; j < d; j += 32)
-                        if (from_k) {
-                            store_bfloat16(k0 + s * d + j, _mm512_loadu_ps(from_k + j), _mm512_loadu_ps(from_k + j + 16));
-                            store_bfloat16(v0 + s * d + j, _mm512_loadu_ps(from_v + j), _mm512_loadu_ps(from_v + j + 16));
-                        }
-                    key_rows[s] = from_k ? k0 + s * d : nothing;
-                    value_rows[s] = from_k ? v0 + s * d : nothing;
+                key_rows[s] = from_k ? k0 + s * d : nothing;
+                value_rows[s] = from_k ? v0 + s * d : nothing;
+            }
+            for (long i = 0; i < t; i++)
+                for (long j = 0; j < d; j++) query[i * d + j] = q[i * row + j] * factor;
+            plain_product(query, d, kt, w, score, w, t, d, w);
+            for (long i = 0; i < t; i++) {
+                for (long s = m + count; s < w; s++) score[i * w + s] = -1e30f;
+                if (text) score[i * w + m] = text_lse[(in * t + i) * h + ih];
+                v16 most = _mm512_loadu_ps(score + i * w);
+                for (long s = 16; s < w; s += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(score + i * w + s));
+                top[i] = _mm512_reduce_max_ps(most);
+            }
+            memset(sums, 0, sizeof(float) * (size_t)(32 * w));
+            for (long i = 0; i < t; i += 32)
+                softmax_rows(sums, score + i * w, top + i, factor, weight + i * w, t - i < 32 ? t - i : 32, w);
+            float *to = context + (in * t * h + ih) * d;
+            plain_product(weight, w, vs, d, to, h * d, t, w, d);
+            for (long i = 0; i < t && text; i++)
+                for (long j = 0; j < d; j++) to[i * h * d + j] += weight[i * w + m] * finished[i * h * d + j];
+            for (long s = 0; s < w; s += 16)
+                for (long e = 0; e < steps; e++)
+                    transposed_step(key_rows + s, 32 * e, key_panels + (s / 16 * 2 * steps + steps + e) * STEP);
+            for (long c = 0; c < d; c += 16)
+                for (long e = 0; e < key_steps; e++)
+                    paired_step(value_rows + 32 * e, c, value_panels + (c / 16 * 2 * key_steps + e) * STEP);
+
+            for (long ip = 0; ip < p; ip++) {
+                const uint16_t *dq = text ? nothing : moved + (ip * n + in) * t * row + ih * d;
+                const uint16_t *dk = text ? nothing : dq + h * d, *dv = text ? nothing : dk + h * d;
+                for (long s = 0; s < m && !shared_p; s++) {
+                    const float *own_k = pk + (1 + ip) * block + s * d, *own_v = pv + (1 + ip) * block + s * d;
+                    difference_row(own_k, pk + s * d, km + s * d, d);
+                    difference_row(own_v, pv + s * d, vm + s * d, d);
                 }
-                for (long i = 0; i < t; i++)
-                    for (long j = 0; j < d; j++) query[i * d + j] = q[i * row + j] * factor;
-                plain_product(query, d, kt, w, score, w, t, d, w);
-                for (long i = 0; i < t; i++) {
-                    for (long s = m + count; s < w; s++) score[i * w + s] = -1e30f;
-                    if (text) score[i * w + m] = text_lse[(in * t + i) * h + ih];
-                    v16 most = _mm512_loadu_ps(score + i * w);
-                    for (long s = 16; s < w; s += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(score + i * w + s));
-                    top[i] = _mm512_reduce_max_ps(most);
+                for (long s = 0; s < m + count; s++) {
+                    long at = s < m ? 0 : real[s - m] * row;
+                    key_rows[s] = s >= m ? dk + at : shared_p ? nothing : km + s * d;
+                    value_rows[s] = s >= m ? dv + at : shared_p ? nothing : vm + s * d;
                 }
-                memset(sums, 0, sizeof(float) * (size_t)(32 * w));
-                for (long i = 0; i < t; i += 32)
-                    softmax_rows(sums, score + i * w, top + i, factor, weight + i * w, t - i < 32 ? t - i : 32, w);
-                float *to = context + (in * t * h + ih) * d;
-                plain_product(weight, w, vs, d, to, h * d, t, w, d);
-                for (long i = 0; i < t && text; i++)
-                    for (long j = 0; j < d; j++) to[i * h * d + j] += weight[i * w + m] * finished[i * h * d + j];
+                for (long s = m + count; s < w; s++) key_rows[s] = value_rows[s] = nothing;
                 for (long s = 0; s < w; s += 16)
                     for (long e = 0; e < steps; e++)
-                        transposed_step(key_rows + s, 32 * e, key_panels + (s / 16 * 2 * steps + steps + e) * STEP);
+                        transposed_step(key_rows + s, 32 * e, key_panels + (s / 16 * 2 * steps + e) * STEP);
                 for (long c = 0; c < d; c += 16)
                     for (long e = 0; e < key_steps; e++)
-                        paired_step(value_rows + 32 * e, c, value_panels + (c / 16 * 2 * key_steps + e) * STEP);
-
-                for (long ip = 0; ip < p; ip++) {
-                    const uint16_t *dq = text ? nothing : moved + (ip * n + in) * t * row + ih * d;
-                    const uint16_t *dk = text ? nothing : dq + h * d, *dv = text ? nothing : dk + h * d;
-                    for (long s = 0; s < m && !shared_p; s++) {
-                        const float *own_k = pk + (1 + ip) * block + s * d, *own_v = pv + (1 + ip) * block + s * d;
-                        difference_row(own_k, pk + s * d, km + s * d, d);
-                        difference_row(own_v, pv + s * d, vm + s * d, d);
+                        paired_step(value_rows + 32 * e, c, value_panels + (c / 16 * 2 * key_steps + key_steps + e) * STEP);
+                for (long i = 0; i < t && (!text || ip == 0); i++)
+                    for (long j = 0; j < d; j += 32) {
+                        const uint16_t *from = text ? nothing : dq + i * row + j;
+                        __m512i difference = _mm512_loadu_si512(from);
+                        v16 low = of_bfloat16(from), high = of_bfloat16(from + 16);
+                        low = _mm512_add_ps(low, _mm512_loadu_ps(q + i * row + j));
+                        high = _mm512_add_ps(high, _mm512_loadu_ps(q + i * row + j + 16));
+                        store_bfloat16(asked + i * 2 * d + j, low, high);
+                        _mm512_storeu_si512(asked + i * 2 * d + d + j, difference);
                     }
-                    for (long s = 0; s < m + count; s++) {
-                        long at = s < m ? 0 : real[s - m] * row;
-                        key_rows[s] = s >= m ? dk + at : shared_p ? nothing : km + s * d;
-                        value_rows[s] = s >= m ? dv + at : shared_p ? nothing : vm + s * d;
-                    }
-                    for (long s = m + count; s < w; s++) key_rows[s] = value_rows[s] = nothing;
-                    for (long s = 0; s < w; s += 16)
-                        for (long e = 0; e < steps; e++)
-                            transposed_step(key_rows + s, 32 * e, key_panels + (s / 16 * 2 * steps + e) * STEP);
-                    for (long c = 0; c < d; c += 16)
-                        for (long e = 0; e < key_steps; e++)
-                            paired_step(value_rows + 32 * e, c, value_panels + (c / 16 * 2 * key_steps + key_steps + e) * STEP);
-                    for (long i = 0; i < t && (!text || ip == 0); i++)
-                        for (long j = 0; j < d; j += 32) {
-                            const uint16_t *from = text ? nothing : dq + i * row + j;
-                            __m512i difference = _mm512_loadu_si512(from);
-                            v16 low = of_bfloat16(from), high = of_bfloat16(from + 16);
-                            low = _mm512_add_ps(low, _mm512_loadu_ps(q + i * row + j));
-                            high = _mm512_add_ps(high, _mm512_loadu_ps(q + i * row + j + 16));
-                            store_bfloat16(asked + i * 2 * d + j, low, high);
-                            _mm512_storeu_si512(asked + i * 2 * d + d + j, difference);
+                for (long first = 0; first < t; first += 32) {
+                    long rows = t - first < 32 ? t - first : 32;
+                    block_product(asked + first * 2 * d, 2 * d, key_panels, 2 * steps, sums, w, rows, w / 32);
+                    softmax_rows(sums, score + first * w, top + first, factor, own, rows, w);
+                    for (long i = 0; i < rows; i++)
+                        for (long s = 0; s < w; s += 32) {
+                            const float *mine = own + i * w + s, *its = weight + (first + i) * w + s;
+                            v16 low = _mm512_loadu_ps(mine), high = _mm512_loadu_ps(mine + 16);
+                            store_bfloat16(weights + i * 2 * w + w + s, low, high);
+                            store_bfloat16(weights + i * 2 * w + s, _mm512_sub_ps(low, _mm512_loadu_ps(its)),
+                                           _mm512_sub_ps(high, _mm512_loadu_ps(its + 16)));
                         }
-                    for (long first = 0; first < t; first += 32) {
-                        long rows = t - first < 32 ? t - first : 32;
-                        block_product(asked + first * 2 * d, 2 * d, key_panels, 2 * steps, sums, w, rows, w / 32);
-                        softmax_rows(sums, score + first * w, top + first, factor, own, rows, w);
-                        for (long i = 0; i < rows; i++)
-                            for (long s = 0; s < w; s += 32) {
-                                const float *mine = own + i * w + s, *its = weight + (first + i) * w + s;
-                                v16 low = _mm512_loadu_ps(mine), high = _mm512_loadu_ps(mine + 16);
-                                store_bfloat16(weights + i * 2 * w + w + s, low, high);
-                                store_bfloat16(weights + i * 2 * w + s, _mm512_sub_ps(low, _mm512_loadu_ps(its)),
-                                               _mm512_sub_ps(high, _mm512_loadu_ps(its + 16)));
-                            }
-                        block_product(weights, 2 * w, value_panels, 2 * key_steps, mixed, d, rows, steps);
-                        for (long i = 0; i < rows && text; i++) {
-                            v16 more = _mm512_set1_ps(own[i * w + m] - weight[(first + i) * w + m]);
-                            for (long j = 0; j < d; j += 16) {
-                                v16 value = _mm512_loadu_ps(finished + (first + i) * h * d + j);
-                                _mm512_storeu_ps(mixed + i * d + j, _mm512_fmadd_ps(more, value, _mm512_loadu_ps(mixed + i * d + j)));
-                            }
+                    block_product(weights, 2 * w, value_panels, 2 * key_steps, mixed, d, rows, steps);
+                    for (long i = 0; i < rows && text; i++) {
+                        v16 more = _mm512_set1_ps(own[i * w + m] - weight[(first + i) * w + m]);
+                        for (long j = 0; j < d; j += 16) {
+                            v16 value = _mm512_loadu_ps(finished + (first + i) * h * d + j);
+                            _mm512_storeu_ps(mixed + i * d + j, _mm512_fmadd_ps(more, value, _mm512_loadu_ps(mixed + i * d + j)));
                         }
-                        for (long i = 0; i < rows; i++)
-                            for (long j = 0; j < d; j += 32)
-                                store_bfloat16(out + (((ip * n + in) * t + first + i) * h + ih) * d + j,
-                                               _mm512_loadu_ps(mixed + i * d + j), _mm512_loadu_ps(mixed + i * d + j + 16));
                     }
+                    for (long i = 0; i < rows; i++)
+                        for (long j = 0; j < d; j += 32)
+                            store_bfloat16(out + (((ip * n + in) * t + first + i) * h + ih) * d + j,
+                                           _mm512_loadu_ps(mixed + i * d + j), _mm512_loadu_ps(mixed + i * d + j + 16));
                 }
             }
-            _tile_release();
         }
-        free(room);
+        _tile_release();
     }
-    return failed;
+    free(rooms);
+    return 0;
 #else
     (void)qkv, (void)moved, (void)keys, (void)values, (void)shared_p, (void)shared_n, (void)mask, (void)text;
     (void)text_lse, (void)context, (void)out, (void)p, (void)n, (void)t, (void)h, (void)d, (void)m, (void)threads;
@@ -394,52 +385,46 @@ int mp2_tiles_second_half(const uint16_t *context, const float *residual, int sh
                           long h, long f, int threads) {
 #ifdef TILES
     if (h % 32 || f % 32 || h > MP2_MAX_ROW || f > MP2_MAX_ROW) return MP2_BAD_SIZE;
-    int failed = 0;
     long blocks = (r + BLOCK - 1) / BLOCK;
+    long wide_stride = f + 32; /* rows whose distance is a power of two fall into few sets of a cache */
+    size_t bytes = (size_t)(BLOCK * (4 * (2 * h + 4 * f + 32) + 2 * (h + wide_stride)) + 128 * 8);
+    char *rooms = new_rooms(bytes, threads);
+    if (!rooms) return MP2_NO_MEMORY;
 #pragma omp parallel num_threads(threads)
     {
-        long wide_stride = f + 32; /* rows whose distance is a power of two fall into few sets of a cache */
-        char *room = new_room((size_t)(BLOCK * (4 * (2 * h + 4 * f + 32) + 2 * (h + wide_stride)) + 128 * 8));
-        if (!room) {
-#pragma omp atomic write
-            failed = MP2_NO_MEMORY;
-        }
-#pragma omp barrier
-        if (!failed) {
-            struct room left = {room};
-            float *sums = take(&left, sizeof(float) * BLOCK * (size_t)h), *y = take(&left, sizeof(float) * BLOCK * (size_t)h);
-            size_t all = sizeof(float) * BLOCK * (size_t)f;
-            struct raised held_rows = {take(&left, all), take(&left, all), take(&left, all), take(&left, all)};
-            float *stage = take(&left, sizeof(float) * BLOCK * 32);
-            uint16_t *q = take(&left, sizeof(uint16_t) * BLOCK * (size_t)h), *wide = take(&left, sizeof(uint16_t) * BLOCK * (size_t)wide_stride);
-            long held = -1;
-            tiles_on();
+        struct room left = own_room(rooms, bytes);
+        float *sums = take(&left, sizeof(float) * BLOCK * (size_t)h), *y = take(&left, sizeof(float) * BLOCK * (size_t)h);
+        size_t all = sizeof(float) * BLOCK * (size_t)f;
+        struct raised held_rows = {take(&left, all), take(&left, all), take(&left, all), take(&left, all)};
+        float *stage = take(&left, sizeof(float) * BLOCK * 32);
+        uint16_t *q = take(&left, sizeof(uint16_t) * BLOCK * (size_t)h), *wide = take(&left, sizeof(uint16_t) * BLOCK * (size_t)wide_stride);
+        long held = -1;
+        tiles_on();
 #pragma omp for schedule(static)
-            for (long item = 0; item < blocks * p; item++) { /* neighbours share the reference's rows */
-                long first = item / p * BLOCK, rows = r - first < BLOCK ? r - first : BLOCK, c = item % p;
-                for (long j = 0; j < f && first != held; j += 32)
-                    OF_KIND(kind, hold_raised(raised + first * f + j, f, rows, at_column(held_rows, j), KIND))
-                held = first;
-                block_product(context + (c * r + first) * h, h, attention, h / 32, sums, h, rows, h / 32);
-                for (long i = 0; i < rows; i++) {
-                    const float *rest = residual + ((shared_residual ? 0 : (1 + c) * r) + first + i) * h;
-                    norm_row(sums + i * h, attended + (first + i) * h, rest, gamma1, beta1, eps, y + i * h, h);
-                    difference_row(y + i * h, normed + (first + i) * h, q + i * h, h);
-                }
-                for (long j = 0; j < f; j += 32) {
-                    block_product(q, h, up + j * h, h / 32, stage, 32, rows, 1);
-                    OF_KIND(kind, activate_block(stage, at_column(held_rows, j), wide + j, wide_stride, rows, KIND))
-                }
-                block_product(wide, wide_stride, down, f / 32, sums, h, rows, h / 32);
-                for (long i = 0; i < rows; i++)
-                    norm_row(sums + i * h, lowered + (first + i) * h, y + i * h, gamma2, beta2, eps,
-                             out + ((1 + c) * r + first + i) * h, h);
+        for (long item = 0; item < blocks * p; item++) { /* neighbours share the reference's rows */
+            long first = item / p * BLOCK, rows = r - first < BLOCK ? r - first : BLOCK, c = item % p;
+            for (long j = 0; j < f && first != held; j += 32)
+                OF_KIND(kind, hold_raised(raised + first * f + j, f, rows, at_column(held_rows, j), KIND))
+            held = first;
+            block_product(context + (c * r + first) * h, h, attention, h / 32, sums, h, rows, h / 32);
+            for (long i = 0; i < rows; i++) {
+                const float *rest = residual + ((shared_residual ? 0 : (1 + c) * r) + first + i) * h;
+                norm_row(sums + i * h, attended + (first + i) * h, rest, gamma1, beta1, eps, y + i * h, h);
+                difference_row(y + i * h, normed + (first + i) * h, q + i * h, h);
             }
-            _tile_release();
+            for (long j = 0; j < f; j += 32) {
+                block_product(q, h, up + j * h, h / 32, stage, 32, rows, 1);
+                OF_KIND(kind, activate_block(stage, at_column(held_rows, j), wide + j, wide_stride, rows, KIND))
+            }
+            block_product(wide, wide_stride, down, f / 32, sums, h, rows, h / 32);
+            for (long i = 0; i < rows; i++)
+                norm_row(sums + i * h, lowered + (first + i) * h, y + i * h, gamma2, beta2, eps,
+                         out + ((1 + c) * r + first + i) * h, h);
         }
-        free(room);
+        _tile_release();
     }
-    return failed;
+    free(rooms);
+    return 0;
 #else
     (void)context, (void)residual, (void)shared_residual, (void)attended, (void)normed, (void)raised, (void)lowered;
     (void)attention, (void)up, (void)down, (void)gamma1, (void)beta1, (void)gamma2, (void)beta2, (void)eps, (void)kind;

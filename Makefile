@@ -10,10 +10,17 @@ AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS
 AVX512 := ONEDNN_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=avx512 MKL_ENABLE_INSTRUCTIONS=AVX512
 VNNI := ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI ATEN_CPU_CAPABILITY=avx512 MKL_ENABLE_INSTRUCTIONS=AVX512
 ON_CPUS := tests/engine tests/optimizers tests/runs
+# In CI: what the CPU engine computes, what optimizers make of it, and the bits of runs together against runs alone.
+# Not the other backends: Triton's interpreter is numpy, TensorRT has a double, onnxruntime has no level to set.
+ON_AVX2 := tests/engine/test_*.py tests/engine/cpu tests/optimizers tests/runs/test_series.py tests/runs/test_together.py
 
 # A file's tests stay in one process: they share what its fixtures made. Each process has one thread of its own.
+# The order of files is that of tests/conftest.py.
 JOBS ?= 2
-PYTEST := python -m pytest --numprocesses $(JOBS) --dist loadfile
+PYTEST := python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# Processes that tests start would each compile the package anew where the environment says so.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: fuzz kill demo test test-cpus test-avx2 test-newest check constraints bench
 .DEFAULT_GOAL := demo
@@ -36,8 +43,8 @@ test-cpus: $(STAMP)  ## what depends on the processor, as on processors without 
 	$(AVX512) $(BIN)/$(PYTEST) $(ON_CPUS)
 	$(AVX2) $(BIN)/$(PYTEST) $(ON_CPUS)
 
-test-avx2: $(STAMP)  ## the part of test-cpus whose numbers come from the engine, on the lowest level
-	$(AVX2) $(BIN)/$(PYTEST) -m "not slow" tests/engine tests/runs
+test-avx2: $(STAMP)  ## the part of test-cpus that differs most between processors, on the lowest level
+	$(AVX2) $(BIN)/$(PYTEST) $(ON_AVX2)
 
 test-newest:  ## on the newest permitted versions, their warnings shown: to be looked at, it blocks nothing
 	$(PYTHON) -m venv --clear $(NEWEST)

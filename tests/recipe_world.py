@@ -1,12 +1,9 @@
-"""What recipes are given in tests: tasks with the names of the package's cards, text; how they are run."""
+"""What recipes are given in tests: tasks with the names of the package's cards, and text."""
 
 from __future__ import annotations
 
 import json
 import lzma
-import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,25 +15,6 @@ from mp2.tasks import load_card
 ROOT = Path(__file__).resolve().parents[1]
 CHARACTERS = "天地人你我他大小上下左右前后山水火木金土日月星风云雨雪花草树鱼鸟马牛羊米面饭菜茶房门窗床"
 N_TRAIN, N_DEV = 24, 6
-
-
-def run_recipe(name: str, *arguments: str | Path, **environment: str) -> str:
-    """Run a script of recipes/ with this environment's ``mp2`` and ``python``; its output."""
-    paths = {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        ["bash", ROOT / "recipes" / name, *arguments],
-        env={**os.environ, **paths, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1800,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def write_upstream(folder: Path, tasks: Iterable[str]) -> None:

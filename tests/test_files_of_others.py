@@ -13,31 +13,18 @@ import pytest
 import torch
 from command_line import mp2, mp2_json
 from safetensors.torch import load_file, save_file
-from tuning_world import World, make_world
+from tuning_world import World
 
 from mp2.backbone import Backbone, load_backbone
 from mp2.engine.folder import EngineFolder
 from mp2.engine.onnx.backend import OnnxBackend
 from mp2.errors import FormatError
-from mp2.export import export_engine
 from mp2.prompts import load_prompts
 from mp2.runs.tuned import load_tuned
 from mp2.tasks import load_card
 
 SHORT = ("--iters", "20", "--router-iters", "8", "--popsize", "6", "--shots", "4", "--no-baselines")
 BOM = b"\xef\xbb\xbf"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> World:
-    return make_world(tmp_path_factory.mktemp("world"), tiny_backbone)
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> Path:
-    out = tmp_path_factory.mktemp("engine") / "tiny"
-    export_engine(tiny_backbone, out)
-    return out
 
 
 def linked(folder: Path, root: Path) -> Path:
@@ -52,19 +39,19 @@ def linked(folder: Path, root: Path) -> Path:
     return snapshot
 
 
-def test_an_engine_folder_of_links_is_one(engine: Path, tiny_backbone: Backbone, tmp_path: Path) -> None:
+def test_an_engine_folder_of_links_is_one(engine_dir: Path, tiny_backbone: Backbone, tmp_path: Path) -> None:
     states = torch.zeros(1, 1, 4, 24), torch.ones(1, 4, dtype=torch.bool)
     prefix = torch.zeros(1, 1, 4, 2, 6), torch.zeros(1, 1, 4, 2, 6)
     found = [
         OnnxBackend(tiny_backbone, folder, threads=1).layer(1, *states, prefix)
-        for folder in (engine, linked(engine, tmp_path))
+        for folder in (engine_dir, linked(engine_dir, tmp_path))
     ]
     assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", ".", "", "weights/../../x"])
-def test_a_manifest_names_files_of_its_folder_only(engine: Path, tmp_path: Path, name: str) -> None:
-    theirs = Path(shutil.copytree(engine, tmp_path / "engine"))
+def test_a_manifest_names_files_of_its_folder_only(engine_dir: Path, tmp_path: Path, name: str) -> None:
+    theirs = Path(shutil.copytree(engine_dir, tmp_path / "engine"))
     (tmp_path / "x").write_text("theirs")
     manifest = json.loads((theirs / "manifest.json").read_text())
     manifest["files"][name] = hashlib.sha256(b"theirs").hexdigest()
@@ -126,7 +113,7 @@ def test_prompts_of_types_that_are_no_floats_are_refused_not_cast(
 
 
 def test_a_git_lfs_pointer_is_named_as_one_wherever_a_file_is_read(
-    world: World, engine: Path, tiny_backbone: Backbone, tmp_path: Path
+    world: World, engine_dir: Path, tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
     """Data in every format, cards, corpora, texts to label, graphs and weights of an engine."""
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{7:064d}\nsize 1302674\n"
@@ -149,7 +136,7 @@ def test_a_git_lfs_pointer_is_named_as_one_wherever_a_file_is_read(
         assert done.exit_code == 2, (words, done.output)
         assert "is a git-lfs pointer, not the file itself" in done.output, (words, done.output)
     for name in ("layer_01.onnx", "embed.bin"):
-        theirs = Path(shutil.copytree(engine, tmp_path / f"engine-{name}"))
+        theirs = Path(shutil.copytree(engine_dir, tmp_path / f"engine-{name}"))
         (theirs / name).write_text(pointer)
         with pytest.raises(FormatError, match="is a git-lfs pointer"):
             EngineFolder.open(theirs, tiny_backbone)

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from recipe_world import ROOT, run_recipe, write_corpus, write_upstream
+from recipe_world import ROOT, write_corpus, write_upstream
+from warm_programs import run_script
 
 from mp2.backbone import load_backbone
 from mp2.prompts import load_prompts
@@ -17,7 +18,7 @@ TINY = "--layers 2 --hidden 32 --heads 2 --batch-size 8 --vocab-size 400 --no-co
 
 
 @pytest.mark.slow
-def test_everything_that_ships_is_made_by_one_script(tmp_path: Path) -> None:
+def test_everything_that_ships_is_made_by_one_script(warm: dict[str, str], tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus", 600, ["waimai", "bq"])
     write_upstream(tmp_path / "data", ["waimai", "bq", "cote_mfw", "ccpm"])
     given = [tmp_path / name for name in ("corpus", "data", "work")]
@@ -26,7 +27,8 @@ def test_everything_that_ships_is_made_by_one_script(tmp_path: Path) -> None:
         "PRETRAIN_OPTIONS": "--batch-size 4 --max-tokens 128 --dev-limit 4 --threads 1 --schedule linear",
         "TASKS": "waimai bq cote_mfw",
     }
-    said = run_recipe("ship.sh", *given, "1000", **options)
+    words = [ROOT / "recipes" / "ship.sh", *given, "1000"]
+    said = run_script(warm, *words, cwd=tmp_path, **options)
     backbone = load_backbone(tmp_path / "work" / "shipped" / "backbone")
     assert backbone.mlm_head is not None
     lengths = {}
@@ -47,19 +49,20 @@ def test_everything_that_ships_is_made_by_one_script(tmp_path: Path) -> None:
     files = [f for f in (tmp_path / "work" / "shipped").glob("*/*") if f.is_file()]
     assert f"{sum(f.stat().st_size for f in files)} bytes" in said
     before = {f: f.read_bytes() for f in files}
-    run_recipe("ship.sh", *given, "1000", **options)  # started again: all is there
+    run_script(warm, *words, cwd=tmp_path, **options)  # started again: all is there
     assert {f: f.read_bytes() for f in files} == before
 
 
 @pytest.mark.slow
-def test_the_recipe_of_mini_makes_a_backbone_and_prompts(tmp_path: Path) -> None:
+def test_the_recipe_of_mini_makes_a_backbone_and_prompts(warm: dict[str, str], tmp_path: Path) -> None:
     script = (ROOT / "recipes" / "mini.sh").read_text("utf-8")
     named = re.findall(r"^(?:joint|tasks)=\(([^)]*)\)", script, re.MULTILINE)
     tasks = {task for words in named for task in words.split()}
     assert len(tasks) > 15
     write_corpus(tmp_path / "corpus", 200, sorted(tasks))
     write_upstream(tmp_path / "data", sorted(tasks))
-    run_recipe("mini.sh", *(tmp_path / name for name in ("corpus", "data", "work")), "1000")
+    given = [tmp_path / name for name in ("corpus", "data", "work")]
+    run_script(warm, ROOT / "recipes" / "mini.sh", *given, "1000", cwd=tmp_path)
     backbone = load_backbone(tmp_path / "work" / "mini")
     assert (backbone.config.n_layers, backbone.config.hidden) == (4, 128)
     for kind in ("deep", "shallow"):

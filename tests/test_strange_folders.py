@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 from command_line import mp2, mp2_json
-from tuning_world import World, make_world
+from tuning_world import World
 
-from mp2.backbone import Backbone
 from mp2.errors import UsageError
 from mp2.files import open_to_append, own_folder, write_all, write_bytes
 
@@ -78,11 +77,6 @@ def put(run: Path, names: tuple[str, ...], kind: Put, theirs: Path) -> None:
 def check(theirs: Path) -> None:
     assert theirs.read_text() == PRECIOUS
     assert not theirs.with_name("made-by-mp2").exists()
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> World:
-    return make_world(tmp_path_factory.mktemp("world"), tiny_backbone)
 
 
 @pytest.fixture(scope="module")

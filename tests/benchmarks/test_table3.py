@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from tuning_world import World, make_world
+from tuning_world import World
 
 from benchmarks.paper import table3
 from benchmarks.paper.cells import Cell, cell_file, claim_folder, run_cell, work_through
@@ -25,11 +25,6 @@ from mp2.runs import BbtConfig
 from mp2.runs.scratch import untrained_prompts
 
 METHODS = ("majority", "simple", "deep", "bbtv2-mp2-head", "bbt-tuned-head", "gradient-soft", "deep-sum")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> World:
-    return make_world(tmp_path_factory.mktemp("transfer"), tiny_backbone)
 
 
 STAGE = {"test_score": 0.4, "dev_score": 0.5, "dev_loss": 1.0}

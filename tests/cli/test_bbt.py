@@ -20,9 +20,8 @@ import numpy as np
 import pytest
 from command_line import mp2, mp2_json, predicted_accuracy, predictions
 from safetensors.numpy import load_file
-from tuning_world import World, make_world
+from tuning_world import World
 
-from mp2.backbone import Backbone
 from mp2.runs import run
 from mp2.runs.config import BbtConfig
 from mp2.runs.frozen_model import resolve_paths
@@ -43,11 +42,6 @@ FIELDS = {
     "run_dir",
 }
 SHORT = ["--iters", "70", "--router-iters", "20", "--popsize", "8", "--shots", "4", "--seed", "13"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> World:
-    return make_world(tmp_path_factory.mktemp("world"), tiny_backbone)
 
 
 def bbt(*arguments: object) -> Any:

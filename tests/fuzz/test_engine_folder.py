@@ -17,28 +17,21 @@ from mp2.backbone import Backbone
 from mp2.engine.bundle import BUNDLE_SCHEMA_VERSION, Bundle
 from mp2.engine.folder import EngineFolder
 from mp2.engine.onnx.backend import OnnxBackend
-from mp2.export import export_engine, write_bundle
+from mp2.export import write_bundle
 from mp2.serve.model import _tasks
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> Path:
-    out = tmp_path_factory.mktemp("engine") / "tiny"
-    export_engine(tiny_backbone, out)
-    return out
-
-
-def test_manifest(engine: Path, tiny_backbone: Backbone) -> None:
-    path = engine / "manifest.json"
+def test_manifest(engine_dir: Path, tiny_backbone: Backbone) -> None:
+    path = engine_dir / "manifest.json"
     good = path.read_bytes()
 
     def read(data: bytes) -> None:
         path.write_bytes(data)
-        found = EngineFolder.open(engine, tiny_backbone)
+        found = EngineFolder.open(engine_dir, tiny_backbone)
         assert found.manifest.backbone.n_layers == 3
         for name in found.files:
             assert ".." not in name
-            assert hashlib.sha256((engine / name).read_bytes()).hexdigest() == found.files[name]
+            assert hashlib.sha256((engine_dir / name).read_bytes()).hexdigest() == found.files[name]
 
     try:
         campaign("engine manifest", good, read)
@@ -46,9 +39,9 @@ def test_manifest(engine: Path, tiny_backbone: Backbone) -> None:
         path.write_bytes(good)
 
 
-def test_graphs(engine: Path, tiny_backbone: Backbone) -> None:
+def test_graphs(engine_dir: Path, tiny_backbone: Backbone) -> None:
     """A layer's graph is damaged and its hash made right: one line, or the right shape."""
-    path, manifest = engine / "layer_01.onnx", engine / "manifest.json"
+    path, manifest = engine_dir / "layer_01.onnx", engine_dir / "manifest.json"
     good, said = path.read_bytes(), manifest.read_bytes()
     feeds = torch.zeros(1, 1, 4, 24), torch.ones(1, 4, dtype=torch.bool)
     prefix = torch.zeros(1, 1, 4, 2, 6), torch.zeros(1, 1, 4, 2, 6)
@@ -58,7 +51,7 @@ def test_graphs(engine: Path, tiny_backbone: Backbone) -> None:
         raw: dict[str, Any] = json.loads(said)
         raw["files"]["layer_01.onnx"] = hashlib.sha256(data).hexdigest()
         manifest.write_text(json.dumps(raw))
-        runtime = OnnxBackend(tiny_backbone, engine, threads=1)
+        runtime = OnnxBackend(tiny_backbone, engine_dir, threads=1)
         assert runtime.layer(1, *feeds, prefix).shape == (1, 1, 4, 24)
 
     try:

@@ -10,18 +10,12 @@ from typing import Any
 import pytest
 from command_line import mp2, mp2_json
 from matplotlib.axes import Axes
-from tuning_world import World, make_world
+from tuning_world import World
 
-from mp2.backbone import Backbone
 from mp2.runs.compare import table
 from mp2.runs.curve import read_curve
 
 SHORT = ("--iters", "20", "--router-iters", "8", "--popsize", "6", "--shots", "4")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> World:
-    return make_world(tmp_path_factory.mktemp("compare"), tiny_backbone)
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 from command_line import mp2
-from tuning_world import World, make_world
+from tuning_world import World
 
-from mp2.backbone import Backbone
 from mp2.optimizers.two_stage import Checkpoint, Progress
 from mp2.runs import BbtConfig, LayerConfig, RouterConfig, resume_run, start_run, start_series
 from mp2.runs.journal import Journal
@@ -27,11 +26,6 @@ from mp2.training.config import TuneConfig
 from mp2.training.tune_run import start_tune
 
 GENERATIONS = [9, 15, 21, 27, 30]  # the last iteration of each
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> World:
-    return make_world(tmp_path_factory.mktemp("loggers"), tiny_backbone)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from tuning_world import World, make_world
+from tuning_world import World
 
 from mp2.backbone import Backbone
 from mp2.cli import main
@@ -21,11 +21,6 @@ from mp2.prompts import load_prompts, save_prompts
 from mp2.runs import series
 from mp2.runs.config import BbtConfig
 from mp2.runs.frozen_model import FrozenModel
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> World:
-    return make_world(tmp_path_factory.mktemp("world"), tiny_backbone)
 
 
 def explain(*arguments: str) -> dict[str, Any]:

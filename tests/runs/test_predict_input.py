@@ -9,16 +9,9 @@ from typing import Any
 
 import pytest
 from command_line import mp2, mp2_json
-from tuning_world import World, make_world
-
-from mp2.backbone import Backbone
+from tuning_world import World
 
 ONE = ("--iters", "1", "--router-search", "none", "--no-test", "--no-baselines")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> World:
-    return make_world(tmp_path_factory.mktemp("input"), tiny_backbone)
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from tuning_world import World, make_world
+from tuning_world import World
 
-from mp2.backbone import Backbone
 from mp2.cli import main
 from mp2.engine import Pending
 from mp2.errors import LossError, UsageError
@@ -24,11 +23,6 @@ from mp2.runs.series import find_runs
 from mp2.runs.together import Server
 
 TIMES = {"forward_s", "suggest_s", "hidden_s", "journal_s", "other_s", "seconds"}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> World:
-    return make_world(tmp_path_factory.mktemp("series"), tiny_backbone)
 
 
 def configs(world: World, kind: str = "deep", method: str = "bits") -> list[BbtConfig]:

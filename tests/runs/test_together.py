@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from lanes_double import Device
-from tuning_world import World, make_world
+from tuning_world import World
 
-from mp2.backbone import Backbone, load_backbone
+from mp2.backbone import load_backbone
 from mp2.engine import Pending
 from mp2.engine.cuda.backend import CudaBackend
 from mp2.errors import LossError
@@ -170,11 +170,6 @@ def test_a_result_is_changed_now_or_when_it_is_fetched() -> None:
     assert (pending.ready, calls) == (False, [1])
     assert (pending.fetch(), there.fetch()) == ("2", "1")
     assert calls == [1, 2]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> World:
-    return make_world(tmp_path_factory.mktemp("together"), tiny_backbone)
 
 
 def configs(world: World, kind: str = "deep") -> list[BbtConfig]:

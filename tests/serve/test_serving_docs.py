@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm_programs import run_script
 
 from mp2.cli import main
 from mp2.serve.config import ServeConfig
@@ -27,31 +25,19 @@ def free_port() -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_the_page_runs_as_it_stands(tmp_path: Path) -> None:
+def test_the_page_runs_as_it_stands(warm: dict[str, str], tmp_path: Path) -> None:
     blocks = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
     (program,) = re.findall(r"```python\n(# with the server.*?)```", PAGE, re.S)
     (tmp_path / "program.py").write_text(program, "utf-8")
     tune = next(k for k, block in enumerate(blocks) if "--endpoint" in block)
-    blocks.insert(tune, f"{sys.executable} program.py\n")
+    blocks.insert(tune, "python program.py\n")
     # a script that fails takes its server along, which would keep the pipes open
     text = "set -euo pipefail\ntrap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n" + "\n".join(blocks)
-    text = re.sub(r"^mp2 ", f"{sys.executable} -m mp2 ", text, flags=re.M)
     first, second = free_port(), free_port()
     text = text.replace("mp2 serve --bundle bundle", f"mp2 serve --bundle bundle --port {first}")
     text = text.replace("8001", str(second)).replace("localhost:8000", f"localhost:{first}")
     (tmp_path / "program.py").write_text(program.replace("localhost:8000", f"localhost:{first}"), "utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        ["bash", "-c", text],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.splitlines()
+    lines = run_script(warm, "-c", text, cwd=tmp_path).splitlines()
     assert "(1, 4)" in lines
     assert any(
         re.search(r'\{"label": "(positive|negative)", "probability": 0\.\d+\}', line) for line in lines

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import lzma
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from warm_programs import run_script
 
 from mp2.backbone import load_backbone
 from training.toy_mlm import SENTENCES, losses
@@ -33,25 +31,11 @@ TINY = [
 ]
 
 
-def recipe(*arguments: str | Path) -> None:
-    """Run the script; ``mp2`` and ``python`` are this environment's."""
-    paths = {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        ["bash", ROOT / "recipes" / "backbone.sh", *arguments],
-        env={**os.environ, **paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.mark.slow
-def test_the_recipe_splits_trains_and_ships_a_decayed_branch(tmp_path: Path) -> None:
+def test_the_recipe_splits_trains_and_ships_a_decayed_branch(warm: dict[str, str], tmp_path: Path) -> None:
+    def recipe(*words: str | Path) -> None:
+        run_script(warm, ROOT / "recipes" / "backbone.sh", *words, cwd=tmp_path)
+
     source, work = tmp_path / "source", tmp_path / "work"
     source.mkdir()
     rng = np.random.default_rng(0)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm_programs import run_script
 
 from mp2.cli import main
 
@@ -16,21 +14,11 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 
 
 @pytest.mark.slow
-def test_every_command_of_the_page_works_in_an_empty_folder(tmp_path: Path) -> None:
+def test_every_command_of_the_page_works_in_an_empty_folder(warm: dict[str, str], tmp_path: Path) -> None:
     blocks = re.findall(r"```bash\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL)
     assert len(blocks) == 7
     script = "set -euo pipefail\n" + "\n".join(blocks)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-c", script],
-        cwd=tmp_path,
-        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_script(warm, "-c", script, cwd=tmp_path)
     listed = re.findall(r"^\| `([^`]+)`(?:, `([^`]+)`)? \|", DOCS.read_text("utf-8"), re.MULTILINE)
     files = {name for pair in listed for name in pair if re.search(r"[./]", name) and "-" not in name}
     assert "prompts.safetensors" in files

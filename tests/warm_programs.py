@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("mp2", "python")
 ADDRESS = "MP2_TESTS_WARM"
 LOADED = (
-    *("matplotlib.pyplot", "onnxruntime", "scipy.stats", "sklearn.linear_model"),
+    *("matplotlib.pyplot", "onnx", "onnxruntime", "scipy.stats", "sklearn.linear_model"),
+    *("torch._dynamo", "torch.utils.tensorboard"),  # which training loads
     *("mp2.cli", "mp2.export", "mp2.runs", "mp2.training"),
 )
 

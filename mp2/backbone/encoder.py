@@ -84,6 +84,11 @@ class Layer(nn.Module):
         return normed
 
 
+def _table(n: int, hidden: int) -> nn.Embedding:
+    """Rows that are not initialised: to draw them on the meta device, torch would load its compiler (2 s)."""
+    return nn.Embedding.from_pretrained(torch.empty(n, hidden), freeze=False)
+
+
 class Encoder(nn.Module):
     """The frozen body: embed, layer 0 .. L-1, each callable alone.
 
@@ -93,9 +98,9 @@ class Encoder(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden)
-        self.position_embeddings = nn.Embedding(config.max_positions, config.hidden)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden)
+        self.word_embeddings = _table(config.vocab_size, config.hidden)
+        self.position_embeddings = _table(config.max_positions, config.hidden)
+        self.token_type_embeddings = _table(config.type_vocab_size, config.hidden)
         self.embedding_norm = nn.LayerNorm(config.hidden, eps=config.layer_norm_eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
 

@@ -29,7 +29,8 @@ ADDRESS = "MP2_TESTS_WARM"
 LOADED = (
     *("matplotlib.pyplot", "onnx", "onnxruntime", "scipy.stats", "sklearn.linear_model"),
     *("torch._dynamo", "torch.utils.tensorboard"),  # which training loads
-    *("mp2.cli", "mp2.export", "mp2.runs", "mp2.training"),
+    *("mp2.cli", "mp2.runs.run", "mp2.runs.predict", "mp2.export.by_name"),
+    *("mp2.training.pretrain_run", "mp2.training.mlm_trainer"),
 )
 
 

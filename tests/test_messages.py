@@ -10,21 +10,13 @@ from pathlib import Path
 
 import pytest
 from command_line import mp2
+from tuning_world import CARD
 
 from mp2.messages import LONGEST_LINE, printable, say, shortened
 
 ROOT = Path(__file__).parents[1] / "mp2"
 LONG = "很长" * 1500
-CARD = """task = "{task}"
-family = "test"
-type = "classification"
-template = "“{{text}}”，选项：{{options}}"
-metric = "accuracy"
-track = "extra"
-version = 1
-[labels]
-{labels}
-"""
+CLASSIFIED = {"type": "classification", "template": "“{text}”，选项：{options}", "metric": "accuracy"}
 
 
 def short(text: str) -> bool:
@@ -72,7 +64,7 @@ def test_warnings_are_lines() -> None:
 def test_long_names_labels_and_paths_are_cut_on_both_streams(tmp_path: Path) -> None:
     labels = "\n".join(f'"{LONG[:900]}{i}" = "{LONG[:700]}{i}"' for i in range(3))
     card = tmp_path / "card.toml"
-    card.write_text(CARD.format(task=LONG[:600], labels=labels), "utf-8")
+    card.write_text(CARD.format(task=LONG[:600], labels=f"[labels]\n{labels}", **CLASSIFIED), "utf-8")
     deep = tmp_path / "/".join(["路" * 60] * 8)
     deep.mkdir(parents=True)
     rows = [json.dumps({"text": LONG, "label": LONG[:900] + str(i % 4)}) for i in range(9)]

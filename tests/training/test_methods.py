@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import mp2, mp2_json, predicted_accuracy
-from tuning_world import World
+from tuning_world import World, make_world
 
 from mp2.backbone import Backbone, load_backbone
 from mp2.errors import UsageError
@@ -27,6 +27,11 @@ from mp2.training.prompted import span_losses
 from mp2.training.soft_prompt import SoftPromptTuner
 
 M = 3
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> World:
+    return make_world(tmp_path_factory.mktemp("methods"), tiny_backbone)
 
 
 @pytest.fixture(scope="module")

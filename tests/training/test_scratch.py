@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from tuning_world import World
+from tuning_world import World, make_world
 
 from mp2.backbone import Backbone
 from mp2.cli import main
@@ -16,6 +16,11 @@ from mp2.errors import MismatchError
 from mp2.prompts import PromptSet, random_prompts
 from mp2.runs import LayerConfig
 from mp2.runs.scratch import untrained_prompts
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> World:
+    return make_world(tmp_path_factory.mktemp("scratch"), tiny_backbone)
 
 
 @pytest.fixture(scope="module", params=["deep", "shallow"])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import mp2, mp2_json, predicted_accuracy
-from tuning_world import World
+from tuning_world import World, make_world
 
 from mp2.backbone import Backbone
 from mp2.errors import UsageError
@@ -26,6 +26,11 @@ from mp2.tasks import load_card
 from mp2.training.config import TuneConfig
 from mp2.training.tune import Batch, GradientTuner, as_soft_prompts, never_empty, started
 from mp2.training.tune_run import start_tune
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> World:
+    return make_world(tmp_path_factory.mktemp("tune"), tiny_backbone)
 
 
 def config_of(world: World, kind: str = "deep", **run: object) -> BbtConfig:

@@ -86,7 +86,7 @@ class Layer(nn.Module):
 
 def _table(n: int, hidden: int) -> nn.Embedding:
     """Rows that are not initialised: to draw them on the meta device, torch would load its compiler (2 s)."""
-    return nn.Embedding.from_pretrained(torch.empty(n, hidden), freeze=False)
+    return nn.Embedding(n, hidden, _weight=torch.empty(n, hidden))
 
 
 class Encoder(nn.Module):

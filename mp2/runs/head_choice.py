@@ -103,6 +103,21 @@ def asked_head(kind: str, card: TaskCard, has_span_head: bool, backbone: Callabl
     return "ridge"
 
 
+def possible_heads(
+    kind: str, card: TaskCard, has_span_head: bool, backbone: Callable[[], Backbone]
+) -> list[str]:
+    """The heads that a run with ``--head kind`` may take, the one of `asked_head` first.
+
+    The first must be able to read the task; another one that cannot is out. Raises what `asked_head` does.
+    """
+    first = asked_head(kind, card, has_span_head, backbone)
+    if kind != "auto" or card.type != "classification":
+        return [first]
+    if first == "span":
+        return [first, "ridge"]
+    return [first] if backbone().mlm_head is None else [first, "mlm"]
+
+
 def mlm_head_of(backbone: Backbone) -> MlmHead:
     """The checkpoint's own head; raises ``UsageError`` where it has none."""
     if backbone.mlm_head is None:

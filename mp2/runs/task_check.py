@@ -5,13 +5,15 @@ Weights are loaded only where it matters whether the checkpoint has a head of it
 
 from __future__ import annotations
 
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
+from mp2.errors import UsageError
 from mp2.runs.config import BbtConfig
 from mp2.runs.frozen_model import check_kind, default_prompts, sequence_length
-from mp2.runs.head_choice import asked_head
+from mp2.runs.head_choice import Formatter, possible_heads
 from mp2.runs.scratch import ON_THE_FLY, rows_at_input
-from mp2.runs.task_data import formatters
+from mp2.runs.task_data import formatters, has_room
 
 if TYPE_CHECKING:
     from mp2.backbone import Backbone
@@ -27,7 +29,7 @@ def check_as_run(config: BbtConfig) -> CheckReport:
     """
     from mp2.backbone import load_backbone
     from mp2.prompts import load_prompts
-    from mp2.tasks.check import Reading, check_task
+    from mp2.tasks.check import Readings, check_task
     from mp2.tasks.show import backbone_positions, backbone_tokenizer
 
     positions = backbone_positions(config.backbone, config.revision)
@@ -42,18 +44,31 @@ def check_as_run(config: BbtConfig) -> CheckReport:
     check_kind(config, kind)
     max_tokens = sequence_length(config.max_tokens, positions, kind, n_inline)
 
+    @cache
     def backbone() -> Backbone:
         return load_backbone(config.backbone, revision=config.revision)
 
-    def reading(card: TaskCard) -> Reading:
-        head = asked_head(config.head, card, has_span_head, backbone)
-        made: Reading = formatters()[head](card, tokenizer, max_tokens)
-        return made
+    def readings(card: TaskCard) -> Readings:
+        @cache
+        def formatter(head: str) -> Formatter:
+            made: Formatter = formatters()[head](card, tokenizer, max_tokens)
+            return made
+
+        first, *others = possible_heads(config.head, card, has_span_head, backbone)
+        by_head, remarks = {first: formatter(first)}, []
+        for head in others:
+            try:
+                by_head[head] = formatter(head)
+            except UsageError as error:
+                remarks.append(f"head {first}: {head} cannot read this task ({error})")
+        if card.type == "multiple_choice":
+            formatter("span")  # whatever the head; see has_room
+        return Readings(by_head, partial(has_room, card, formatter), tuple(remarks))
 
     return check_task(
         config.task,
         config.data,
-        reading=reading,
+        readings=readings,
         shots=config.shots,
         dev=config.dev == "auto",
         test=config.test,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,14 @@ def formatters() -> dict[str, type[Any]]:
     return {"span": MrcFormatter, "mlm": ClozeFormatter, "ridge": FieldFormatter}
 
 
+def has_room(card: TaskCard, formatter: Callable[[str], Formatter], example: Example) -> bool:
+    """Whether there is room for the options of an example that brings its own, whatever head reads it.
+
+    The span head's sequences are the longest: with the same examples left out, heads can be compared.
+    """
+    return card.type != "multiple_choice" or formatter("span").fits(example)
+
+
 class TaskData:
     """Train pool and test set of a task, for sequences of at most ``max_tokens``."""
 
@@ -47,8 +55,7 @@ class TaskData:
         return self._formatters[head]
 
     def _fits(self, example: Example) -> bool:
-        """Whether there is room for the options of an example that brings its own."""
-        return self.card.type != "multiple_choice" or self.formatter("span").fits(example)
+        return has_room(self.card, self.formatter, example)
 
     @cached_property
     def pool(self) -> list[Example]:

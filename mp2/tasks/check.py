@@ -32,9 +32,22 @@ class Reading(Protocol):
     tokenizer: Tokenizer
     max_tokens: int
 
-    def fits(self, example: Example) -> bool:
-        """Whether the example can be written."""
-        ...
+
+@dataclass(frozen=True)
+class Readings:
+    """How a run reads examples: ``by_head`` has the one head that it takes, or those it chooses from.
+
+    ``fits`` tells whether a run can write an example at all; ``remarks`` say which head is out, and why.
+    """
+
+    by_head: Mapping[str, Reading]
+    fits: Callable[[Example], bool]
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence."""
+        return next(iter(self.by_head.values())).max_tokens
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,7 @@ def check_task(
     name_or_path: str,
     data: str | Path | None = None,
     *,
-    reading: Callable[[TaskCard], Reading] | None = None,
+    readings: Callable[[TaskCard], Readings] | None = None,
     shots: int | None = None,
     dev: bool = True,
     test: bool = True,
@@ -101,8 +114,8 @@ def check_task(
 ) -> CheckReport:
     """Validate a card and, if there is data, every line of it.
 
-    ``reading`` makes what writes examples for a backbone and a head: with it label words, options and lengths
-    are checked as well. ``dev`` and ``test`` say whether such examples are asked for. ``fields`` are
+    ``readings`` makes what writes examples for a backbone and its heads: with it label words, options and
+    lengths are checked as well. ``dev`` and ``test`` say whether such examples are asked for. ``fields`` are
     ``KEY=NAME`` as of ``--field``. Raises only where nothing can be checked (no such card or data folder).
     """
     path = find_card(name_or_path)
@@ -119,14 +132,15 @@ def check_task(
     else:
         asked = ["train", *["dev"] * dev, *["test"] * test]
         splits = _read_splits(card, place, faults, names, asked)
-    formatter = None
-    if reading is not None:
+    made = None
+    if readings is not None:
         try:
-            formatter = reading(card)
+            made = readings(card)
+            remarks += made.remarks
         except UsageError as error:
             faults.add(str(error), path)
     if not faults.found and "train" in splits:
-        remarks += _as_tuning_does(card, splits, formatter, shots, dev, faults)
+        remarks += _as_tuning_does(card, splits, made, shots, dev, faults)
     n_by_label: dict[str, dict[str, int]] = {}
     if card.type == "classification":
         for split, examples in splits.items():
@@ -179,7 +193,7 @@ def _read_splits(
 def _as_tuning_does(
     card: TaskCard,
     splits: dict[str, list[Example]],
-    formatter: Reading | None,
+    readings: Readings | None,
     shots: int | None,
     dev: bool,
     faults: AllFaults,
@@ -187,22 +201,18 @@ def _as_tuning_does(
     """Draw the few-shot split as ``mp2 bbt`` does; what it refuses is a fault, what it says a remark."""
     remarks = []
     fitting = splits
-    if formatter is not None:
-        fitting = {split: [e for e in examples if formatter.fits(e)] for split, examples in splits.items()}
+    if readings is not None:
+        fitting = {split: [e for e in examples if readings.fits(e)] for split, examples in splits.items()}
         for split, examples in splits.items():
             if n := len(examples) - len(fitting[split]):
                 then = "are left out" if split != "test" else "count as wrong"
                 remarks.append(
-                    f"{n} of {len(examples)} {split} examples do not fit {formatter.max_tokens} tokens: "
+                    f"{n} of {len(examples)} {split} examples do not fit {readings.max_tokens} tokens: "
                     f"their options leave no room for the text; they {then}"
                 )
-            measured = lengths(
-                card, formatter.tokenizer, formatter.max_tokens, fitting[split], type(formatter)
-            )
-            if measured is not None and (line := measured.line(f"{split} texts")):
-                remarks.append(line)
+        remarks += _cuts(card, fitting, readings)
         if "test" in splits and not fitting["test"]:
-            faults.add(none_fits(card, formatter.max_tokens), card.path)
+            faults.add(none_fits(card, readings.max_tokens), card.path)
     try:
         own_dev = fitting.get("dev", ()) if dev else ()
         drawn = few_shot_split(card, fitting["train"], 8, shots, dev_examples=own_dev, select=dev)
@@ -214,6 +224,28 @@ def _as_tuning_does(
         if n := sum(_texts(example) in seen for example in splits.get(name, ())):
             remarks.append(f"{n} of the {name} examples are also in train")
     return remarks
+
+
+def _cuts(card: TaskCard, splits: Mapping[str, Sequence[Example]], readings: Readings) -> list[str]:
+    """Say what each head cuts of each split; of several heads only where any of them cuts something."""
+    lines = {
+        (split, head): measured.line(f"{split} texts")
+        for split, examples in splits.items()
+        for head, one in readings.by_head.items()
+        if (measured := lengths(card, one.tokenizer, one.max_tokens, examples, type(one))) is not None
+    }
+    if len(readings.by_head) == 1:
+        return [line for line in lines.values() if line]
+    cut = [split for split in splits if any(lines.get((split, head)) for head in readings.by_head)]
+    if not cut:
+        return []
+    said = [
+        "which head reads the texts is known when the run starts: the better one on the training examples; "
+        "what each of them would cut (--head NAME takes one):"
+    ]
+    for head in readings.by_head:
+        said += [f"head {head}: {lines[split, head] or f'no {split} text is cut'}" for split in cut]
+    return said
 
 
 def _texts(example: Example) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ import pytest
 import torch
 from command_line import mp2, mp2_json, predicted_accuracy
 
+from mp2.errors import UsageError
 from mp2.runs.config import BbtConfig
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.runs.frozen_model import FrozenModel, load_model, resolve_paths
-from mp2.runs.head_choice import HeadChoice, HeadChooser
+from mp2.runs.head_choice import HeadChoice, HeadChooser, possible_heads
 from mp2.tasks import load_card
 
 SHORT = ("--threads", "1", "--iters", "60", "--router-iters", "20", "--max-tokens", "96")
@@ -114,6 +116,37 @@ def test_losses_of_the_best_known_prompt_are_those_of_the_labels(model: FrozenMo
         ]
     assert losses.mean() == pytest.approx(min(means), abs=5e-3)  # smoothed targets, a grid
     assert n_known <= len(model.prompts.routers) + 1
+
+
+@pytest.mark.parametrize("task", ["demo_topic", "c3", "cmrc2018"])
+@pytest.mark.parametrize(("has_span_head", "mlm_head"), [(True, None), (False, None), (False, object())])
+def test_the_heads_that_are_checked_are_those_that_auto_compares(
+    monkeypatch: pytest.MonkeyPatch, task: str, has_span_head: bool, mlm_head: object
+) -> None:
+    asked: list[str] = []
+    backend: Any = SimpleNamespace(backbone=SimpleNamespace(name="any", mlm_head=mlm_head))
+    prompts: Any = SimpleNamespace(has_span_head=has_span_head)
+    choice = HeadChoice("span", None, [], "")  # type: ignore[arg-type]
+    losses = np.array([1.0, 2.0])
+
+    def made(kind: str, found: Any) -> Any:
+        return lambda self, *reason: asked.append(kind) or found
+
+    monkeypatch.setattr(HeadChooser, "_best_known_span", made("span", (choice, losses, 1)))
+    monkeypatch.setattr(HeadChooser, "_span", made("span", choice))
+    monkeypatch.setattr(HeadChooser, "_ridge", made("ridge", (losses, choice)))
+    monkeypatch.setattr(HeadChooser, "_mlm", made("mlm", (1.0, choice)))
+    card = load_card(task)
+    chooser = HeadChooser(card, backend, prompts, None, [], "states")  # type: ignore[arg-type]
+    try:
+        possible = possible_heads("auto", card, has_span_head, lambda: backend.backbone)
+    except UsageError as error:
+        with pytest.raises(UsageError) as refused:
+            chooser.choose("auto")
+        assert str(refused.value) == str(error)
+    else:
+        chooser.choose("auto")
+        assert asked == possible
 
 
 def test_features_of_a_head_that_was_only_compared_are_said_to_be(tmp_path: Path) -> None:

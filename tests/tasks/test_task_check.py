@@ -13,13 +13,18 @@ from click.testing import CliRunner
 from mp2.backbone.tokenizer import Tokenizer
 from mp2.cli import main
 from mp2.tasks import FieldFormatter, MrcFormatter, TaskCard, check_task, load_card, load_examples
+from mp2.tasks.check import Readings
 from mp2.tasks.lengths import lengths
 
 Write = Callable[[Path, Any], Path]
 
 
-def reading(tokenizer: Tokenizer, max_tokens: int) -> Callable[[TaskCard], MrcFormatter]:
-    return lambda card: MrcFormatter(card, tokenizer, max_tokens)
+def readings(tokenizer: Tokenizer, max_tokens: int) -> Callable[[TaskCard], Readings]:
+    def of(card: TaskCard) -> Readings:
+        span = MrcFormatter(card, tokenizer, max_tokens)
+        return Readings({"span": span}, span.fits)
+
+    return of
 
 
 @pytest.fixture
@@ -163,15 +168,39 @@ def test_what_a_backbone_cuts_is_said_and_what_it_cannot_spell_is_a_fault(
     lines = [{"text": f"{'今' * (60 if i % 3 else 5)}{i:02}", "label": "abc"[i % 3]} for i in range(90)]
     write_jsonl(user / "fruit" / "train.jsonl", lines)
     card = user / "fruit.toml"
-    report = check_task(str(card), user, reading=reading(tokenizer, 40))
+    report = check_task(str(card), user, readings=readings(tokenizer, 40))
     assert report.ok
     assert any(
         "67 % of the train texts are too long and are cut to 40, half of them by" in r for r in report.remarks
     )
     card.write_text(card.read_text(encoding="utf-8").replace("房", "龘"), encoding="utf-8")
-    (fault,) = check_task(str(card), user, reading=reading(tokenizer, 40)).faults
+    (fault,) = check_task(str(card), user, readings=readings(tokenizer, 40)).faults
     assert "cannot spell the label words '龘' (c)" in str(fault)
-    (fault,) = check_task(str(card), user, reading=reading(tokenizer, 20)).faults
+    (fault,) = check_task(str(card), user, readings=readings(tokenizer, 20)).faults
+
+
+def test_each_head_that_auto_may_take_has_its_own_cuts(user: Path, write_jsonl: Write) -> None:
+    lines = [{"text": f"{'今天' * 15}{i:02}", "label": "abc"[i % 3]} for i in range(90)]
+    write_jsonl(user / "fruit" / "train.jsonl", lines)
+    write_jsonl(user / "fruit" / "test.jsonl", [line | {"text": "今天" * 30} for line in lines])
+
+    def notes(*words: str) -> list[str]:
+        card = ["tasks", "check", str(user / "fruit.toml"), "--data", str(user), "--max-tokens", "45"]
+        done = CliRunner().invoke(main, [*card, *words])
+        assert done.exit_code == 0, done.output
+        return re.findall(r"note: (.*(?:head|are cut|is cut).*)", done.output)
+
+    known, *cuts = notes()
+    assert known.startswith("which head reads the texts is known when the run starts")
+    assert [re.sub(r", half.*", "", line) for line in cuts] == [
+        "head span: 100 % of the train texts are too long and are cut to 45",
+        "head span: 100 % of the test texts are too long and are cut to 45",
+        "head ridge: no train text is cut",
+        "head ridge: 100 % of the test texts are too long and are cut to 45",
+    ]
+    assert [line[:36] for line in notes("--head", "ridge")] == ["100 % of the test texts are too long"]
+    (only,) = notes("--prompts", "scratch-deep")  # no span head, and mini has no other: ridge
+    assert only.startswith("100 % of the test texts")
 
 
 def test_options_that_do_not_fit_are_counted(
@@ -183,11 +212,11 @@ def test_options_that_do_not_fit_are_counted(
         for i in range(40)
     ]
     write_jsonl(tmp_path / "pick" / "train.jsonl", lines)
-    report = check_task(str(tmp_path / "pick.toml"), tmp_path, reading=reading(tokenizer, 60), test=False)
+    report = check_task(str(tmp_path / "pick.toml"), tmp_path, readings=readings(tokenizer, 60), test=False)
     assert any("7 of 40 train examples do not fit 60 tokens" in r for r in report.remarks)
     write_jsonl(tmp_path / "pick" / "train.jsonl", lines[:7])
     (fault,) = check_task(
-        str(tmp_path / "pick.toml"), tmp_path, reading=reading(tokenizer, 60), test=False
+        str(tmp_path / "pick.toml"), tmp_path, readings=readings(tokenizer, 60), test=False
     ).faults
     assert "too few different training examples: 0" in str(fault)
 
@@ -242,7 +271,7 @@ def test_options_that_leave_no_room_in_any_test_example_are_refused_as_bbt_does(
     write_jsonl(tmp_path / "pick" / "train.jsonl", [short | {"context": "天" * i} for i in range(1, 80)])
     write_jsonl(tmp_path / "pick" / "test.jsonl", [short | {"options": ["今" * 60, "明" * 60]}])
     vocab = Tokenizer.from_vocab(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"今明天选项：；。，？“”"])
-    report = check_task(str(tmp_path / "pick.toml"), tmp_path, reading=reading(vocab, 90))
+    report = check_task(str(tmp_path / "pick.toml"), tmp_path, readings=readings(vocab, 90))
     assert [fault.message for fault in report.faults] == ["no test example of 'pick' fits 90 tokens"]
 
 

@@ -50,6 +50,7 @@ _HERE = "[default: the run's, if it is here]"
 def predict(run_dir: str, source: str, keep: tuple[str, ...], **typed: Any) -> None:
     """Label new text with a tuned prompt: a JSON line for each line, with its probability; CSV for CSV."""
     from mp2.runs.predict import TABLES, predict_file
+    from mp2.tasks.record_files import csv_separator, has_mark
 
     if source == "-" and sys.stdin is None:
         raise UsageError("--input is - and standard input is closed; give a file, or lines on standard input")
@@ -65,8 +66,11 @@ def predict(run_dir: str, source: str, keep: tuple[str, ...], **typed: Any) -> N
     for found in rows:
         row = {"reason": None, **found}
         if writer is None:
-            last = [name for name in row if name != "reason"]
-            writer = csv.DictWriter(out, [*last, "reason"], lineterminator="\n")
+            columns = [*(name for name in row if name != "reason"), "reason"]
+            separator = csv_separator(Path(source)) if source.endswith(".csv") else ","
+            if has_mark(Path(source)):  # without it a spreadsheet takes UTF-8 for something else
+                out.write("\ufeff")
+            writer = csv.DictWriter(out, columns, delimiter=separator, lineterminator="\n")
             writer.writeheader()
         writer.writerow(row)
     out.flush()  # a full disk is noticed here, not at exit

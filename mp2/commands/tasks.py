@@ -85,18 +85,24 @@ def tasks_check(card: str, as_json: bool, **typed: Any) -> None:
 @click.option("--name", help="The task's name.  [default: from the file's name]")
 @click.option("--out", type=PathName(as_path=True), help="The card.  [default: NAME.toml here]")
 def tasks_new(file: Path, name: str | None, out: Path | None) -> None:
-    """Write a task card from a data file (JSON lines, CSV, TSV, parquet), to be edited."""
+    """Write a task card from a data file (JSON lines, CSV, TSV, parquet) or its folder, to be edited."""
     from mp2.files import write_text
-    from mp2.tasks.new_card import new_card
+    from mp2.tasks import has_split, load_card
+    from mp2.tasks.new_card import new_card, test_file_beside, training_file
 
-    made = new_card(file, name)
+    made = new_card(training_file(file), name)
     path = out or Path(f"{made.task}.toml")
     if path.exists():
         raise UsageError(f"{path} is there already; give another --out")
     write_text(path, made.text)
     tell("\n".join([*made.found, f"wrote {path}; edit it, then:"]))
-    tell(f"  mp2 tasks check {quote(str(path))} --data {quote(str(file))} --no-test")
-    tell(f"  mp2 bbt --task {quote(str(path))} --data {quote(str(file))} --no-test")
+    words = ["--data", quote(str(file))]
+    if not has_split(load_card(path), "test", file):
+        words.append("--no-test")
+        if unread := test_file_beside(file):
+            tell(f"{unread} is not read with {file.name}: call that train{unread.suffix} to have it scored")
+    tell(" ".join(["  mp2 tasks check", quote(str(path)), *words]))
+    tell(" ".join(["  mp2 bbt --task", quote(str(path)), *words]))
 
 
 @tasks.command("fetch")

@@ -54,11 +54,12 @@ def task_baselines(config: BbtConfig, *, probe: bool = True) -> dict[str, Any]:
 
 
 def baseline_facts(
-    problem: FewShotProblem, dev_score: float | None, test_score: float | None
+    problem: FewShotProblem, dev_score: float | None, test_score: float | None, longer: str = "--iters"
 ) -> dict[str, Any]:
     """Return what ``result.json`` has of the baselines, and of the selected prompt beside them.
 
-    ``verdict`` says in words that the prompt is no better than one of them; None where it is better than all.
+    ``verdict`` says in words that the prompt is no better than one of them, and what to try (``longer`` is
+    the option that lets the run go on); None where it is better than all.
     Both are None with ``--no-baselines``, and where no dev or test example is there to be scored.
     """
     from mp2.tasks.baselines import baselines, verdict
@@ -71,7 +72,7 @@ def baseline_facts(
     where, found = ("test", test_score) if test_score is not None else ("dev", dev_score)
     other_head = problem.card.type == "classification" and problem.head.kind == "span"
     first = "'mp2 bbt --head ridge', " if other_head else ""
-    said = None if found is None else verdict(problem.card.metric, where, found, lines, first)
+    said = None if found is None else verdict(problem.card.metric, where, found, lines, first, longer)
     return {"baselines": {line.key: line.as_dict() for line in lines}, "verdict": said}
 
 

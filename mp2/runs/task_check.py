@@ -6,12 +6,12 @@ Weights are loaded only where it matters whether the checkpoint has a head of it
 from __future__ import annotations
 
 from functools import cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mp2.errors import UsageError
 from mp2.runs.config import BbtConfig
 from mp2.runs.frozen_model import check_kind, default_prompts, sequence_length
-from mp2.runs.head_choice import Formatter, possible_heads
+from mp2.runs.head_choice import possible_heads
 from mp2.runs.scratch import ON_THE_FLY, rows_at_input
 from mp2.runs.task_data import formatters, has_room
 
@@ -29,7 +29,7 @@ def check_as_run(config: BbtConfig) -> CheckReport:
     """
     from mp2.backbone import load_backbone
     from mp2.prompts import load_prompts
-    from mp2.tasks.check import Readings, check_task
+    from mp2.tasks.check import Reading, Readings, check_task
     from mp2.tasks.show import backbone_positions, backbone_tokenizer
 
     positions = backbone_positions(config.backbone, config.revision)
@@ -50,12 +50,12 @@ def check_as_run(config: BbtConfig) -> CheckReport:
 
     def readings(card: TaskCard) -> Readings:
         @cache
-        def formatter(head: str) -> Formatter:
-            made: Formatter = formatters()[head](card, tokenizer, max_tokens)
-            return made
+        def formatter(head: str) -> Any:
+            return formatters()[head](card, tokenizer, max_tokens)
 
         first, *others = possible_heads(config.head, card, has_span_head, backbone)
-        by_head, remarks = {first: formatter(first)}, []
+        by_head: dict[str, Reading] = {first: formatter(first)}
+        remarks = []
         for head in others:
             try:
                 by_head[head] = formatter(head)

@@ -80,23 +80,29 @@ def baselines(
     return lines
 
 
-def verdict(metric: str, split: str, found: float, lines: Sequence[Baseline], first: str = "") -> str | None:
+def verdict(
+    metric: str, split: str, found: float, lines: Sequence[Baseline], first: str = "", longer: str = "--iters"
+) -> str | None:
     """Return what to say of a score that is at or below a baseline of the same split; None if it is above.
 
-    ``first`` is what to try before anything else.
+    ``first`` is what to try before anything else, ``longer`` the option that lets a run go on for longer. Of
+    a full score nothing is to be tried.
     """
     beaten_by = [line for line in lines if line.scores.get(split, -1.0) >= found]
     if not beaten_by:
         return None
+    if found >= 1.0:
+        names = " and ".join(line.name for line in beaten_by)
+        return f"{split} {metric} 100.0, as of {names}: there is nothing to gain on these examples"
     named = " or ".join(f"{line.name} ({100 * line.scores[split]:.1f})" for line in beaten_by)
     trivial = [line for line in beaten_by if line.key in ("majority", "no_answer", "whole_context")]
     if trivial:
         advice = (
-            "check the card and the labels with 'mp2 tasks check', then more --iters, other --prompts or "
+            f"check the card and the labels with 'mp2 tasks check', then more {longer}, other --prompts or "
             "another --backbone"
         )
     else:
-        advice = "more --iters, more examples (--shots), another --backbone, or use that baseline instead"
+        advice = f"more {longer}, more examples (--shots), another --backbone, or use that baseline instead"
     return f"{split} {metric} {100 * found:.1f} is not better than {named}; what to try: {first}{advice}"
 
 

@@ -179,7 +179,7 @@ def _read_splits(
                 try:
                     split_file(card, place, split)
                 except UsageError as error:
-                    faults.add(str(error), place.folder)
+                    faults.add(str(error), place.named)
         elif path.is_dir():
             faults.add("is a folder, expected a file of data", path)
         else:

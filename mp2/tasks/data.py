@@ -29,7 +29,7 @@ from mp2.tasks.example import Example
 from mp2.tasks.faults import Faults, FirstFault
 from mp2.tasks.place import Files, find_place
 from mp2.tasks.record import Columns, RecordParser, mapped
-from mp2.tasks.record_files import read_records
+from mp2.tasks.record_files import FORMATS, read_records
 
 
 def load_examples(
@@ -67,10 +67,18 @@ def split_file(card: TaskCard, place: Files, split: str) -> Path:
     """Return the file of a split; raises ``UsageError`` that says what is there instead."""
     path = place.by_split.get(split)
     if path is None:
-        have = ", ".join(sorted(p.name for p in place.by_split.values())) or "no data file"
         hint = "; without test examples tune with --no-test" if split == "test" else ""
-        expected = place.folder / f"{split}.jsonl"
-        raise UsageError(f"task '{card.task}' has no {expected}; the folder has {have}{hint}")
+        if place.named == place.by_split.get("train"):
+            name, ending = place.named.name, place.named.suffix
+            way = (
+                f"there is no {name.replace('train', split)} beside {place.named}"
+                if "train" in place.named.stem
+                else f"{place.named} is read alone; call it train{ending} and put {split}{ending} beside it"
+            )
+            raise UsageError(f"task '{card.task}' has no {split} examples: {way}{hint}")
+        have = ", ".join(sorted(p.name for p in place.by_split.values())) or "no data file"
+        expected = f"{split}.jsonl (or {', '.join(FORMATS[1:])})"
+        raise UsageError(f"task '{card.task}' has no {expected}; {place.named} has {have}{hint}")
     if path.is_dir():
         raise UsageError(f"{path} is a folder, expected a file of data")
     return path

@@ -94,6 +94,8 @@ def best_span(start_logp: Floats, end_logp: Floats, max_tokens: int) -> tuple[fl
 def _answer(
     card: TaskCard, example: Example, outputs: Sequence[tuple[MrcInput, Floats]], temperature: float
 ) -> Decoded:
+    if any(np.isnan(logp).any() for _, logp in outputs):  # in any window: what it says is not known
+        return Decoded("", float("nan"))
     best, text, span = -np.inf, "", None
     no_answer, empty = np.inf, outputs[0][1]
     for item, logp in outputs:

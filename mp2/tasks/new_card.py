@@ -13,6 +13,7 @@ from typing import Any
 from mp2.errors import UsageError, shown
 from mp2.tasks.card_rules import TASK_NAME, TASK_NAME_RULE
 from mp2.tasks.faults import FirstFault
+from mp2.tasks.place import files_of
 from mp2.tasks.record import written
 from mp2.tasks.record_files import read_records
 
@@ -56,7 +57,10 @@ def new_card(path: Path, task: str | None = None) -> NewCard:
     if task is not None and not TASK_NAME.fullmatch(task):
         raise UsageError(f"--name is {shown(task)}, expected {TASK_NAME_RULE}")
     if not path.is_file():
-        raise UsageError(f"there is no file {path}; give a data file: .jsonl, .json, .csv, .tsv or .parquet")
+        raise UsageError(
+            f"there is no file {path}; give a data file: .jsonl, .json, .csv, .tsv or .parquet, or the "
+            "folder of one that is called train"
+        )
     rows = [row for _, row in read_records(path, FirstFault()) if isinstance(row, dict)]
     if not rows:
         raise UsageError(f"{path} has no records; expected an object, or a row of a table, for each example")
@@ -68,6 +72,17 @@ def new_card(path: Path, task: str | None = None) -> NewCard:
     if answers and (context := _first(columns, _CONTEXT_NAMES)) and not _first(columns, _LABEL_NAMES):
         return _extraction(name, columns, context, answers, rows)
     return _classification(name, path, columns, rows)
+
+
+def training_file(path: Path) -> Path:
+    """Return the file itself or, of a folder, its training file."""
+    return files_of(path).by_split.get("train", path) if path.is_dir() else path
+
+
+def test_file_beside(path: Path) -> Path | None:
+    """Return a file of test examples beside a data file that is not called train, and is read alone."""
+    found = path.with_name(f"test{path.suffix}")
+    return found if "train" not in path.stem and found.is_file() and found != path else None
 
 
 def _task_name(path: Path) -> str:
@@ -144,15 +159,33 @@ def _classification(task: str, path: Path, columns: Sequence[str], rows: Sequenc
     )
     numbers = all(re.fullmatch(r"-?\d+", value) for value in counts)
     order = sorted(counts, key=int) if numbers else sorted(counts)
-    words = {value: f"类别{value}" if numbers else value for value in order}
+    words = {value: value for value in order}
     found = [
         f"classification: {len(counts)} labels in '{label}', texts in "
         + ", ".join(f"'{column}'" for column in texts),
         *(f"  {value}: {counts[value]} examples" for value in order[:20]),
     ]
-    if numbers:
+    if numbers and (named := _names_of(label, columns, rows)):
+        column, words = named[0], {value: named[1][value] for value in order}
+        found.append(f"the labels are numbers: the words for them are those of '{column}'")
+    elif numbers:
+        words = {value: f"类别{value}" for value in order}
         found.append("the labels are numbers: write in [labels] what each of them means")
     return NewCard(task, _card(task, "classification", template, "accuracy", words, fields), tuple(found))
+
+
+def _names_of(
+    label: str, columns: Sequence[str], rows: Sequence[dict[str, Any]]
+) -> tuple[str, dict[str, str]] | None:
+    """Return the column called like a label that has a word for each number of the label, and these words."""
+    for column in columns:
+        if column == label or column.lower() not in _LABEL_NAMES:
+            continue
+        pairs = {(str(written(row.get(label))), str(row.get(column) or "").strip()) for row in rows}
+        words = {number: word for number, word in pairs if number != "None"}
+        if len(pairs) == len(words) == len(set(words.values())) and all(words.values()):
+            return column, words
+    return None
 
 
 def _label_column(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:

@@ -34,9 +34,9 @@ _SAVED = ("dataset_dict.json", "state.json")
 
 @dataclass(frozen=True)
 class Files:
-    """The data files of a task by split; ``folder`` is what messages name."""
+    """The data files of a task by split; ``named`` is the folder or training file they were found by."""
 
-    folder: Path
+    named: Path
     by_split: dict[str, Path]
 
 
@@ -61,7 +61,7 @@ def find_place(card: TaskCard, data: str | Path | None = None) -> Place | None:
     demo = DEMO_DIR / card.task
     is_demo = card.task.startswith("demo_") and demo.is_dir()
     if not root:
-        return _files(demo) if is_demo else None
+        return files_of(demo) if is_demo else None
     given = "--data" if data is not None else "MP2_DATA"
     if str(root).startswith(HUB_PREFIX):
         name, _, config = str(root).removeprefix(HUB_PREFIX).partition(":")
@@ -76,10 +76,10 @@ def find_place(card: TaskCard, data: str | Path | None = None) -> Place | None:
     for folder in (path / card.task, path):
         if any((folder / name).is_file() for name in _SAVED):
             return DataSet(str(folder), saved=True)
-        if folder.is_dir() and (folder != path or _files(path).by_split):
-            return _files(folder)
+        if folder.is_dir() and (folder != path or files_of(path).by_split):
+            return files_of(folder)
         if is_demo:
-            return _files(demo)
+            return files_of(demo)
     raise UsageError(_no_folder(card, path, given))
 
 
@@ -88,7 +88,9 @@ def tasks_in(data: str | Path | None = None) -> set[str]:
     root = data if data is not None else data_folder()
     if not root or not Path(root).is_dir():
         return set()
-    return {path.name for path in Path(root).iterdir() if path.is_dir() and "train" in _files(path).by_split}
+    return {
+        path.name for path in Path(root).iterdir() if path.is_dir() and "train" in files_of(path).by_split
+    }
 
 
 def _no_folder(card: TaskCard, root: Path, given: str) -> str:
@@ -106,7 +108,7 @@ def _no_folder(card: TaskCard, root: Path, given: str) -> str:
     return f"{given} {root} has no folder '{card.task}' (expected {folder}/train.jsonl){hint}"
 
 
-def _files(folder: Path) -> Files:
+def files_of(folder: Path) -> Files:
     """Return a folder's data files; raises ``UsageError`` where a split has two."""
     found: dict[str, Path] = {}
     for split, names in _NAMES.items():
@@ -136,4 +138,4 @@ def _neighbours(train: Path, given: str) -> Files:
             paths = [p for stem in stems if (p := train.with_name(stem + train.suffix)).is_file()]
             if paths:
                 found[split] = paths[0]
-    return Files(train.parent, found)
+    return Files(train, found)

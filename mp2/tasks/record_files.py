@@ -2,13 +2,17 @@
 
 A record is an object with the file's own names; :mod:`mp2.tasks.record` maps these to the card's fields.
 Text is UTF-8 with or without a byte order mark. CSV and TSV need a line of column names; TSV has no quotes.
+The cells of a CSV file stand between commas, semicolons (as spreadsheets of many countries write them) or
+tabs: whatever gives its first line the most columns, or what a line ``sep=;`` above it names.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import importlib
 import io
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,6 +25,8 @@ from mp2.tasks.faults import Faults
 from mp2.text_files import check_file
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+SEPARATORS = (",", ";", "\t")
+_LONGEST_NAMES = 65536  # characters in which a table's line of names ends
 Records = Iterator[tuple[int, Any]]
 """(line or row from 1, object)"""
 
@@ -63,6 +69,34 @@ def is_lines(path: Path) -> bool:
     return not array and path.suffix not in (".csv", ".tsv", ".parquet")
 
 
+def has_mark(path: Path) -> bool:
+    """Tell whether a file begins with a byte order mark of UTF-8, as spreadsheets write it and expect it."""
+    with path.open("rb") as file:
+        return file.read(3) == codecs.BOM_UTF8
+
+
+def csv_separator(path: Path) -> str:
+    """Return what stands between the cells of a CSV file; a comma if nothing does."""
+    with path.open("rb") as file:
+        start = file.read(_LONGEST_NAMES).decode("utf-8-sig", errors="replace")
+    return _separator(start)[0]
+
+
+def _separator(text: str) -> tuple[str, int]:
+    """Return what stands between the cells of a CSV text, and where its names begin (after ``sep=;``)."""
+    if named := re.match(r"""\s*"?sep=(.)"?[;,\t]*\r?\n""", text, re.IGNORECASE):
+        return named[1], named.end()
+    names = text[:_LONGEST_NAMES].lstrip("\r\n")
+
+    def n_columns(separator: str) -> int:
+        try:
+            return len(next(csv.reader(io.StringIO(names, newline=""), delimiter=separator), []))
+        except csv.Error:
+            return 0
+
+    return max(SEPARATORS, key=n_columns), 0  # the first of those that are as good
+
+
 def _first_sign(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
@@ -102,9 +136,11 @@ def _table(path: Path, faults: Faults, to_label: bool) -> Records:
         return
     csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is shorter than an article
     tsv = path.suffix == ".tsv"
+    separator, begin = ("\t", 0) if tsv else _separator(text)
+    n_before = text.count("\n", 0, begin)
     cells = csv.reader(
-        io.StringIO(text, newline=""),
-        delimiter="\t" if tsv else ",",
+        io.StringIO(text[begin:], newline=""),
+        delimiter=separator,
         quoting=csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL,
         strict=True,
     )
@@ -113,7 +149,7 @@ def _table(path: Path, faults: Faults, to_label: bool) -> Records:
         for row in cells:
             if not any(cell.strip() for cell in row):
                 if to_label and columns is not None:
-                    yield cells.line_num, dict.fromkeys(columns, "")
+                    yield n_before + cells.line_num, dict.fromkeys(columns, "")
                 continue
             if columns is None:
                 columns = [name.strip() for name in row]
@@ -121,21 +157,21 @@ def _table(path: Path, faults: Faults, to_label: bool) -> Records:
                 if len(columns) < least or len(set(columns)) < len(columns):
                     faults.add(
                         f"the first line is {shown(row)}, expected the names of {least} or more columns, "
-                        "each once",
+                        f"each once, with {'tabs' if tsv else 'commas, semicolons or tabs'} between them",
                         path,
-                        line=1,
+                        line=n_before + cells.line_num,
                     )
                     return
             elif len(row) != len(columns):
                 faults.add(
                     f"has {len(row)} cells, expected {len(columns)}: {', '.join(columns)}",
                     path,
-                    line=cells.line_num,
+                    line=n_before + cells.line_num,
                 )
             else:
-                yield cells.line_num, dict(zip(columns, row, strict=True))
+                yield n_before + cells.line_num, dict(zip(columns, row, strict=True))
     except csv.Error as error:
-        faults.add(f"not {path.suffix[1:].upper()}: {error}", path, line=cells.line_num)
+        faults.add(f"not {path.suffix[1:].upper()}: {error}", path, line=n_before + cells.line_num)
 
 
 def _parquet(path: Path, faults: Faults) -> Records:

@@ -246,7 +246,9 @@ def _result(run_dir: Path, config: TuneConfig, tuner: Tuner, outcome: TuneOutcom
         "evaluations": {"train": found.loss_curve[-1][0], "dev": outcome.n_dev, "test": n_tests},
         "examples": {"train": problem.n_train, "dev": problem.n_dev, "test": problem.n_test if tests else 0},
         "non_finite_losses": 0,
-        **baseline_facts(problem, found.final.dev_score, None if last is None else last.score),
+        **baseline_facts(
+            problem, found.final.dev_score, None if last is None else last.score, longer="--epochs"
+        ),
         "calibration": calibration_facts(problem, found.final, last),
         "provenance": {**identity(problem), "config_sha256": config.sha256(), "versions": versions()},
     }

@@ -243,6 +243,18 @@ def test_a_row_is_what_it_is_alone_whatever_prompts_the_batch_mixes(bundle: Path
             np.testing.assert_allclose(together[name][k][real], single[name][0][real], atol=1e-5)
 
 
+@pytest.mark.parametrize("bad", [0, 1])
+def test_windows_whose_scores_are_no_numbers_give_no_probability(bad: int) -> None:
+    from mp2.export.bundle_files.reading import Row, answer
+
+    task = {"type": "extraction", "max_answer_tokens": 8, "unanswerable": False, "temperature": 1.0}
+    row = Row(np.arange(5), np.array([[1, 3]]), "今天好", [(0, 1), (1, 2), (2, 3)])
+    found = [{name: np.arange(5.0) for name in ("start_logits", "end_logits")} for _ in range(2)]
+    assert np.isfinite(answer(task, {}, [row, row], found)["probability"])
+    found[bad]["end_logits"][2] = np.nan
+    assert np.isnan(answer(task, {}, [row, row], found)["probability"])
+
+
 def test_the_manifest_has_interface_hashes_and_tasks(bundle: Path, runs: dict[str, Path]) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
     files = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}

@@ -37,6 +37,19 @@ def test_tables_keep_blank_rows_and_may_have_one_column(runs: dict[str, Path], t
         assert [bool(row["label"]) for row in rows] == [True, False, True, False]
 
 
+@pytest.mark.parametrize("begin", ["", "\ufeff"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_table_comes_out_as_it_came_in(
+    runs: dict[str, Path], tmp_path: Path, begin: str, separator: str
+) -> None:
+    path = tmp_path / "new.csv"
+    path.write_text(f"{begin}no{separator}text\r\n1{separator}好\r\n", "utf-8")
+    text = printed(runs["mood"], path)
+    assert text.startswith(f"{begin}no{separator}text{separator}label{separator}probability{separator}")
+    (row,) = csv.DictReader(text.removeprefix(begin).splitlines(), delimiter=separator)
+    assert (row["no"], row["text"], row["label"] in ("pos", "neg")) == ("1", "好", True)
+
+
 def test_columns_of_the_input_that_are_called_like_ours_are_kept_under_another_name(
     runs: dict[str, Path], tmp_path: Path
 ) -> None:

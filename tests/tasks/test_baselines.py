@@ -158,6 +158,19 @@ def test_a_result_at_or_below_a_baseline_is_said_in_words() -> None:
     assert "majority class (50.0) or TF-IDF" in text
     assert "mp2 tasks check" in text
     assert verdict("accuracy", "dev", 0.0, LINES) is None  # nothing to compare with
+    text = verdict("accuracy", "test", 0.5, LINES, longer="--epochs")  # 'mp2 tune' has no --iters
+    assert text is not None
+    assert "more --epochs" in text
+    assert "--iters" not in text
+
+
+def test_of_a_full_score_nothing_is_to_be_tried() -> None:
+    full = [Baseline(x.key, x.name, dict.fromkeys(x.scores, 1.0)) for x in LINES]
+    assert verdict("accuracy", "test", 1.0, LINES) is None
+    said = "test accuracy 100.0, as of majority class and TF-IDF + logistic regression: "
+    assert verdict("accuracy", "test", 1.0, full, "'mp2 bbt --head ridge', ") == (
+        f"{said}there is nothing to gain on these examples"
+    )
 
 
 def test_the_command_gives_the_lines_alone() -> None:

@@ -16,7 +16,7 @@ from mp2.tasks import AllFaults, Answer, TaskCard, load_card, load_examples
 from mp2.tasks.encodings import looks_like
 from mp2.tasks.place import DataSet, Files, find_place, tasks_in
 from mp2.tasks.record import parse_fields
-from mp2.tasks.record_files import read_records
+from mp2.tasks.record_files import csv_separator, read_records
 from tests.command_line import mp2
 
 MakeCard = Callable[..., TaskCard]
@@ -88,9 +88,34 @@ def test_cells_keep_quotes_commas_and_line_breaks(make_card: MakeCard, tmp_path:
 
 
 @pytest.mark.parametrize(
+    ("begin", "separator"), [("", ";"), ("", "\t"), ("\ufeff", ";"), ("sep=;\r\n", ";"), ("sep=|\n", "|")]
+)
+def test_cells_of_a_csv_file_may_stand_between_other_signs(
+    make_card: MakeCard, tmp_path: Path, begin: str, separator: str
+) -> None:
+    path = tmp_path / "fruit" / "train.csv"
+    path.parent.mkdir()
+    lines = [["id", "text", "label"], ["1", '"一, 二; ""三"""', "a"], ["2", "四,五,六", "b"]]
+    path.write_text(begin + "".join(separator.join(line) + "\n" for line in lines), encoding="utf-8")
+    examples = load_examples(make_card("classification"), "train", tmp_path)
+    assert [(e.fields["text"], e.label) for e in examples] == [('一, 二; "三"', "a"), ("四,五,六", "b")]
+    assert csv_separator(path) == separator
+    path.write_text(f"{begin}text{separator}label\n好{separator}a{separator}b\n", encoding="utf-8")
+    n_before = begin.count("\n")
+    with pytest.raises(
+        FormatError, match=rf"train\.csv:{2 + n_before}: has 3 cells, expected 2: text, label"
+    ):
+        load_examples(make_card("classification"), "train", tmp_path)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("text,label\n好,a,b\n", r"train\.csv:2: has 3 cells, expected 2: text, label"),
+        (
+            "text|label\n好|a\n",
+            r"'text\|label'\], .* each once, with commas, semicolons or tabs between them",
+        ),
         ("text\n好\n", r"train\.csv:1: the first line is \['text'\], expected the names of 2 or more"),
         ("text,text\n好,a\n", "each once"),
         ('text,label\n"好,a\n', r"not CSV: unexpected end of data"),
@@ -390,12 +415,70 @@ def test_new_writes_a_card_that_check_accepts(tmp_path: Path, monkeypatch: pytes
     assert card.labels == {"不好": "不好", "好": "好"}
     assert card.source is not None
     assert card.source.fields == {"text": "content", "label": "category"}
-    done = mp2("tasks", "check", "tickets.toml", "--data", "tickets.csv", "--no-test")
+    words = "tickets.toml --data tickets.csv --no-test"
+    assert f"\n  mp2 tasks check {words}\n  mp2 bbt --task {words}\n" in done.output
+    done = mp2("tasks", "check", "tickets.toml", "--data", "tickets.csv")
+    assert done.exit_code == 2
+    way = "tickets.csv is read alone; call it train.csv and put test.csv beside it"
+    assert f"tickets.csv: task 'tickets' has no test examples: {way}; without test examples tune with" in (
+        done.output
+    )
+    done = mp2("tasks", "check", *words.split())
     assert done.exit_code == 0, done.output
     assert "no faults" in done.output
     done = mp2("tasks", "new", "tickets.csv")
     assert done.exit_code == 2
     assert "tickets.toml is there already" in done.output
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "is_read"),
+    [
+        ("train.csv", "test.csv", True),
+        ("tickets-train.tsv", "tickets-test.tsv", True),
+        ("train_0.json", "test_public.json", True),
+        ("train_0.json", "test.json", False),
+        ("tickets.csv", "test.csv", False),
+        ("tickets.csv", None, False),
+    ],
+)
+def test_new_proposes_what_suits_the_test_file_that_is_there(
+    tmp_path: Path, train: str, test: str | None, is_read: bool
+) -> None:
+    lines = [{"text": f"今天{i}", "label": "ab"[i % 2]} for i in range(8)]
+    for name in filter(None, (train, test)):
+        tab = "\t" if name.endswith("tsv") else ","
+        table = ["text" + tab + "label", *(tab.join(line.values()) for line in lines)]
+        text = map(json.dumps, lines) if name.endswith("json") else table
+        (tmp_path / name).write_text("\n".join(text) + "\n", "utf-8")
+    done = mp2("tasks", "new", tmp_path / train, "--out", tmp_path / "card.toml")
+    assert done.exit_code == 0, done.output
+    assert ("--no-test" in done.output) is not is_read
+    assert ("is not read with" in done.output) is ((train, test) == ("tickets.csv", "test.csv"))
+
+
+def test_new_takes_a_folder_and_the_words_for_numbers_that_stand_beside_them(tmp_path: Path) -> None:
+    """FewCLUE's tnews: label 108, label_desc news_edu."""
+    from mp2.tasks.new_card import new_card
+
+    lines = [
+        {"label": str(100 + i % 3), "label_desc": f"news_{'abc'[i % 3]}", "sentence": f"好{i}", "id": i}
+        for i in range(12)
+    ]
+    fewclue(tmp_path / "own", "train_0.json", lines)
+    fewclue(tmp_path / "own", "test_public.json", lines)
+    done = mp2("tasks", "new", tmp_path / "own", "--out", tmp_path / "own.toml")
+    assert done.exit_code == 0, done.output
+    assert "the words for them are those of 'label_desc'" in done.output
+    assert load_card(tmp_path / "own.toml").labels == {"100": "news_a", "101": "news_b", "102": "news_c"}
+    done = mp2("tasks", "check", tmp_path / "own.toml", "--data", tmp_path / "own")
+    assert (done.exit_code, "12 train, 12 test" in done.output) == (0, True)
+    lines[0]["label_desc"] = "news_b"  # no word for each number any more
+    fewclue(tmp_path / "own", "train_0.json", lines)
+    assert '"100" = "类别100"' in new_card(tmp_path / "own" / "train_0.json").text
+    (tmp_path / "none").mkdir()
+    done = mp2("tasks", "new", tmp_path / "none")
+    assert (done.exit_code, f"there is no file {tmp_path / 'none'}; give" in done.output) == (2, True)
 
 
 def test_new_proposes_the_type_that_the_columns_show(tmp_path: Path) -> None:

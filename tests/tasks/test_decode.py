@@ -106,6 +106,20 @@ def test_the_best_of_all_windows_answers(tokenizer: Tokenizer) -> None:
     assert [x.prediction for x in found] == ["看", "电影"]
 
 
+@pytest.mark.parametrize("bad", [0, 1, -1])
+def test_scores_that_are_no_numbers_in_any_window_give_no_probability(tokenizer: Tokenizer, bad: int) -> None:
+    card = load_card("cmrc2018")
+    example = Example({"context": "今天" * 60, "question": "？"}, None, (), (Answer("今", 0),))
+    items = MrcFormatter(card, tokenizer, 48).inputs(example, 0)
+    assert len(items) > 2
+    scores = certain(items, [(i.context_span[0], i.context_span[0]) for i in items if i.context_span])
+    (sure,) = decode(card, [example], items, scores)
+    scores[bad][-1, 1] = np.nan
+    (found,) = decode(card, [example], items, scores)
+    assert np.isfinite(sure.probability)
+    assert np.isnan(found.probability)
+
+
 def test_no_answer_wins_only_where_the_card_allows_it(tokenizer: Tokenizer) -> None:
     examples = [Example({"context": "今天", "question": "？"}, None)]
     for task, expected in [("dureader_checklist", ""), ("cmrc2018", "今")]:

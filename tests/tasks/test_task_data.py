@@ -253,7 +253,7 @@ def test_missing_folders_and_splits_say_what_is_there(
 ) -> None:
     card = make_card("classification")
     folder(card, GOOD["classification"])
-    with pytest.raises(UsageError, match=r"has no .*test\.jsonl; the folder has train\.jsonl"):
+    with pytest.raises(UsageError, match=r"has no test\.jsonl \(.*\); .*fruit has train\.jsonl"):
         load_examples(card, "test", tmp_path)
     (tmp_path / "deep" / "fruit").mkdir(parents=True)
     (tmp_path / "fruit").rename(tmp_path / "deep" / "other")

@@ -233,6 +233,8 @@ def _extracted(task: Task, rows: list[Row], found: list[dict[str, np.ndarray]]) 
         [x[name].astype(float)[: len(row.ids)] for name in OUTPUTS["span"]]
         for row, x in zip(rows, found, strict=True)
     ]
+    if not all(np.isfinite(x).all() for pair in logits for x in pair):  # in any window
+        return {"answer": "", "probability": float("nan")}
     at_cls = [sum(_log_softmax(x)[0] for x in pair) for pair in logits]
     for k, row in enumerate(rows):
         first, last = row.spans[0]

@@ -1,15 +1,17 @@
 """Programs that the documents show beside ``mp2``: benchmarks, make targets, recipes, extras of pip.
 
-Nothing is run: a benchmark's ``main`` is called up to where it reads its words; its own parser must accept
-them.
+A benchmark's ``main`` is called up to where it reads its words; its own parser must accept them. Those that
+take seconds at a small size are run at it.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -190,6 +192,33 @@ def test_shown_extras_exist() -> None:
     assert len(shown) >= 4
     for _, line in shown:
         extras_exist(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "small"),
+    [
+        ("python -m benchmarks.paper.own_tasks", "--draws 8 --iters 1 --work DIR/work"),
+        ("python -m benchmarks.paper figure5", "--out DIR"),
+    ],
+)
+def test_a_shown_benchmark_runs_at_a_small_size(
+    line: str, small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ("docs/results.md", line) in lines(r"python -m benchmarks\b")
+    words = [*shlex.split(line)[2:], *small.split()]  # of an option given twice the last counts
+    monkeypatch.setattr(import_module("benchmarks.paper.own_tasks"), "RESULTS", tmp_path)
+    tasks = import_module("own_tasks").TASKS
+    monkeypatch.setattr(import_module("own_tasks"), "TASKS", dict(list(tasks.items())[:1]))
+    monkeypatch.setattr(sys, "argv", [word.replace("DIR", str(tmp_path)) for word in words])
+    import_module("benchmarks.paper.__main__" if words[0] == "benchmarks.paper" else words[0]).main()
+    (found,) = tmp_path.glob("*.json")
+    assert json.loads(found.read_text("utf-8"))
+
+
+@pytest.mark.parametrize(("file", "line"), lines(r"make [a-z]"))
+def test_make_knows_what_a_shown_target_needs(file: str, line: str) -> None:
+    done = subprocess.run(["make", "-n", *shlex.split(line)[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_documents_show_programs() -> None:

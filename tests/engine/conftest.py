@@ -13,6 +13,7 @@ from mp2.engine import Objective
 from mp2.engine.chain import ChainBackend
 from mp2.engine.cpu.backend import CpuBackend
 from mp2.engine.onnx.backend import OnnxBackend
+from mp2.export import export_engine
 from mp2.prompts import PromptSet, random_prompts
 from mp2.tasks import MrcInput
 
@@ -43,6 +44,12 @@ def deep(tiny_backbone: Backbone) -> PromptSet:
 @pytest.fixture(scope="session")
 def shallow(tiny_backbone: Backbone) -> PromptSet:
     return random_prompts(tiny_backbone, "shallow", prompt_tokens=M, intrinsic_dim=D, scale=20.0, seed=2)
+
+
+@pytest.fixture(scope="session")
+def engine_dir(tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine folder of the backbone of these tests, which is not that of all others."""
+    return export_engine(tiny_backbone, tmp_path_factory.mktemp("engine") / "tiny").path
 
 
 @pytest.fixture(params=["torch", "torch without C", "onnxruntime"])

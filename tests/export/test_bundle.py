@@ -136,7 +136,7 @@ def alone(bundle: Path, lines: Sequence[dict[str, Any]], tmp_path: Path) -> subp
     )
     assert "torch is not to be imported" in check.stderr
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    command = [sys.executable, str(bundle / "run.py")]
+    command = [sys.executable, "-B", str(bundle / "run.py")]  # nothing of its own in the bundle
     return subprocess.run(
         command, input=text, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )

@@ -59,7 +59,9 @@ def serve(config: ServeConfig, say: Callable[[str], None]) -> None:
 def _listener(config: ServeConfig) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        # asyncio sets TCP_NODELAY only where the protocol is named; without it an answer, which is several
+        # writes, waits 40 ms until its client has acknowledged the first
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     except (OSError, UnicodeError) as error:
         raise UsageError(f"--host {config.host}: {error}; give an address of this machine") from None
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -241,9 +241,11 @@ SECTIONS = [
         title="OpenVINO's provider on a CPU",
         files=["openvino.json"],
         command="python -m benchmarks.speed.openvino",
-        text="The whole graph of mini, 32 rows of 48 tokens, one thread. As it comes, OpenVINO computes in "
-        "bf16 where the processor has it, and says nothing: logits are off by half a unit. Told to compute "
-        "in float32 it is not faster beyond the range of a loaded machine. `auto` does not take it.",
+        text="The whole graph of mini, rows x tokens of a batch; processor time of a forward on one thread, "
+        "median of the rounds and their range. The last case has another shape in every batch, as a server "
+        "has. As it comes, OpenVINO computes in bf16 where the processor has it, and says nothing: logits "
+        "are off by half a unit. In float32, which mp2 asks for, it is as fast as ONNX Runtime in the large "
+        "batch and slower in the others. `auto` does not take it.",
         table=openvino,
     ),
     Section(

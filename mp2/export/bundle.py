@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
 import torch
@@ -36,9 +36,6 @@ from mp2.export.graphs import (
 from mp2.export.parity import Comparison, check, compare_whole, emulated_graph
 from mp2.export.stored_arrays import store_backbone, store_mlm
 from mp2.files import write_bytes, write_json
-
-if TYPE_CHECKING:
-    pass
 
 BUNDLE_PRECISIONS = ("fp32", "fp16", "bf16")
 _ROWS = 32  # of a batch, and tokens up to which it is padded: what TensorRT plans are made for

@@ -20,6 +20,8 @@ from mp2.json_files import Fields, check, list_of, number, one_of, read_object, 
 from mp2.limits import usable_cores
 
 _TYPES = {"tensor(int64)": "int64", "tensor(float)": "float32"}
+_ONE_TYPE = " or ".join(_TYPES)
+_INPUTS = {"input_ids": ["N", "T"], "attention_mask": ["N", "T"], "prompt_length": ["P"]}  # of every graph
 WHOLE_GRAPHS = ("backbone.onnx", "backbone_inline.onnx")  # of an engine folder
 
 
@@ -46,11 +48,9 @@ class ServedBundle:
         self.graphs: dict[str, Any] = {}
         for graph in files:
             session = self._sessions[Path(graph).stem] = self._session(folder, graph)
-            sides = (("inputs", session.get_inputs()), ("outputs", session.get_outputs()))
-            self.graphs[Path(graph).stem] = {
-                side: {node.name: {"dtype": _TYPES[node.type], "shape": node.shape} for node in nodes}
-                for side, nodes in sides
-            }
+            self.graphs[Path(graph).stem] = _interface(session, folder.path / graph)
+        for task in self.tasks.values():
+            _check_task(task, self.graphs[graph_of(task)], self._path)
 
     def _session(self, folder: Bundle | EngineFolder, graph: str) -> Any:
         ort = load_onnxruntime()
@@ -112,6 +112,42 @@ class ServedBundle:
         names = reading.outputs(tasks)
         found = self.run(graph_of(tasks[0]), reading.feeds(tasks, rows), names)
         return [{name: found[name][k] for name in names} for k in range(len(rows))]
+
+
+def _interface(session: Any, path: Path) -> dict[str, Any]:
+    """Return a graph's inputs and outputs; FormatError where they are not those of a whole backbone.
+
+    A stranger's graph may have hashes that fit.
+    """
+    found: dict[str, Any] = {"inputs": {}, "outputs": {}}
+    for side, nodes in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
+        for node in nodes:
+            if node.type not in _TYPES:
+                raise FormatError(f"'{node.name[:60]}' is {node.type}, expected {_ONE_TYPE}", path=path)
+            found[side][node.name] = {"dtype": _TYPES[node.type], "shape": node.shape}
+    for name, shape in _INPUTS.items():
+        got = found["inputs"].get(name, {}).get("shape")
+        if got != shape:
+            raise FormatError(f"input '{name}' has shape {got}, expected {shape}", path=path)
+    return found
+
+
+def _check_task(task: reading.Task, interface: Mapping[str, Any], path: Path) -> None:
+    """Raise FormatError unless the graph takes a task's tensors and gives what its head reads."""
+    own = {name: x.shape for name, x in task["tensors"].items() if not name.startswith("ridge_")}
+    about = f"task {task['name'][:60]!r}"
+    for name in interface["inputs"].keys() - {*_INPUTS, "segments"} - own.keys():
+        raise FormatError(f"{about} has no '{name}', which its graph takes", path=path)
+    for name, shape in own.items():
+        declared = interface["inputs"].get(name, {}).get("shape", [])[1:]
+        if len(declared) != len(shape) or any(
+            size not in (own_size, "m") for size, own_size in zip(declared, shape, strict=True)
+        ):
+            raise FormatError(
+                f"{about} has '{name}' of shape {list(shape)}, its graph takes {declared}", path=path
+            )
+    if missing := [name for name in reading.outputs([task]) if name not in interface["outputs"]]:
+        raise FormatError(f"{about} reads '{missing[0]}', which its graph does not give", path=path)
 
 
 def _tasks(bundle: Bundle) -> tuple[tokenizers.Tokenizer, dict[str, reading.Task]]:

@@ -200,6 +200,10 @@ def _check_values(feeds: Mapping[str, np.ndarray], declared: Mapping[str, Any], 
     if "segments" in feeds:
         if sizes["S"] < 1:
             raise BadRequestError("has no segment; give [[0, 0]] where nothing is pooled", "segments")
+        if sizes["S"] > t:  # outputs have a row of the vocabulary for each
+            raise BadRequestError(
+                f"a row has {sizes['S']} segments, expected at most its {t} tokens", "segments"
+            )
         _check_range(feeds["segments"], 0, t - 1, "segments")
         if (feeds["segments"][..., 0] > feeds["segments"][..., 1]).any():
             raise BadRequestError("a segment's first token is behind its last", "segments")

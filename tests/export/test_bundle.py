@@ -185,18 +185,20 @@ def test_run_py_has_60_lines_and_answers_as_predict_does_tasks_mixed(
     [
         (
             {"task": "demo_topik", "text": "x"},
-            "task demo_topik: expected one of demo_topic",
+            "line 1: task demo_topik, expected one of demo_topic",
         ),
-        ({"task": "finding", "context": "x"}, "line 1: 'question'"),
+        ({"task": "finding", "context": "x"}, "line 1: 'question' is missing"),
+        ({"text": "x"}, "line 1: 'task' is missing"),
+        ({"task": ["demo_topic"], "text": "x"}, "line 1: expected an object"),
+        ({"task": "demo_topic", "text": 7}, "line 1: expected an object"),
+        ([1, 2], "line 1: expected an object"),
         (
             {"task": "choice", "context": "x" * 50, "question": "y", "options": ["天" * 90, "地"]},
             "line 1: its options leave -",
         ),
     ],
 )
-def test_run_py_says_what_it_cannot_answer(
-    bundle: Path, tmp_path: Path, line: dict[str, Any], message: str
-) -> None:
+def test_run_py_says_what_it_cannot_answer(bundle: Path, tmp_path: Path, line: Any, message: str) -> None:
     done = alone(bundle, [line], tmp_path)
     assert done.returncode == 1
     assert message in done.stderr

@@ -177,6 +177,11 @@ def dropped(name: str) -> Callable[[dict[str, Any]], None]:
         (changed("prompt_length", shape=[2], data=[1, 2]), "prompt_length", "shape is [2], expected"),
         (changed("segments", data=[[[0, 10**9]], [[0, 0]], [[0, 0]]]), "segments", "expected 0 to"),
         (changed("segments", data=[[[1, 0]], [[0, 0]], [[0, 0]]]), "segments", "behind its last"),
+        (
+            changed("segments", shape=[3, 400, 2], data=[[0, 0]] * 1200),
+            "segments",
+            "has 400 segments, expected",
+        ),
         (changed("span_bias", data=[[1e300, 0], [0, 0], [0, 0]]), "span_bias", "not finite"),
         (changed("span_bias", parameters={"binary_data_size": 24}), "span_bias", "the body ends 24 bytes"),
         (changed("span_bias", parameters={"binary_data_size": 7}), "span_bias", "is 7, expected 24"),

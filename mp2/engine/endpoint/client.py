@@ -193,6 +193,10 @@ class _Queue:
             except (ValueError, FormatError) as error:
                 request.answer.set_exception(EndpointError(f"{url} sent an answer that is none: {error}"))
                 continue
+            except Exception as error:  # memory that ran out, say: a thread that ended would not be heard
+                connection.close()
+                request.answer.set_exception(error)
+                continue
             failures = 0
             with self._ready:
                 if url in self._down:

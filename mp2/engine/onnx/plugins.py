@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from mp2.engine.onnx.library import load_onnxruntime
@@ -23,7 +24,19 @@ class Plugin:
     package: str
     module: str
     needs: str  # of the machine
-    settings: dict[str, str] = field(default_factory=dict)
+    settings: Callable[[int], dict[str, str]] = lambda threads: {}  # of a session of so many threads
+
+
+def _of_openvino(threads: int) -> dict[str, str]:
+    """Return OpenVINO's settings: float32, and ``threads`` (0: as it likes).
+
+    Without the hint it computes float32 graphs in bfloat16 where the processor has that. Its option
+    ``num_of_threads`` changes nothing (1.8.1), nor do a session's own threads.
+    """
+    own: dict[str, object] = {"INFERENCE_PRECISION_HINT": "f32"}
+    if threads:
+        own["INFERENCE_NUM_THREADS"] = threads
+    return {"load_config": json.dumps({"CPU": own})}
 
 
 PLUGINS = {
@@ -36,8 +49,7 @@ PLUGINS = {
         package="onnxruntime-ep-openvino",
         module="onnxruntime_ep_openvino",
         needs="an Intel processor",
-        # without it, float32 graphs are computed in bfloat16 where the processor has that
-        settings={"load_config": json.dumps({"CPU": {"INFERENCE_PRECISION_HINT": "f32"}})},
+        settings=_of_openvino,
     ),
 }
 _registered: dict[str, str] = {}  # kind -> the provider's name
@@ -79,8 +91,9 @@ def plugin_devices(kind: str) -> list[Any]:
 def add_plugin(options: Any, kind: str, settings: dict[str, str] | None = None) -> str:
     """Add a plugin's first device to a session's ``options``, and return the provider's name.
 
-    ``settings`` take the place of the plugin's own. Raises as `plugin_devices` does.
+    ``settings`` take the place of the plugin's own, which have the threads that ``options`` have. Raises as
+    `plugin_devices` does.
     """
-    own = PLUGINS[kind].settings if settings is None else settings
+    own = PLUGINS[kind].settings(options.intra_op_num_threads) if settings is None else settings
     options.add_provider_for_devices(plugin_devices(kind)[:1], own)
     return _registered[kind]

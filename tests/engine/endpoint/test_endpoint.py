@@ -332,6 +332,14 @@ def test_what_is_refused_is_not_asked_again(moody: Callable[[list[Any]], str]) -
     assert answers == [200]
 
 
+def test_what_cannot_be_sent_is_heard_of_and_the_threads_go_on(moody: Callable[[list[Any]], str]) -> None:
+    servers = Endpoints([moody([])], 30, lambda line: None)
+    for _ in range(3):  # more than there are threads
+        with pytest.raises(KeyError, match="float64"):
+            servers.infer("m", {"x": np.zeros(3, np.float64)}, ["y"]).result(20)
+    assert servers.infer("m", {"x": np.zeros(3, np.float32)}, ["y"]).result(20)["y"].tolist() == [7.0]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -5,20 +5,26 @@ from __future__ import annotations
 import importlib.machinery
 import json
 import sys
+import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
 
 from mp2 import doctor
-from mp2.backbone import Backbone
+from mp2.backbone import Backbone, load_backbone
 from mp2.engine import create_backend
 from mp2.engine.onnx import plugins
 from mp2.engine.onnx.plugins import PLUGINS, add_plugin, installed, plugin_devices
 from mp2.errors import MissingDependencyError
-from mp2.export import compare_stages
+from mp2.export import compare_stages, export_engine
+from mp2.export.graphs import PREFIX_GRAPH
+from mp2.export.parity import compare_whole
+from mp2.serve.model import ServedBundle
 
 KIND = "tensorrt-rtx"
 
@@ -104,12 +110,64 @@ def test_a_run_computes_on_it(
     assert [c.line() for c in comparisons if not c.ok] == []
     assert len(comparisons) == 3 + 5 * tiny_backbone.config.n_layers + 2
     assert given
-    assert all(settings == PLUGINS[KIND].settings for settings in given)
+    assert all(settings == {} for settings in given)
 
 
-def test_openvino_is_told_to_compute_in_float32() -> None:
-    settings = json.loads(PLUGINS["openvino"].settings["load_config"])
-    assert settings == {"CPU": {"INFERENCE_PRECISION_HINT": "f32"}}
+def test_openvino_is_told_to_compute_in_float32_and_on_how_many_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By what it reads: the threads of a session's options are not passed on to it."""
+    given: list[dict[str, str]] = []
+    monkeypatch.setattr(plugins, "plugin_devices", lambda kind: ["a device"])
+    monkeypatch.setitem(plugins._registered, "openvino", "OpenVINOExecutionProvider")
+    for threads in (3, 0):
+        options = SimpleNamespace(
+            intra_op_num_threads=threads,
+            add_provider_for_devices=lambda devices, settings: given.append(settings),
+        )
+        add_plugin(options, "openvino")
+    assert [json.loads(settings["load_config"]) for settings in given] == [
+        {"CPU": {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 3}},
+        {"CPU": {"INFERENCE_PRECISION_HINT": "f32"}},
+    ]
+
+
+@pytest.mark.skipif(not installed("openvino"), reason="onnxruntime-ep-openvino is not installed")
+def test_openvino_computes_float32_on_as_many_threads_as_it_is_told(tmp_path: Path) -> None:
+    """As the server opens it: torch's logits, and processor time that is the clock's."""
+    backbone = load_backbone("mini")
+    served = ServedBundle(export_engine(backbone, tmp_path / "engine").path, device="openvino", threads=1)
+    compared = list(
+        compare_whole(
+            lambda feeds, outputs: [
+                torch.from_numpy(x)
+                for x in served.run(
+                    "backbone", {k: x.numpy() for k, x in feeds.items()}, list(outputs)
+                ).values()
+            ],
+            backbone,
+            "fp32",
+            PREFIX_GRAPH,
+        )
+    )
+    assert [c.line() for c in compared if not c.ok] == []
+    config, n, t = backbone.config, 64, 64
+    keys = np.zeros((1, config.n_layers, config.n_heads, 16, config.head_size), np.float32)
+    feeds = {
+        "input_ids": np.ones((n, t), np.int64),
+        "attention_mask": np.ones((n, t), np.int64),
+        "segments": np.zeros((n, 1, 2), np.int64),
+        "prompt_length": np.array([16]),
+        "prompt_keys": keys,
+        "prompt_values": keys,
+        "span_weight": np.zeros((1, 2, config.hidden), np.float32),
+        "span_bias": np.zeros((1, 2), np.float32),
+    }
+    served.run("backbone", feeds, ["start_logits"])
+    clock, processor = time.perf_counter(), time.process_time()
+    for _ in range(20):
+        served.run("backbone", feeds, ["start_logits"])
+    assert time.process_time() - processor < 1.2 * (time.perf_counter() - clock)
 
 
 def test_doctor_shows_each_plugin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -122,9 +180,6 @@ def test_doctor_shows_each_plugin(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_the_server_takes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from command_line import mp2
-
-    from mp2.backbone import load_backbone
-    from mp2.export import export_engine
 
     engine = export_engine(load_backbone("mini"), tmp_path / "engine").path
     stand_in(monkeypatch, str(tmp_path / "libnothing.so"))

@@ -21,7 +21,8 @@ def one_line_errors(*, goes_on: bool = False) -> Callable[[Main], Main]:
     after_stop = "stopped; the same command goes on from here" if goes_on else "stopped"
 
     def decorate(main: Main) -> Main:
-        name = Path(inspect.getfile(main)).stem
+        file = Path(inspect.getfile(main))
+        name = file.parent.name if file.stem == "__main__" else file.stem
 
         @wraps(main)
         def command() -> None:

@@ -17,12 +17,13 @@ CHARACTERS = "天地人你我他大小上下左右前后山水火木金土日月
 N_TRAIN, N_DEV = 24, 6
 
 
-def write_upstream(folder: Path, tasks: Iterable[str]) -> None:
+def write_upstream(folder: Path, tasks: Iterable[str], splits: Iterable[str] = ("train", "dev")) -> None:
     """Random texts for each task, with every label and option."""
     for task in tasks:
         rng = np.random.default_rng(len(task))
         (folder / task).mkdir(parents=True)
-        for split, n in (("train", N_TRAIN), ("dev", N_DEV)):
+        for split in splits:
+            n = N_TRAIN if split == "train" else N_DEV
             lines = [json.dumps(_example(task, rng, i), ensure_ascii=False) for i in range(n)]
             (folder / task / f"{split}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
 

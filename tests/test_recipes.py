@@ -1,18 +1,21 @@
-"""recipes/ship.sh and recipes/mini.sh, from empty folders at 1/1000 of their steps."""
+"""recipes/ship.sh and recipes/mini.sh, from empty folders at 1/1000 of their steps; conform.sh on a toy."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from recipe_world import ROOT, write_corpus, write_upstream
+from recipe_world import CHARACTERS, ROOT, write_corpus, write_upstream
+from tiny_words import SPECIAL
 from warm_programs import run_script
 
-from mp2.backbone import load_backbone
-from mp2.prompts import load_prompts
+from mp2.backbone import BackboneConfig, load_backbone, random_backbone, save_backbone
+from mp2.prompts import load_prompts, random_prompts, save_prompts
 from mp2.tasks import load_card
+from mp2.training.config import PretrainConfig
 
 TINY = "--layers 2 --hidden 32 --heads 2 --batch-size 8 --vocab-size 400 --no-compile"
 
@@ -51,6 +54,43 @@ def test_everything_that_ships_is_made_by_one_script(warm: dict[str, str], tmp_p
     before = {f: f.read_bytes() for f in files}
     run_script(warm, *words, cwd=tmp_path, **options)  # started again: all is there
     assert {f: f.read_bytes() for f in files} == before
+
+
+@pytest.mark.slow
+def test_tables_and_figures_over_what_prompts_there_are(warm: dict[str, str], tmp_path: Path) -> None:
+    """Deep and shallow prompts alone: no SPoT, PPT, head or other rates; two of the tasks."""
+    write_upstream(tmp_path / "data", ["lcqmc", "bq"], ("train", "dev", "test"))
+    vocabulary = [*SPECIAL, *sorted({*CHARACTERS, *"意思判别与的关系是选项不同相似"}), *"，。？：“”"]
+    shape = BackboneConfig(
+        name="toy",
+        n_layers=2,
+        hidden=16,
+        n_heads=2,
+        ffn=32,
+        vocab_size=len(vocabulary),
+        max_positions=128,
+    )
+    tiny_backbone = random_backbone(shape, vocabulary, seed=1)
+    save_backbone(tiny_backbone, tmp_path / "backbone")
+    config = {"made_by": "mp2 pretrain", "config": asdict(PretrainConfig())}
+    tasks = ("bq", "afqmc", "atec", "thucnews", "tnews")
+    for kind, folder in (("deep", "float16"), ("shallow", "shallow")):
+        made = random_prompts(tiny_backbone, kind, n_modules=3, prompt_tokens=2, intrinsic_dim=4, tasks=tasks)
+        made = replace(made, meta=replace(made.meta, provenance=config))
+        name = "deep" if kind == "deep" else "prompts"
+        save_prompts(made, tmp_path / "prompts" / folder / f"{name}.safetensors")
+    given = [tmp_path / name for name in ("backbone", "prompts", "data", "out")]
+    script = ROOT / "recipes" / "conform.sh"
+    words = [script, *given, "600", "--iters", "24", "--epochs", "2", "--test-limit", "4"]
+    run_script(warm, *words, "--max-tokens", "80", cwd=tmp_path, SEEDS="8")
+    out = tmp_path / "out"
+    pages = {page.stem: page.read_text("utf-8") for page in out.glob("*.md")}
+    assert set(pages) == {"table3", "table5", "figure3", "figure4b", "figure5"}
+    assert {p.stem for p in out.glob("*.png")} == {"figure3", "figure4b", "figure5_deep", "figure5_shallow"}
+    for name in ("table3", "table5", "figure3", "figure4b"):
+        assert "Scale: 24 iterations of black-box tuning (paper: 8,000); 2 epochs" in pages[name]
+    assert "Without ppt: --prompts has no ppt prompts." in pages["table3"]
+    assert "| deep | paper |" in pages["table3"]
 
 
 @pytest.mark.slow

@@ -5,15 +5,21 @@ command computes what is missing. Cells of other settings or weights are never m
 the first command. Where they are computed: in this process, in several of this machine (``--jobs``), or on a
 Ray cluster (``--ray ADDRESS``, ``local`` for one of this machine; ``pip install 'mp2[ray]'``); its nodes
 must see data, backbone and work folder under the same paths, and this process writes what they return.
+
+A cell that fails is noted in the folder ``failed`` and the others go on; the next command tries it again.
+With a budget no cell is begun that would, by what others of its method took, end after it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,7 +32,7 @@ from filelock import FileLock, Timeout
 
 from benchmarks.paper.methods import Lab, Settings
 from mp2.errors import MismatchError, MissingDependencyError, UsageError
-from mp2.files import write_json
+from mp2.files import write_json, write_text
 from mp2.runs.series import one_blas_thread, sigterm_exits
 from mp2.tasks import load_card
 
@@ -98,12 +104,74 @@ def run_cell(lab: Lab, cell: Cell, where_from: dict[str, Any]) -> dict[str, Any]
     return found | {"provenance": where_from}
 
 
-def work_through(lab: Lab, cells: Sequence[Cell], where_from: dict[str, Any], show: Show = print) -> None:
-    """Compute every cell that is neither there nor in another process's hands."""
+def failed_file(work: Path, cell: Cell) -> Path:
+    """Where the error of a cell that failed lies: what it said in one line, then where it came from."""
+    return work / "failed" / f"{cell.name}.txt"
+
+
+def failures(work: Path, cells: Sequence[Cell]) -> dict[str, str]:
+    """Name -> error, in one line, of the cells that failed when they were last tried."""
+    found = {}
+    for cell in cells:
+        with contextlib.suppress(FileNotFoundError):
+            found[cell.name] = failed_file(work, cell).read_text("utf-8").partition("\n")[0]
+    return found
+
+
+def _keep(work: Path, cell: Cell, compute: Callable[[], dict[str, Any]]) -> str:
+    """Write the result of a cell, or the error that it ends with; returns a line of progress."""
+    failed = failed_file(work, cell)
+    try:
+        found = compute()
+    except Exception as error:  # whatever it is: the other cells do not depend on this one
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        failed.parent.mkdir(exist_ok=True)
+        write_text(failed, f"{said}\n\n{traceback.format_exc()}")
+        return f"{cell.name}: failed: {said}"
+    write_json(cell_file(work, cell), found)
+    failed.unlink(missing_ok=True)
+    return _line(found)
+
+
+def _failed_since(work: Path, cell: Cell, began: float) -> bool:
+    """Whether a cell failed since ``began`` (`time.time`): in this command, here or in another process."""
+    try:
+        return failed_file(work, cell).stat().st_mtime >= began
+    except FileNotFoundError:
+        return False
+
+
+def expected_s(work: Path, cell: Cell) -> float:
+    """Seconds that a cell will take, by those of its method that are there; 0: there are none.
+
+    Of its task, else the mean of all tasks.
+    """
+    found = [c for c in read_cells(work) if c["method"] == cell.method and "refused" not in c]
+    own = [c for c in found if (c["task"], c["shots"]) == (Path(cell.task).stem, cell.shots)]
+    return mean(c["wall_s"] for c in own or found) if found else 0.0
+
+
+def work_through(
+    lab: Lab,
+    cells: Sequence[Cell],
+    where_from: dict[str, Any],
+    show: Show = print,
+    until: float = math.inf,
+) -> None:
+    """Compute every cell that is neither there nor in another process's hands.
+
+    ``until``: by the clock of `time.monotonic`, when the last of them shall have ended. What one of a method
+    takes is known only after the first, so that the end may be as much later.
+    """
     (lab.work / "cells").mkdir(parents=True, exist_ok=True)
+    began = time.time()
     for cell in cells:
         file = cell_file(lab.work, cell)
-        if file.exists():
+        if file.exists() or _failed_since(lab.work, cell, began):
+            continue
+        if until < math.inf and (
+            time.monotonic() >= until or time.monotonic() + expected_s(lab.work, cell) > until
+        ):
             continue
         lock = FileLock(file.with_suffix(".lock"), timeout=0)
         try:
@@ -111,25 +179,32 @@ def work_through(lab: Lab, cells: Sequence[Cell], where_from: dict[str, Any], sh
         except Timeout:
             continue
         try:
-            if file.exists():
+            if file.exists() or _failed_since(lab.work, cell, began):
                 continue
-            found = run_cell(lab, cell, where_from)
-            write_json(file, found)
+            line = _keep(lab.work, cell, lambda cell=cell: run_cell(lab, cell, where_from))  # type: ignore[misc]
         finally:
             lock.release()
-        show(f"{_line(found)}  {_left(lab.work, cells)}")
+        show(f"{line}  {_left(lab.work, cells)}")
 
 
-def work_together(lab: Lab, cells: Sequence[Cell], where_from: dict[str, Any], jobs: int, show: Show) -> None:
+def work_together(
+    lab: Lab,
+    cells: Sequence[Cell],
+    where_from: dict[str, Any],
+    jobs: int,
+    show: Show,
+    until: float = math.inf,
+) -> None:
     """``work_through`` in this process and, by the command that was typed, in ``jobs - 1`` more."""
     module = sys.modules["__main__"].__spec__
     name = "benchmarks.paper" if module is None else module.name.removesuffix(".__main__")
     words = [sys.executable, "-m", name, *sys.argv[1:], "--jobs", "1"]
-    others = [subprocess.Popen(words) for _ in range(jobs - 1)]
+    quiet = subprocess.DEVNULL  # one page is enough; progress and errors are on standard error
+    others = [subprocess.Popen(words, stdout=quiet) for _ in range(jobs - 1)]
     torch.set_num_threads(1)
     try:
         with sigterm_exits(), one_blas_thread():
-            work_through(lab, cells, where_from, show)
+            work_through(lab, cells, where_from, show, until)
             for other in others:
                 other.wait()
     finally:
@@ -145,9 +220,16 @@ def _lab_of(settings: Settings, data: Path, work: Path) -> Lab:
 
 
 def work_with_ray(
-    lab: Lab, cells: Sequence[Cell], where_from: dict[str, Any], address: str, show: Show
+    lab: Lab,
+    cells: Sequence[Cell],
+    where_from: dict[str, Any],
+    address: str,
+    show: Show,
+    until: float = math.inf,
 ) -> None:
     """Compute what is missing on a Ray cluster, a core (with CUDA a GPU) a cell; write it here.
+
+    ``until`` (see `work_through`): what has not ended by then is given up.
 
     Raises:
         MissingDependencyError: Ray is not installed.
@@ -183,17 +265,20 @@ def work_with_ray(
             for cell in missing
         }
         while waiting:
-            (done,), _ = ray.wait(list(waiting), num_returns=1)
-            cell = waiting.pop(done)
-            found = ray.get(done)
-            write_json(cell_file(lab.work, cell), found)
-            show(f"{_line(found)}  {_left(lab.work, cells)}")
+            left = None if until == math.inf else max(0.0, until - time.monotonic())
+            ended, _ = ray.wait(list(waiting), num_returns=1, timeout=left)
+            if not ended:
+                break
+            cell = waiting.pop(ended[0])
+            line = _keep(lab.work, cell, lambda done=ended[0]: ray.get(done))  # type: ignore[misc]
+            show(f"{line}  {_left(lab.work, cells)}")
     finally:
         ray.shutdown()
 
 
 def _line(cell: dict[str, Any]) -> str:
-    name = f"{cell['task']} {cell['method']} seed {cell['seed']}"
+    shots = "" if cell["shots"] is None else f" {cell['shots']} shots"
+    name = f"{cell['task']} {cell['method']}{shots} seed {cell['seed']}"
     if "refused" in cell:
         return f"{name}: not run: {cell['refused']}"
     tests = [f"{stage} {100 * found['test_score']:.1f}" for stage, found in cell["stages"].items()]
@@ -205,6 +290,8 @@ def _left(work: Path, cells: Sequence[Cell]) -> str:
     costs: dict[tuple[str, str], list[float]] = {}  # by task and method
     for found in read_cells(work):
         costs.setdefault((found["task"], found["method"]), []).append(found["cpu_s"])
+    if not costs:
+        return f"[0/{len(cells)}]"
     typical = mean(s for own in costs.values() for s in own)
     todo = [(Path(c.task).stem, c.method) for c in cells if not cell_file(work, c).exists()]
     seconds = sum(mean(costs[key]) if key in costs else typical for key in todo)

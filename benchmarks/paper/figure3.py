@@ -19,8 +19,18 @@ from matplotlib.figure import Figure
 from benchmarks.paper.cell_code import code_line, codes, made_by
 from benchmarks.paper.cells import Cell, read_cells
 from benchmarks.paper.methods import Lab
-from benchmarks.paper.options import compute, parser_of, seeds_of, settings_of
-from mp2.errors import UsageError
+from benchmarks.paper.options import (
+    NO_TIME,
+    choose,
+    compute,
+    deadline,
+    parser_of,
+    say,
+    scale_line,
+    seeds_of,
+    settings_of,
+)
+from benchmarks.paper.state import check_failed, failed_words, missing_words, too_early
 from mp2.files import whole_file, write_json
 
 TASKS = ("bq", "lcqmc")
@@ -115,18 +125,26 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def run(words: Sequence[str] | None = None) -> None:
     """Compute cells, draw, write the JSON."""
-    parser = parser_of(
-        "figure3", __doc__, tasks=list(TASKS), methods=list(PARADIGMS), prompts=["mini-shallow"]
-    )
-    args = parser.parse_args(words)
-    if not args.table:
-        lab = Lab(settings_of(args), args.data, args.work)
-        seeds = seeds_of(args.seeds)
-        compute(args, lab, [Cell(m, t, s) for s in seeds for t in args.tasks for m in args.methods])
+    args = parser_of("figure3", __doc__, prompts=["mini-shallow"]).parse_args(words)
+    until, lab = deadline(args), None if args.table else Lab(settings_of(args), args.data, args.work)
+    notes = choose(args, TASKS, tuple(PARADIGMS), lab)
+    asked = [Cell(m, t, s) for s in seeds_of(args.seeds) for t in args.tasks for m in args.methods]
+    if lab is not None:
+        compute(args, lab, asked, until)
     cells = read_cells(args.work)
     rows = curves(cells)
-    if not rows:
-        raise UsageError(f"there are no cells with a curve in {args.work} yet")
-    write_json(args.out, {"made_by": made_by(cells), "codes": codes(cells), "rows": rows}, indent=1)
+    if not rows and too_early({args.work: asked}, cells, until):
+        say(NO_TIME)
+        return
+    state = [
+        scale_line(args.work, cells),
+        *notes,
+        *missing_words(args.work, asked),
+        *failed_words(args.work, asked),
+    ]
+    write_json(
+        args.out, {"made_by": made_by(cells), "codes": codes(cells), "rows": rows, "state": state}, indent=1
+    )
     draw(rows, args.out.with_suffix(".png"))
-    print(table(rows), "", code_line(cells), sep="\n")
+    print(table(rows), "", code_line(cells), "", *state, sep="\n")
+    check_failed({args.work: asked})

@@ -27,10 +27,21 @@ from matplotlib.figure import Figure
 from benchmarks.paper.cell_code import code_line, codes, made_by
 from benchmarks.paper.cells import Cell, read_cells
 from benchmarks.paper.methods import Lab
-from benchmarks.paper.options import compute, parser_of, seeds_of, settings_of
+from benchmarks.paper.options import (
+    NO_TIME,
+    choose,
+    compute,
+    deadline,
+    parser_of,
+    say,
+    scale_line,
+    seeds_of,
+    settings_of,
+)
+from benchmarks.paper.state import check_failed, failed_words, missing_words, too_early
 from benchmarks.paper.table3_scores import read_score
 from mp2.errors import UsageError
-from mp2.files import whole_file, write_json
+from mp2.files import whole_file, write_json, write_text
 from mp2.tasks import load_card
 
 LABELS = (10, 15, 20, 25, 30)
@@ -44,13 +55,13 @@ def label_subsets(data: Path, out: Path, sizes: Sequence[int]) -> dict[int, Path
     """Write ``iflytek_N.toml`` and ``data/iflytek_N`` under ``out`` for each size N; N -> the card.
 
     Raises:
-        UsageError: fewer labels have enough examples than the largest size.
+        UsageError: no iflytek, or fewer of its labels have enough examples than the largest size.
     """
     card = load_card("iflytek")
-    lines = {
-        split: (data / "iflytek" / f"{split}.jsonl").read_text("utf-8").splitlines()
-        for split in ("train", "test")
-    }
+    absent = [path for path in _sources(data).values() if not path.is_file()]
+    if absent:
+        raise UsageError(f"there is no {absent[0]}: --data needs iflytek/train.jsonl and test.jsonl")
+    lines = {split: path.read_text("utf-8").splitlines() for split, path in _sources(data).items()}
     labels = {split: [str(json.loads(line)["label"]) for line in own] for split, own in lines.items()}
     counts = Counter(labels["train"])
     enough = [n for n in card.labels if counts[n] >= 2 * SHOTS and n in set(labels["test"])]
@@ -64,8 +75,8 @@ def label_subsets(data: Path, out: Path, sizes: Sequence[int]) -> dict[int, Path
         folder.mkdir(parents=True, exist_ok=True)
         for split, own in lines.items():
             kept = [line for line, label in zip(own, labels[split], strict=True) if label in chosen]
-            (folder / f"{split}.jsonl").write_text("\n".join(kept) + "\n", "utf-8")
-        cards[size] = out / f"{name}.toml"
+            write_text(folder / f"{split}.jsonl", "\n".join(kept) + "\n")  # whole: others may read it
+        cards[size] = card_file(out, size)
         words = "".join(
             f"{json.dumps(label, ensure_ascii=False)} = {json.dumps(word, ensure_ascii=False)}\n"
             for label, word in card.labels.items()
@@ -73,8 +84,17 @@ def label_subsets(data: Path, out: Path, sizes: Sequence[int]) -> dict[int, Path
         )
         text = re.split(r"^\[", card.path.read_text("utf-8"), maxsplit=1, flags=re.MULTILINE)[0]
         text = re.sub(r"^task = .*$", f'task = "{name}"', text, flags=re.MULTILINE)
-        cards[size].write_text(f"{text}[labels]\n{words}", "utf-8")
+        write_text(cards[size], f"{text}[labels]\n{words}")
     return cards
+
+
+def _sources(data: Path) -> dict[str, Path]:
+    return {split: data / "iflytek" / f"{split}.jsonl" for split in ("train", "test")}
+
+
+def card_file(work: Path, size: int) -> Path:
+    """Where the card of so many labels lies."""
+    return work / f"iflytek_{size}.toml"
 
 
 def rows_of(cells: Sequence[dict[str, Any]], x_of: Any) -> list[dict[str, Any]]:
@@ -131,54 +151,68 @@ def table(rows: Sequence[dict[str, Any]], x_label: str) -> str:
 
 def run_a(words: Sequence[str] | None = None) -> None:
     """Figure 4a."""
-    parser = parser_of("figure4a", __doc__, methods=list(METHODS))
+    parser = parser_of("figure4a", __doc__)
     parser.add_argument("--labels", nargs="+", type=int, default=list(LABELS))
     args = parser.parse_args(words)
+    if args.tasks is not None:
+        raise UsageError("the tasks of figure4a are subsets of iflytek: drop --tasks, give --labels")
+    until, lab = deadline(args), None
     if not args.table:
-        cards = label_subsets(args.data, args.work, args.labels)
+        label_subsets(args.data, args.work, args.labels)
         lab = Lab(settings_of(args), args.work / "data", args.work)
-        compute(
-            args,
-            lab,
-            [
-                Cell(method, str(card), seed)
-                for seed in seeds_of(args.seeds)
-                for card in cards.values()
-                for method in args.methods
-            ],
-        )
-    _write(args, "number of labels", lambda cell: int(cell["task"].rpartition("_")[2]))
+    args.tasks = [str(card_file(args.work, size)) for size in args.labels]
+    notes = choose(args, (), METHODS, lab)
+    asked = [
+        Cell(m, task, seed) for seed in seeds_of(args.seeds) for task in args.tasks for m in args.methods
+    ]
+    if lab is not None:
+        compute(args, lab, asked, until)
+    _write(args, asked, notes, until, "number of labels", lambda cell: int(cell["task"].rpartition("_")[2]))
 
 
 def run_b(words: Sequence[str] | None = None) -> None:
     """Figure 4b."""
-    parser = parser_of("figure4b", __doc__, methods=list(METHODS), tasks=["lcqmc"])
+    parser = parser_of("figure4b", __doc__)
     parser.add_argument("--examples", nargs="+", type=int, default=list(EXAMPLES))
     args = parser.parse_args(words)
+    until, lab = deadline(args), None if args.table else Lab(settings_of(args), args.data, args.work)
+    notes = choose(args, ("lcqmc",), METHODS, lab)
     n_labels = {load_card(task).task: len(load_card(task).labels) for task in args.tasks}
-    if not args.table:
-        lab = Lab(settings_of(args), args.data, args.work)
-        compute(
-            args,
-            lab,
-            [
-                Cell(method, task, seed, n // n_labels[load_card(task).task])
-                for seed in seeds_of(args.seeds)
-                for task in args.tasks
-                for n in args.examples
-                for method in args.methods
-            ],
-        )
-    _write(args, "number of training samples", lambda cell: cell["shots"] * n_labels[cell["task"]])
+    asked = [
+        Cell(method, task, seed, n // n_labels[load_card(task).task])
+        for seed in seeds_of(args.seeds)
+        for task in args.tasks
+        for n in args.examples
+        for method in args.methods
+    ]
+    if lab is not None:
+        compute(args, lab, asked, until)
+    _write(
+        args,
+        asked,
+        notes,
+        until,
+        "number of training samples",
+        lambda cell: cell["shots"] * n_labels[cell["task"]],
+    )
 
 
-def _write(args: Any, x_label: str, x_of: Any) -> None:
+def _write(
+    args: Any, asked: Sequence[Cell], notes: Sequence[str], until: float, x_label: str, x_of: Any
+) -> None:
     cells = read_cells(args.work)
     rows = rows_of(cells, x_of)
-    if not rows:
-        raise UsageError(f"there are no cells in {args.work} yet")
-    write_json(
-        args.out, {"made_by": made_by(cells), "codes": codes(cells), "x": x_label, "rows": rows}, indent=1
-    )
+    if not rows and too_early({args.work: asked}, cells, until):
+        say(NO_TIME)
+        return
+    state = [
+        scale_line(args.work, cells),
+        *notes,
+        *missing_words(args.work, asked),
+        *failed_words(args.work, asked),
+    ]
+    about = {"made_by": made_by(cells), "codes": codes(cells), "x": x_label}
+    write_json(args.out, {**about, "rows": rows, "state": state}, indent=1)
     draw(rows, x_label, args.out.with_suffix(".png"))
-    print(table(rows, x_label), "", code_line(cells), sep="\n")
+    print(table(rows, x_label), "", code_line(cells), "", *state, sep="\n")
+    check_failed({args.work: asked})

@@ -157,19 +157,22 @@ class Lab:
         """The precision of gradient tuning."""
         return self.settings.training_precision
 
-    def check(self, methods: Sequence[str]) -> None:
-        """Raise ``UsageError`` if a method needs prompts that were not given."""
+    def lacking(self, methods: Sequence[str]) -> dict[str, list[str]]:
+        """Kind of prompts that was not given -> those of ``methods`` that need it."""
+        found: dict[str, list[str]] = {}
         for method in methods:
-            need = [] if method in ALONE else [kind_of(method)]
-            if method == "model-tuning":
-                need = []
+            need = [] if method in (*ALONE, "model-tuning") else [kind_of(method)]
             if method.endswith("-upstream-head"):
                 need.append("head")
             for kind in need:
                 if kind not in self.prompts:
-                    raise UsageError(
-                        f"method '{method}' needs {kind} prompts: name a file of them in --prompts"
-                    )
+                    found.setdefault(kind, []).append(method)
+        return found
+
+    def check(self, methods: Sequence[str]) -> None:
+        """Raise ``UsageError`` if a method needs prompts that were not given."""
+        for kind, (method, *_) in self.lacking(methods).items():
+            raise UsageError(f"method '{method}' needs {kind} prompts: name a file of them in --prompts")
 
     def identity(self) -> dict[str, str]:
         """Hashes of the weights that scores depend on."""

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.cells import Cell, claim_folder, work_together, work_with_ray
 from benchmarks.paper.methods import METHODS, Lab, Settings
+from benchmarks.paper.state import scale_of
 from benchmarks.provenance import RESULTS, provenance
 from mp2.errors import UnknownNameError, UsageError
+from mp2.tasks import load_card
 
+NO_TIME = "no cell was begun within --budget-minutes: there is nothing to show yet"
 SEEDS = (8, 13, 21, 42, 100)
 
 
@@ -43,6 +49,11 @@ def parser_of(name: str, about: str | None, **defaults: Any) -> argparse.Argumen
     parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
     parser.add_argument("--jobs", type=int, default=1, help="processes; one a core")
     parser.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster; local: one on this machine")
+    parser.add_argument(
+        "--budget-minutes",
+        type=float,
+        help="begin no cell that would end later",
+    )
     parser.add_argument("--table", action="store_true", help="compute nothing: print what is there")
     parser.set_defaults(**defaults)
     return parser
@@ -71,12 +82,55 @@ def settings_of(args: argparse.Namespace, prompts: Sequence[str] | None = None) 
     )
 
 
-def compute(args: argparse.Namespace, lab: Lab, cells: Sequence[Cell]) -> None:
-    """Compute what is missing of ``cells``; claims the lab's work folder for its settings and weights."""
+def choose(
+    args: argparse.Namespace, tasks: Sequence[str], methods: Sequence[str], lab: Lab | None
+) -> list[str]:
+    """Set ``args.tasks`` and ``args.methods`` where none were given: the default's that can be had.
+
+    Returns lines that say what cannot: tasks without data, methods without prompts. ``lab`` None: nothing
+    will be computed, and all stay.
+    """
+    if lab is None:
+        args.tasks, args.methods = args.tasks or list(tasks), args.methods or list(methods)
+        return []
+    notes = choose_tasks(args, tasks)
+    if args.methods is None:
+        lacking = lab.lacking(methods)
+        args.methods = [m for m in methods if not any(m in own for own in lacking.values())]
+        if not args.methods:
+            kinds = " or ".join(lacking)
+            raise UsageError(f"none of {', '.join(methods)} can be run: name {kinds} prompts in --prompts")
+        for kind, own in lacking.items():
+            notes.append(f"Without {', '.join(own)}: --prompts has no {kind} prompts.")
+            say(notes[-1])
+    return notes
+
+
+def choose_tasks(args: argparse.Namespace, tasks: Sequence[str]) -> list[str]:
+    """Set ``args.tasks``, where none were given, to those of ``tasks`` that ``--data`` has; see `choose`."""
+    if args.tasks is not None:
+        return []
+    args.tasks = [task for task in tasks if (args.data / task).is_dir()]
+    if not args.tasks:
+        raise UsageError(f"--data {args.data} has no folder of {', '.join(tasks)}")
+    absent = [task for task in tasks if task not in args.tasks]
+    notes = [f"Without {', '.join(absent)}: --data has no folder of that name."] if absent else []
+    for line in notes:
+        say(line)
+    return notes
+
+
+def compute(args: argparse.Namespace, lab: Lab, cells: Sequence[Cell], until: float = math.inf) -> None:
+    """Compute what is missing of ``cells``; claims the lab's work folder for its settings and weights.
+
+    ``until``: see `deadline`.
+    """
     methods = list(dict.fromkeys(cell.method for cell in cells))
     for method in methods:
         if method not in METHODS:
             raise UnknownNameError("method", method, METHODS)
+    for task in dict.fromkeys(cell.task for cell in cells):
+        load_card(task)  # a wrong name is said before anything is computed
     if args.ray and args.jobs > 1:
         raise UsageError("--jobs are processes of this machine, and --ray has its own: drop one of them")
     lab.check(methods)
@@ -85,9 +139,31 @@ def compute(args: argparse.Namespace, lab: Lab, cells: Sequence[Cell]) -> None:
         del shared["training_precision"]
     claim_folder(lab.work, {**shared, "weights": lab.identity()})
     if args.ray:
-        work_with_ray(lab, cells, provenance(), args.ray, say)
+        work_with_ray(lab, cells, provenance(), args.ray, say, until)
     else:
-        work_together(lab, cells, provenance(), args.jobs, say)
+        work_together(lab, cells, provenance(), args.jobs, say, until)
+
+
+def deadline(args: argparse.Namespace) -> float:
+    """When the command shall have ended, by `time.monotonic`: ``--budget-minutes`` from now on."""
+    if args.budget_minutes is None:
+        return math.inf
+    if not args.budget_minutes > 0:
+        raise UsageError(f"--budget-minutes is {args.budget_minutes:g}, expected minutes above 0")
+    return time.monotonic() + 60 * float(args.budget_minutes)
+
+
+def scale_line(work: Path, cells: Iterable[dict[str, Any]]) -> str:
+    """`scale_of` the finished ``cells`` of a work folder, whose settings stand in it."""
+    return scale_of(read_settings(work), [int(cell["seed"]) for cell in cells])
+
+
+def read_settings(work: Path) -> dict[str, Any]:
+    """What the cells of a work folder share, with names in place of this machine's folders."""
+    settings: dict[str, Any] = json.loads((work / "settings.json").read_text("utf-8"))
+    settings["backbone"] = Path(settings["backbone"]).name
+    settings["prompts"] = [Path(name).name for name in settings["prompts"]]
+    return settings
 
 
 def say(line: str) -> None:

@@ -11,7 +11,6 @@ by the same command. A gain is the mean over tasks of (deep MP2 - BBTv2), paired
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,18 @@ from matplotlib.figure import Figure
 from benchmarks.paper.cell_code import code_line, codes, made_by
 from benchmarks.paper.cells import Cell, read_cells
 from benchmarks.paper.methods import Lab
-from benchmarks.paper.options import compute, parser_of, seeds_of, settings_of
+from benchmarks.paper.options import (
+    NO_TIME,
+    compute,
+    deadline,
+    parser_of,
+    read_settings,
+    say,
+    scale_line,
+    seeds_of,
+    settings_of,
+)
+from benchmarks.paper.state import check_failed, failed_words, missing_words, too_early
 from benchmarks.paper.table3_scores import answers, means, summarise
 from mp2.errors import UsageError
 from mp2.files import whole_file, write_json
@@ -63,9 +73,7 @@ def rows_of(work: Path) -> list[dict[str, Any]]:
     for tokens, folder in points:
         scores = summarise([cell for cell in read_cells(folder) if cell["task"] in common])
         found = answers(scores)
-        settings = json.loads((folder / "settings.json").read_text("utf-8"))
-        settings["backbone"] = Path(settings["backbone"]).name
-        settings["prompts"] = [Path(name).name for name in settings["prompts"]]
+        settings = read_settings(folder)
         of_all = means([row for row in scores if row["column"] != "untuned"], None).get("all", {})
         rows.append(
             {
@@ -147,16 +155,23 @@ def run(words: Sequence[str] | None = None) -> None:
     args = parser.parse_args(words)
     if args.backbone or args.prompts:
         raise UsageError("steering takes backbones and prompts by --point TOKENS BACKBONE PROMPTS")
-    if not args.table:
-        for tokens, backbone, prompts in map(point_of, args.point):
-            args.backbone = backbone
-            lab = Lab(settings_of(args, [prompts]), args.data, args.work / str(tokens))
-            seeds = seeds_of(args.seeds)
-            compute(args, lab, [Cell(m, t, s) for s in seeds for t in args.tasks for m in args.methods])
+    until, asked = deadline(args), dict[Path, list[Cell]]()
+    for tokens, backbone, prompts in [] if args.table else map(point_of, args.point):
+        args.backbone, work = backbone, args.work / str(tokens)
+        asked[work] = [Cell(m, t, s) for s in seeds_of(args.seeds) for t in args.tasks for m in args.methods]
+        compute(args, Lab(settings_of(args, [prompts]), args.data, work), asked[work], until)
     rows = rows_of(args.work)
-    if not rows:
-        raise UsageError(f"there are no cells in {args.work} yet")
+    if not rows and too_early(asked or {args.work: []}, [], until):
+        say(NO_TIME)
+        return
+    state = []
+    for tokens, folder in points_in(args.work):
+        own, cells = asked.get(folder, []), read_cells(folder)
+        words_of = [scale_line(folder, cells), *missing_words(folder, own), *failed_words(folder, own)]
+        state += [f"{tokens:,} tokens. {words_of[0]}", *words_of[1:]]
     cells = [cell for _, folder in points_in(args.work) for cell in read_cells(folder)]
-    write_json(args.out, {"made_by": made_by(cells), "codes": codes(cells), "rows": rows}, indent=1)
+    about = {"made_by": made_by(cells), "codes": codes(cells)}
+    write_json(args.out, {**about, "rows": rows, "state": state}, indent=1)
     draw(rows, args.out.with_suffix(".png"))
-    print(table(rows), "", code_line(cells), sep="\n")
+    print(table(rows), "", code_line(cells), "", *state, sep="\n")
+    check_failed(asked)

@@ -23,7 +23,19 @@ from typing import Any
 from benchmarks.paper.cell_code import code_line, codes, made_by, mixed
 from benchmarks.paper.cells import Cell, read_cells
 from benchmarks.paper.methods import DEFAULT_METHODS, Lab
-from benchmarks.paper.options import compute, parser_of, seeds_of, settings_of
+from benchmarks.paper.options import (
+    NO_TIME,
+    choose,
+    compute,
+    deadline,
+    parser_of,
+    read_settings,
+    say,
+    scale_line,
+    seeds_of,
+    settings_of,
+)
+from benchmarks.paper.state import check_failed, failed_words, missing_words, too_early
 from benchmarks.paper.table3_render import beside_paper, markdown
 from benchmarks.paper.table3_scores import answers, means, summarise
 from mp2.errors import UnknownNameError, UsageError
@@ -36,25 +48,25 @@ TASKS = (
 )
 
 
-def write_results(work: Path, out: Path) -> str:
+def write_results(work: Path, out: Path, asked: Sequence[Cell] = (), notes: Sequence[str] = ()) -> str:
     """Write the JSON of all finished cells; returns the Markdown table with its answers.
 
-    ``made_by`` there is the code of every method's cells, ``codes`` what is known of each.
+    ``made_by`` there is the code of every method's cells, ``codes`` what is known of each, ``state`` the
+    scale of the cells, ``notes``, and which of those that were ``asked`` for are missing or failed, in words.
     """
     cells = read_cells(work)
     if not cells:
         raise UsageError(f"there are no cells in {work} yet")
-    settings = json.loads((work / "settings.json").read_text())
-    upstream = upstream_tasks(settings)
-    settings["backbone"] = Path(settings["backbone"]).name  # its name, not the folder of this machine
-    settings["prompts"] = [Path(prompts).name for prompts in settings["prompts"]]
+    upstream = upstream_tasks(json.loads((work / "settings.json").read_text("utf-8")))
+    settings = read_settings(work)
     rows = summarise(cells)
     found = answers(rows)
     summary = {"rows": rows, "answers": found, "core_minutes": round(sum(c["cpu_s"] for c in cells) / 60, 1)}
     code = {"made_by": made_by(cells), "mixed_code": mixed(cells), "codes": codes(cells)}
+    state = [scale_line(work, cells), *notes, *missing_words(work, asked), *failed_words(work, asked)]
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {**code, "settings": settings, "means": means(rows, upstream), **summary})
-    return markdown(rows, found, settings, upstream, code_line(cells))
+    write_json(out, {**code, "settings": settings, "means": means(rows, upstream), **summary, "state": state})
+    return "\n".join([markdown(rows, found, settings, upstream, code_line(cells)), "", *state])
 
 
 def upstream_tasks(settings: dict[str, Any]) -> list[str] | None:
@@ -75,16 +87,20 @@ def upstream_tasks(settings: dict[str, Any]) -> list[str] | None:
 
 def run(words: Sequence[str] | None = None) -> None:
     """Compute cells, or print the table."""
-    parser = parser_of("table3", __doc__, tasks=list(TASKS), methods=list(DEFAULT_METHODS))
-    args = parser.parse_args(words)
-    if not args.table:
-        lab = Lab(settings_of(args), args.data, args.work)
-        cells = [
-            Cell(method, task, seed)
-            for seed in seeds_of(args.seeds)
-            for task in args.tasks
-            for method in args.methods
-        ]
-        compute(args, lab, cells)
-    print(write_results(args.work, args.out))
+    args = parser_of("table3", __doc__).parse_args(words)
+    until, lab = deadline(args), None if args.table else Lab(settings_of(args), args.data, args.work)
+    notes = choose(args, TASKS, DEFAULT_METHODS, lab)
+    cells = [
+        Cell(method, task, seed)
+        for seed in seeds_of(args.seeds)
+        for task in args.tasks
+        for method in args.methods
+    ]
+    if lab is not None:
+        compute(args, lab, cells, until)
+    if not read_cells(args.work) and too_early({args.work: cells}, [], until):
+        say(NO_TIME)
+        return
+    print(write_results(args.work, args.out, cells, notes))
     print("", beside_paper(json.loads(args.out.read_text("utf-8"))["rows"]), sep="\n")
+    check_failed({args.work: cells})

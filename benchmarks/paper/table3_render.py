@@ -41,11 +41,15 @@ def markdown(
             lines.append(f"- {question}: {_sentence(answer)}")
     for wanted, verdict in found.get("wanted", {}).items():
         lines.append(f"- wanted: {wanted}: {'yes' if verdict['met'] else 'no'} ({verdict['because']})")
+    below: dict[str, list[str]] = {}  # tasks -> columns
     for column, tasks_below in found.get("not better than majority", {}).items():
-        which = ", ".join(tasks_below) if tasks_below else "none"
-        lines.append(f"- not better than majority, {column}: {which}")
-    refused: dict[str, str] = {r["task"]: r["refused"] for r in rows if "refused" in r}
-    lines += [f"- {task} does not fit and was not run: {why}" for task, why in refused.items()]
+        below.setdefault(", ".join(tasks_below) or "no task", []).append(column)
+    lines += [f"- not better than majority on {which}: {', '.join(own)}" for which, own in below.items()]
+    refused: dict[tuple[str, str], list[str]] = {}  # task, reason -> columns
+    for row in rows:
+        if "refused" in row:
+            refused.setdefault((row["task"], row["refused"]), []).append(row["column"])
+    lines += [f"- {task} was not run by {', '.join(own)}: {why}" for (task, why), own in refused.items()]
     return "\n".join(lines)
 
 
@@ -107,7 +111,7 @@ def _cell(rows: Sequence[Row], task: str, column: str) -> str:
     if row is None:
         return ""
     if "refused" in row:
-        return "does not fit"
+        return "not run"
     return (
         f"{row['mean']:.1f}"
         if row["n"] == 1 or column == "majority"

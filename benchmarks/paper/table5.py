@@ -9,7 +9,7 @@ data sets. A cell is a run of ``mp2 tune`` (``gradient``, ``gradient-shallow``).
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,20 @@ from typing import Any
 from benchmarks.paper.cell_code import code_line, codes, made_by
 from benchmarks.paper.cells import Cell, read_cells
 from benchmarks.paper.methods import Lab
-from benchmarks.paper.options import compute, parser_of, seeds_of, settings_of
+from benchmarks.paper.options import (
+    NO_TIME,
+    choose_tasks,
+    compute,
+    deadline,
+    parser_of,
+    read_settings,
+    say,
+    scale_line,
+    seeds_of,
+    settings_of,
+)
 from benchmarks.paper.published import TABLE5, beside
+from benchmarks.paper.state import check_failed, failed_words, missing_words, too_early
 from benchmarks.paper.table3_scores import summarise
 from mp2.errors import UsageError
 from mp2.files import write_json
@@ -27,6 +39,7 @@ from mp2.training.config import PretrainConfig
 
 TASKS = ("chnsent", "tnews", "lcqmc")
 METHOD = {"deep": "gradient", "shallow": "gradient-shallow"}
+FOLDERS = {"w/o": "without", "w/": "with"}
 
 
 def learning_of(prompts: PromptSet, name: str) -> str:
@@ -53,7 +66,7 @@ def groups_of(names: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
 def rows_of(work: Path) -> list[dict[str, Any]]:
     """A row a kind, learning and task: mean, deviation, seeds."""
     rows = []
-    for learning, folder in (("w/o", "without"), ("w/", "with")):
+    for learning, folder in FOLDERS.items():
         for row in summarise(read_cells(work / folder)):
             kind = "shallow" if "shallow" in row["column"] else "deep"
             if "mean" in row and row["column"].startswith("gradient"):
@@ -76,30 +89,41 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def run(words: Sequence[str] | None = None) -> None:
     """Compute cells, or print the table."""
-    parser = parser_of("table5", __doc__, tasks=list(TASKS))
-    args = parser.parse_args(words)
-    folders = {"w/": "with", "w/o": "without"}
-    if not args.table:
-        for learning, files in groups_of(args.prompts).items():
-            lab = Lab(
-                settings_of(args, [name for _, name in files]), args.data, args.work / folders[learning]
-            )
-            cells = [
-                Cell(METHOD[kind], task, seed)
-                for seed in seeds_of(args.seeds)
-                for task in args.tasks
-                for kind, _ in files
-            ]
-            compute(args, lab, cells)
+    args = parser_of("table5", __doc__).parse_args(words)
+    if args.methods is not None:
+        raise UsageError("table5 has one method, MP2 by gradient, for each kind of prompts: drop --methods")
+    until = deadline(args)
+    asked: dict[Path, list[Cell]] = {}
+    labs: dict[Path, Lab] = {}
+    notes = [] if args.table else choose_tasks(args, TASKS)
+    for learning, files in () if args.table else groups_of(args.prompts).items():
+        work = args.work / FOLDERS[learning]
+        labs[work] = Lab(settings_of(args, [name for _, name in files]), args.data, work)
+        asked[work] = [
+            Cell(METHOD[kind], task, seed)
+            for seed in seeds_of(args.seeds)
+            for task in args.tasks
+            for kind, _ in files
+        ]
+    seeds = seeds_of(args.seeds)
+    parts = [[seed] for seed in seeds] if until < math.inf else [seeds]
+    for part in parts:  # where time may end: both kinds of learning of one seed before the next
+        for work, lab in labs.items():
+            compute(args, lab, [cell for cell in asked[work] if cell.seed in part], until)
     rows = rows_of(args.work)
-    cells_there = [c for folder in folders.values() for c in read_cells(args.work / folder)]
-    if not cells_there:
-        raise UsageError(f"there are no cells in {args.work} yet")
-    settings = json.loads(next(args.work.glob("*/settings.json")).read_text())
-    settings["backbone"] = Path(settings["backbone"]).name
-    settings["prompts"] = [Path(name).name for name in settings["prompts"]]
-    write_json(
-        args.out,
-        {"made_by": made_by(cells_there), "codes": codes(cells_there), "settings": settings, "rows": rows},
-    )
-    print(table(rows), "", code_line(cells_there), sep="\n")
+    folders = [args.work / folder for folder in FOLDERS.values()]
+    cells = {folder: found for folder in folders if (found := read_cells(folder))}
+    if not cells and too_early(asked or {args.work: []}, [], until):
+        say(NO_TIME)
+        return
+    every = [cell for own in cells.values() for cell in own]
+    settings = read_settings(next(iter(cells)))
+    state = [scale_line(next(iter(cells)), every), *notes]
+    for learning, folder in FOLDERS.items():
+        work = args.work / folder
+        own = [*missing_words(work, asked.get(work, [])), *failed_words(work, asked.get(work, []))]
+        state += [f"{learning} fast and slow learning:", *own] if own else []
+    about = {"made_by": made_by(every), "codes": codes(every), "settings": settings}
+    write_json(args.out, {**about, "rows": rows, "state": state})
+    print(table(rows), "", code_line(every), "", *state, sep="\n")
+    check_failed(asked)

@@ -1,10 +1,13 @@
 """PPT's pre-training task: which of 2 to 16 sentences comes next? From plain text, without labels.
 
 Gu et al. 2022, "PPT: Pre-trained Prompt Tuning for Few-shot Learning", its "Unified PPT": next-sentence
-selection as multiple choice. Of the wrong options one is from the same document (with two options: in half of
-the examples), the others are from other documents. Theirs are read by option letters through the language
-model's head; here they are written out like the options of every task of ours and the span head points at
-one, so that it has no label words of its own and its 16 options are a limit of training, not of form.
+selection as multiple choice of 2 to 16 options. Of the wrong ones some are from the same document, not next
+to the text (one of up to 6 options, two of up to 10, three of more: thu-coai/PPT,
+``tools/preprocess_pretrain_data_nss_uni.py``), the others from other documents. Their code takes the sentence
+before the text for the right option in half of the cases, where the paper says next; we keep to the paper.
+Theirs are read by option letters through the language model's head; here they are written out like the
+options of every task of ours and the span head points at one, so that it has no label words of its own and
+its 16 options are a limit of training, not of form.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ MOST_OPTIONS = 16  # Unified PPT's
 LEAST_CHARACTERS = 8  # of a text or an option, where there is no room for more; fewer options before that
 _SENTENCE = re.compile(r"[^。！？!?]+[。！？!?]*[”’」』]?")
 _SHORTEST = 4  # characters of a sentence; shorter ones are headings and numbers
-_TRIES = 20  # to find another sentence that reads differently
+_SAME_DOCUMENT = {6: 1, 10: 2, MOST_OPTIONS: 3}  # up to so many options: wrong ones from the same document
+_TRIES = 20  # an option, to find sentences that read differently
 _HELD_OUT = 100  # every so many documents one, for dev
 
 
@@ -159,17 +163,22 @@ class NextSentences(Sequence[MrcInput]):
         n_options = int(rng.integers(2, self._most + 1))
         cut = self._room // (n_options + 1) - 1  # characters of each piece; a separator or closing after it
         text, right = self.sentences[at][-cut:], self.sentences[at + 1][:cut]
-        taken = {text, right}
         options = [right]
-        from_here = last - first > 2 and (n_options > 2 or rng.random() < 0.5)
-        for number in range(n_options - 1):
-            for _ in range(_TRIES):
-                other = rng.integers(first, last) if from_here and not number else self._elsewhere(rng, which)
-                option = self.sentences[int(other)][:cut]
-                if int(other) not in (at, at + 1) and option not in taken:
-                    taken.add(option)
-                    options.append(option)
-                    break
+
+        def take(number: int) -> None:
+            option = self.sentences[number][:cut]
+            if option not in (text, *options):
+                options.append(option)
+
+        n_here = next(n for most, n in _SAME_DOCUMENT.items() if n_options <= most)
+        here = np.arange(first, last)
+        for number in rng.permutation(here[abs(here - at) > 1]):
+            if len(options) > n_here:
+                break
+            take(int(number))
+        for _ in range(_TRIES * n_options):
+            if len(options) < n_options:
+                take(self._elsewhere(rng, which))
         order = rng.permutation(len(options))
         return Example(
             fields={"text": text},
@@ -213,5 +222,6 @@ def next_sentence_task(
     own = NextSentences(sentences, numbers[held_out], formatter, seed + 1)
     examples = [own.example(i) for i in range(min(dev_limit, len(own)))]
     dev = [x for i, example in enumerate(examples) for x in formatter.inputs(example, i)]
-    key = json.dumps([sentences.key, max_tokens, seed, tokenizer.tokens()], ensure_ascii=False)
+    made_from = [sentences.key, max_tokens, seed, tokenizer.tokens(), _SAME_DOCUMENT]
+    key = json.dumps(made_from, ensure_ascii=False)
     return NextSentenceTask(CARD, train, examples, dev, key)

@@ -171,8 +171,7 @@ class SoftPromptTuner(Tuner):
 
     def _tuned_backbone(self) -> Backbone:
         """The selected weights as a backbone with its own hash, which `scoring_backend` has from now on."""
-        if self._selected:  # else no checkpoint was better than the start
-            self._encoder.load_state_dict(self._selected)
+        self._encoder.load_state_dict(self._selected or self._first)  # the start, if nothing was better
         config = replace(self._backbone.config, name=OWN_BACKBONE)
         self._backbone = freeze(config, copy.deepcopy(self._encoder).cpu(), self._backbone.tokenizer)
         return self._backbone

@@ -50,6 +50,17 @@ def test_errors_of_ours_are_one_line_and_their_exit_status(
     assert told == f"test_command: {line}{more}\n"
 
 
+def test_a_package_says_its_own_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks.paper", "tabel3"])
+    with pytest.raises(SystemExit):
+        importlib.import_module("benchmarks.paper.__main__").main()
+    assert capsys.readouterr().err.startswith(
+        "paper: unknown table or figure 'tabel3'. Did you mean 'table3'"
+    )
+
+
 def test_errors_that_are_not_ours_keep_their_traceback() -> None:
     @one_line_errors()
     def main() -> None:

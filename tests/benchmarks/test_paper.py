@@ -12,16 +12,17 @@ from typing import Any
 
 import own_tasks
 import pytest
+from recipe_world import write_upstream
 from runs.test_any_backbone import save_bert
 from transformers import BertForMaskedLM
 
 from benchmarks.paper import figure3, figure4
 from benchmarks.paper.__main__ import COMMANDS, run
 from benchmarks.paper.cells import Cell, cell_file
-from benchmarks.paper.methods import METHODS
+from benchmarks.paper.methods import METHODS, Lab
 from benchmarks.paper.published import beside
 from mp2.backbone import Backbone, load_backbone
-from mp2.errors import MissingDependencyError, UnknownNameError, UsageError
+from mp2.errors import MissingDependencyError, Mp2Error, UnknownNameError, UsageError
 from mp2.prompts import PromptSet, random_prompts, save_prompts
 from mp2.tasks import load_card
 from mp2.training.config import PretrainConfig
@@ -105,6 +106,60 @@ def test_table3_has_a_cell_of_every_method_and_computes_none_twice(
     assert "BBTv2, upstream head" in shown
     rows = json.loads((table / "table3.json").read_text())["rows"]
     assert len({row["column"] for row in rows}) >= len(PLAIN) - 1
+
+
+def test_a_cell_that_fails_does_not_stop_the_others_and_is_tried_again(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = Lab.run
+
+    def fails(lab: Lab, method: str, *cell: Any) -> dict[str, Any]:
+        if method == "simple":
+            raise RuntimeError("a stumbling\nblock")
+        return whole(lab, method, *cell)
+
+    task = world / f"{TASK}.toml"
+    words = command(world, "table3", tmp_path, "--tasks", task, "--methods", "simple", "majority")
+    work = tmp_path / "table3"
+    with monkeypatch.context() as patch:
+        patch.setattr(Lab, "run", fails)
+        with pytest.raises(Mp2Error, match="1 of 2 cells failed") as error:
+            run(words)
+        assert error.value.exit_code == 1
+        assert cell_file(work, Cell("majority", TASK, 8)).is_file()
+        shown = capsys.readouterr()
+        assert shown.err.count(f"{TASK}.simple.8: failed: RuntimeError: a stumbling block") == 1
+        assert f"- {TASK}.simple.8: RuntimeError: a stumbling block" in shown.out
+        assert (
+            "Missing: 1 of 2 cells; the same command computes them.\n- simple: tickets (seed 8)" in shown.out
+        )
+        assert "in fails" in (work / "failed" / f"{TASK}.simple.8.txt").read_text("utf-8")
+    run(words)
+    assert not list((work / "failed").iterdir())
+    assert "Missing" not in capsys.readouterr().out
+
+
+def test_the_page_says_its_scale_and_what_cannot_be_had(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_upstream(tmp_path / "data", ["lcqmc"], ("train", "test"))
+    words = command(world, "table3", tmp_path, "--budget-minutes", "1e-9", prompts=("deep",))
+    words[words.index(str(world))] = str(tmp_path / "data")
+    run(words)
+    said = capsys.readouterr().err
+    assert "no cell was begun within --budget-minutes" in said
+    assert not (tmp_path / "table3.json").exists()
+    assert "Without bq, ccpm, cote_mfw" in said
+    assert "Without prompt-tuning, gradient-shallow, shallow: --prompts has no shallow prompts." in said
+    assert "Without spot: --prompts has no spot prompts." in said
+    run([*words, "--methods", "majority", "--budget-minutes", "1"])
+    state = json.loads((tmp_path / "table3.json").read_text("utf-8"))["state"]
+    assert state[0].startswith("Scale: 26 iterations of black-box tuning (paper: 8,000); 4 epochs")
+    assert "seed 8 (paper: five); at most 48 tokens; backbone bert" in state[0]
+    assert state[0] in capsys.readouterr().out
+    assert state[1].startswith("Without bq")
+    with pytest.raises(UsageError, match="--budget-minutes is 0"):
+        run([*words, "--budget-minutes", "0"])
 
 
 def test_the_three_heads_differ_and_the_published_ones_read_label_words(table: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from filelock import FileLock
 from tuning_world import World
 
 from benchmarks.paper import table3
-from benchmarks.paper.cells import Cell, cell_file, claim_folder, run_cell, work_through
+from benchmarks.paper.cells import Cell, cell_file, claim_folder, expected_s, run_cell, work_through
 from benchmarks.paper.methods import Lab, Settings, prompts_key, random_start
 from benchmarks.paper.published import TABLE3
+from benchmarks.paper.state import missing_words
 from benchmarks.paper.table3_render import beside_paper, markdown
 from benchmarks.paper.table3_scores import answers, means, read_score, summarise
 from mp2.backbone import Backbone
@@ -77,6 +79,40 @@ def test_a_cell_in_another_process_hands_is_left_to_it(world: World, tmp_path: P
     assert len(shown) == 1
 
 
+def test_no_cell_is_begun_that_would_end_after_the_budget(world: World, tmp_path: Path) -> None:
+    lab, task = make_lab(world, tmp_path), str(world.card)
+    (tmp_path / "cells").mkdir()
+    for name, seconds in (("mood", 50.0), ("other", 70.0)):
+        found = cell(name, "deep", 8, 0.5) | {"wall_s": seconds, "shots": None}
+        (tmp_path / "cells" / f"{name}.deep.8.json").write_text(json.dumps(found), "utf-8")
+    deep, majority = Cell("deep", task, 13), Cell("majority", task, 13)
+    assert expected_s(tmp_path, deep) == 50  # of the task itself
+    assert expected_s(tmp_path, replace(deep, task="third")) == 60  # else of all
+    assert expected_s(tmp_path, majority) == 0
+    shown: list[str] = []
+    work_through(lab, [deep, majority], {}, shown.append, time.monotonic() + 40)
+    assert cell_file(tmp_path, majority).is_file()
+    assert not cell_file(tmp_path, deep).exists()
+    work_through(lab, [Cell("majority", task, 21)], {}, shown.append, time.monotonic())
+    assert len(shown) == 1
+
+
+def test_what_is_missing_is_said_by_method_and_seed(tmp_path: Path) -> None:
+    cells = [Cell(m, t, s) for m in ("deep", "bbtv2") for t in ("bq", "c3") for s in (8, 13, 21)]
+    cells += [Cell("ppt", "bq", 8, 16), Cell("ppt", "bq", 8, 32)]
+    (tmp_path / "cells").mkdir()
+    for there in (*cells[:1], cells[3], *cells[6:7], cells[9], cells[-1]):
+        cell_file(tmp_path, there).write_text("{}", "utf-8")
+    cell_file(tmp_path, Cell("deep", "c3", 13)).write_text("{}", "utf-8")
+    assert missing_words(tmp_path, cells) == [
+        "Missing: 8 of 14 cells; the same command computes them.",
+        "- deep: bq (seed 13); all tasks (seed 21)",
+        "- bbtv2: all tasks (seeds 13, 21)",
+        "- ppt: bq (16 shots) (seed 8)",
+    ]
+    assert missing_words(tmp_path, cells[:1]) == []
+
+
 def test_a_task_that_does_not_fit_is_a_result_and_a_wrong_name_is_an_error(
     world: World, tmp_path: Path
 ) -> None:
@@ -88,8 +124,8 @@ def test_a_task_that_does_not_fit_is_a_result_and_a_wrong_name_is_an_error(
     rows = summarise([refused, cell("other", "deep", 8, 0.5, untuned=STAGE, stage1=STAGE)])
     shown = {"test_limit": 9, "backbone": "tiny", "iters": 1, "epochs": 1, "max_tokens": 12}
     table = markdown(rows, answers(rows), shown, [], "")
-    assert "| mood | accuracy | does not fit | does not fit | does not fit |" in table
-    assert "- mood does not fit and was not run: task 'mood' does not fit 12 tokens" in table
+    assert "| mood | accuracy | not run | not run | not run |" in table
+    assert "- mood was not run by untuned, deep router-only, deep: task 'mood' does not fit 12" in table
     with pytest.raises(UnknownNameError, match="no_such_task"):
         run_cell(lab, Cell("deep", "no_such_task", 8), {})
 

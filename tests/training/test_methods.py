@@ -14,6 +14,7 @@ from tuning_world import World, make_world
 
 from mp2.backbone import Backbone, load_backbone
 from mp2.errors import UsageError
+from mp2.optimizers.two_stage import Checkpoint
 from mp2.prompts import load_prompts, save_prompts
 from mp2.prompts.scratch import hidden_scales
 from mp2.runs import BbtConfig
@@ -172,6 +173,21 @@ def test_the_rate_with_the_best_dev_score_is_chosen_and_each_begins_anew(
     np.testing.assert_allclose(
         [c.train_loss for c in alone._checkpoints[1:]], [c.train_loss for c in tuner._checkpoints[3:]]
     )
+
+
+def test_model_tuning_that_helps_nothing_leaves_the_backbone_as_it_was(
+    world: World, model: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dev prefers the start: then the backbone that is kept beside its prompts is the first one, too."""
+    tuner = tuner_of(world, model, "model-tuning")
+    monkeypatch.setattr(Checkpoint, "rank", lambda self: (float(self.at != "untuned"), 0.0))
+    outcome = tuner.run()
+    assert (outcome.stages.final.at, outcome.rate) == ("untuned", None)
+    assert outcome.backbone is not None
+    trained = dict(tuner._encoder.named_parameters())
+    for name, parameter in model.backbone.encoder.named_parameters():
+        assert torch.equal(dict(outcome.backbone.encoder.named_parameters())[name], parameter), name
+        assert torch.equal(trained[name], parameter), name
 
 
 def test_same_seed_same_result(world: World, model: FrozenModel) -> None:

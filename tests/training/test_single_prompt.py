@@ -131,7 +131,7 @@ def test_the_right_option_is_the_next_sentence_and_the_others_are_not(corpus: Pa
         for text in (corpus / "text.txt").read_text("utf-8").split("\n\n")
     ]
     assert len(made) == 30 * 5
-    counts, same = set(), 0
+    counts = set()
     for i in range(len(made)):
         example = made.example(i)
         document, at = documents[i // 5], i % 5
@@ -142,11 +142,10 @@ def test_the_right_option_is_the_next_sentence_and_the_others_are_not(corpus: Pa
         counts.add(len(example.options))
         wrong = [o for n, o in enumerate(example.options) if n != example.label]
         here = [o for o in wrong if any(s.startswith(o) for s in document)]
-        assert len(here) <= 1
-        assert len(here) == 1 or len(example.options) == 2
-        same += len(here) if len(example.options) == 2 else 0
+        # of six sentences, the text's neighbours left out; thu-coai/PPT has the numbers
+        assert len(here) == (1 if len(example.options) <= 6 else 2 if len(example.options) <= 10 else 3)
+        assert not at or not any(document[at - 1].startswith(o) for o in wrong)
     assert counts == set(range(2, MOST_OPTIONS + 1))
-    assert same  # some with two options have their wrong one from the same document
     again = examples(corpus, tmp_path, 400)
     assert again.example(7) == made.example(7)
 

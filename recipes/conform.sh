@@ -40,8 +40,10 @@ paper() {
   fi
   left=$(python -c "print(max(0.01, $minutes * $share / 100 - ($(date +%s) - $begun) / 60))")
   echo "== $name: $left minutes" >&2
-  python -m benchmarks.paper "$name" --data "$data" --backbone "$backbone" --prompts "${found[@]}" "${options[@]}" \
-    --work "$out/work/$name" --out "$out/$name.json" --budget-minutes "$left" "${@:4}" > "$out/$name.md.new" || status=1
+  if ! python -m benchmarks.paper "$name" --data "$data" --backbone "$backbone" --prompts "${found[@]}" "${options[@]}" \
+    --work "$out/work/$name" --out "$out/$name.json" --budget-minutes "$left" "${@:4}" > "$out/$name.md.new"; then
+    status=1
+  fi
   if [ -s "$out/$name.md.new" ]; then mv "$out/$name.md.new" "$out/$name.md"; else rm -f "$out/$name.md.new"; fi
 }
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from statistics import median
 
-from benchmarks.results_page import PAGE, README, RESULTS, ROOT, SECTIONS, page, readme
+from benchmarks.results_page import PAGE, README, RESULTS, ROOT, SECTIONS, page, read, readme
 
 
 def test_the_page_is_fresh() -> None:
@@ -22,3 +23,11 @@ def test_every_section_names_a_module_that_exists() -> None:
         place = ROOT / module.replace(".", "/")
         assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), module
         assert all((RESULTS / name).is_file() for name in section.files)
+
+
+def test_what_engines_md_says_of_int8_is_what_was_measured() -> None:
+    (said,) = re.findall(
+        r"([\d.]+) times as fast as float32 at 6 x 1024", (ROOT / "docs/engines.md").read_text("utf-8")
+    )
+    exact, rough = (row["stage2_ms"]["rounds"] for row in read("throughput_vnni_1024.json")["rows"])
+    assert said == f"{median(a / b for a, b in zip(exact, rough, strict=True)):.1f}"

@@ -31,3 +31,17 @@ def test_what_engines_md_says_of_int8_is_what_was_measured() -> None:
     )
     exact, rough = (row["stage2_ms"]["rounds"] for row in read("throughput_vnni_1024.json")["rows"])
     assert said == f"{median(a / b for a, b in zip(exact, rough, strict=True)):.1f}"
+
+
+def test_what_serving_md_says_of_mixed_batches_is_what_was_measured() -> None:
+    """From 16 tasks on faster than a process a task, at 64 than batches of a task: in every round."""
+    text = " ".join((ROOT / "docs" / "serving.md").read_text("utf-8").split())
+    assert "from 16 tasks on, a server that mixes answers more requests a second than a process" in text
+    assert "with about half of their processor time, and with 64 more than one that keeps tasks apart" in text
+    rows = {row["tasks"]: row for row in read("serve_load.json")["rows"]}
+    slower = [(16, "a process a task"), (64, "a process a task"), (64, "a task a batch")]
+    for n_tasks, other in slower:
+        row = rows[n_tasks]
+        assert row["mixed"]["requests_per_s"]["min"] > row[other]["requests_per_s"]["max"]
+        if other == "a process a task":
+            assert 0.4 < row["mixed"]["cpu_ms"]["median"] / row[other]["cpu_ms"]["median"] < 0.6

@@ -49,14 +49,14 @@ _HERE = "[default: the run's, if it is here]"
 )
 def predict(run_dir: str, source: str, keep: tuple[str, ...], **typed: Any) -> None:
     """Label new text with a tuned prompt: a JSON line for each line, with its probability; CSV for CSV."""
-    from mp2.runs.predict import TABLES, predict_file
-    from mp2.tasks.record_files import csv_separator, has_mark
+    from mp2.runs.predict import predict_file
+    from mp2.tasks.record_files import TABLES, csv_separator, ending, has_mark
 
     if source == "-" and sys.stdin is None:
         raise UsageError("--input is - and standard input is closed; give a file, or lines on standard input")
     stdin = [] if sys.stdin is None else sys.stdin.buffer
     rows = predict_file(Path(run_dir), source, stdin, keep, **typed, note=note)
-    if not source.endswith(TABLES):
+    if ending(Path(source)) not in TABLES:
         for found in rows:
             click.echo(as_json_line(found))
         return
@@ -67,7 +67,7 @@ def predict(run_dir: str, source: str, keep: tuple[str, ...], **typed: Any) -> N
         row = {"reason": None, **found}
         if writer is None:
             columns = [*(name for name in row if name != "reason"), "reason"]
-            separator = csv_separator(Path(source)) if source.endswith(".csv") else ","
+            separator = csv_separator(Path(source)) if ending(Path(source)) == ".csv" else ","
             if has_mark(Path(source)):  # without it a spreadsheet takes UTF-8 for something else
                 out.write("\ufeff")
             writer = csv.DictWriter(out, columns, delimiter=separator, lineterminator="\n")

@@ -81,18 +81,29 @@ def scored_on(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(path: Path, results: Sequence[Mapping[str, Any]], open_dirs: Sequence[Path] = ()) -> None:
-    """Draw the curves of all runs in one picture; level lines where all are of one task and seed."""
+    """Draw the curves of all runs in one picture; level lines where all are of one task and seed.
+
+    Scores are those on dev; where no run has a dev set, the stages' on test, if there is that.
+    """
     differs = ["task"] if len({result["task"] for result in results}) > 1 else []
     differs += [name for name in _SETTING if _differs(results, name)]
-    curves = []
-    for result in results:
-        cells = [str(_value(result, name)) for name in differs] or [str(result["task"])]
-        curves.append(("  ".join(cells), read_curve(Path(result["run_dir"]))))
-    curves += [(f"{run_dir.name} (not ended)", read_curve(run_dir)) for run_dir in open_dirs]
+    names = [
+        "  ".join([str(_value(result, name)) for name in differs] or [str(result["task"])])
+        for result in results
+    ]
+    names += [f"{run_dir.name} (not ended)" for run_dir in open_dirs]
+    run_dirs = [*(Path(result["run_dir"]) for result in results), *open_dirs]
+    found = [read_curve(run_dir) for run_dir in run_dirs]
+    split, scores = "dev", [curve.dev for curve in found]
+    if results and not any(scores) and scored_on(results) == "test":
+        split = "test"
+        scores = [[(s["iteration"], s["test_score"]) for s in r["stages"].values()] for r in results]
+        scores += [[] for _ in open_dirs]
+    curves = [(name, curve.loss, points) for name, curve, points in zip(names, found, scores, strict=True)]
     examples = {(result["task"], result["seed"]) for result in results}
     baselines = (results[0].get("baselines") or {}) if len(examples) == 1 else {}
     metrics = " or ".join(sorted({result["metric"] for result in results})) or "score"
-    draw_comparison(path, curves, baselines, metrics)
+    draw_comparison(path, curves, baselines, split, metrics)
 
 
 def _setting(result: Mapping[str, Any]) -> tuple[str, ...]:

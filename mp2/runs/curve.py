@@ -96,30 +96,34 @@ def draw_curve(path: Path, outcome: Outcome, result: Mapping[str, Any]) -> None:
 
 
 def draw_comparison(
-    path: Path, curves: Sequence[tuple[str, Curve]], baselines: Mapping[str, Any], metric: str
+    path: Path,
+    curves: Sequence[tuple[str, Points, Points]],
+    baselines: Mapping[str, Any],
+    split: str,
+    metric: str,
 ) -> None:
-    """Draw several runs as a PNG: losses on the left, dev scores on the right.
+    """Draw several runs as a PNG: losses on the left, scores on a split on the right.
 
-    ``curves`` are (name, curve); runs of one name (the seeds of one setting) have one colour. ``baselines``
-    are level lines: of one task's runs, the only ones that have them in common.
+    ``curves`` are (name, losses, scores); runs of one name (the seeds of one setting) have one colour.
+    ``baselines`` are level lines: of one task's runs, the only ones that have them in common.
     """
     figure = _figure(11, 4.5)
-    loss_axis, dev_axis = figure.subplots(1, 2)
-    names = list(dict.fromkeys(name for name, _ in curves))
-    for name, curve in curves:
+    loss_axis, score_axis = figure.subplots(1, 2)
+    names = list(dict.fromkeys(name for name, _, _ in curves))
+    for name, losses, scores in curves:
         colour = f"C{names.index(name) % 10}"
-        if curve.loss:
-            loss_axis.step(*zip(*curve.loss, strict=True), where="post", color=colour)
-        if curve.dev:
-            dev_axis.plot(*zip(*curve.dev, strict=True), ".-", color=colour)
+        if losses:
+            loss_axis.step(*zip(*losses, strict=True), where="post", color=colour)
+        if scores:
+            score_axis.plot(*zip(*scores, strict=True), ".-", color=colour)
     for index, name in enumerate(names):
         loss_axis.plot([], [], color=f"C{index % 10}", label=name)
-    _draw_baselines(dev_axis, baselines, "dev")
+    _draw_baselines(score_axis, baselines, split)
     loss_axis.set(xlabel="iterations", ylabel="train loss of the incumbent")
-    dev_axis.set(xlabel="iterations", ylabel=f"dev {metric}")
-    loss_axis.legend(fontsize="small")
-    if baselines:
-        dev_axis.legend(fontsize="small")
+    score_axis.set(xlabel="iterations", ylabel=f"{split} {metric}")
+    for axis in (loss_axis, score_axis):
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize="small")
     _save(figure, path)
 
 

@@ -8,7 +8,8 @@ the training examples before anything is tuned, the cross-entropy over the label
 - of pre-trained prompts the span head is given the best prompt known, the untuned one or that of any task it
   was pre-trained on, and one temperature: its losses are not calibrated as ridge's are. It is taken unless
   ridge is better by more than two standard errors of the mean difference: ridge's regressions were weighed by
-  these very losses, and tuning, which is still to come, moves the span head more;
+  these very losses, and tuning, which is still to come, moves the span head more. Where the span head cannot
+  read the task, its options taking all the room or a label word having no tokens, ridge is taken;
 - where no prompts were pre-trained, label words and ridge are compared, and the lower loss is taken.
 """
 
@@ -108,7 +109,8 @@ def possible_heads(
 ) -> list[str]:
     """The heads that a run with ``--head kind`` may take, the one of `asked_head` first.
 
-    The first must be able to read the task; another one that cannot is out. Raises what `asked_head` does.
+    One that cannot read the task is out; where that is the first, it must be the span head. Raises what
+    `asked_head` does.
     """
     first = asked_head(kind, card, has_span_head, backbone)
     if kind != "auto" or card.type != "classification":
@@ -162,7 +164,13 @@ class HeadChooser:
     def _span_or_ridge(self) -> HeadChoice:
         if self._card.type != "classification":
             return self._span("the head of the pre-trained prompts; ridge is for classification")
-        span, losses, n_known = self._best_known_span()
+        try:
+            span, losses, n_known = self._best_known_span()
+        except UsageError as error:  # a label word that cannot be spelled, no room for the options
+            try:
+                return self._ridge(f"the span head cannot read this task: {error}")[1]
+            except UsageError:
+                raise error from None
         try:
             others, ridge = self._ridge("")
         except UsageError as error:  # no room for the fields

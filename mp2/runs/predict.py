@@ -17,14 +17,21 @@ from mp2.runs.run_folder import how_to_end, read_config
 from mp2.runs.tuned import check_fits, load_tuned, run_card, tuned_head
 from mp2.tasks.faults import FirstFault
 from mp2.tasks.record import Columns, RecordParser, is_blank
-from mp2.tasks.record_files import Records, is_lines, json_lines, read_records
+from mp2.tasks.record_files import (
+    TABLES,
+    Records,
+    check_no_workbook,
+    ending,
+    is_lines,
+    json_lines,
+    read_records,
+)
 from mp2.text_files import check_file
 
 if TYPE_CHECKING:
     from mp2.tasks import Example, TaskCard
 
 CHUNK = 256  # lines that are read, labelled and written at once
-TABLES = (".csv", ".tsv")
 _OURS = ("label", "answer", "option", "probability", "reason")
 """Columns of the output: those of the input that are called so become ``input_label`` ..."""
 
@@ -283,10 +290,11 @@ def predict_file(
     path = Path(source)
     if not path.is_file():
         raise UsageError(f"there is no file {source}; --input takes a file of lines, or - for standard input")
+    check_no_workbook(path, "--input")
     check_file(path)
     predictor = Predictor(run_dir, **options)
     if not is_lines(path):
-        yield from predictor.predict_table(path, None if path.suffix in TABLES else keep)
+        yield from predictor.predict_table(path, None if ending(path) in TABLES else keep)
         return
     with path.open("rb") as file:
         yield from predictor.predict_lines(file, source, keep)

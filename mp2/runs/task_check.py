@@ -53,14 +53,18 @@ def check_as_run(config: BbtConfig) -> CheckReport:
         def formatter(head: str) -> Any:
             return formatters()[head](card, tokenizer, max_tokens)
 
-        first, *others = possible_heads(config.head, card, has_span_head, backbone)
-        by_head: dict[str, Reading] = {first: formatter(first)}
-        remarks = []
-        for head in others:
+        heads = possible_heads(config.head, card, has_span_head, backbone)
+        by_head: dict[str, Reading] = {}
+        refused: dict[str, UsageError] = {}
+        for head in heads:
             try:
                 by_head[head] = formatter(head)
             except UsageError as error:
-                remarks.append(f"head {first}: {head} cannot read this task ({error})")
+                refused[head] = error
+        if heads[0] in refused and (heads[0] != "span" or not by_head):
+            raise refused[heads[0]]
+        taken = next(iter(by_head))
+        remarks = [f"head {taken}: {head} cannot read this task ({why})" for head, why in refused.items()]
         if card.type == "multiple_choice":
             formatter("span")  # whatever the head; see has_room
         return Readings(by_head, partial(has_room, card, formatter), tuple(remarks))

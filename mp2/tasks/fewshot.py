@@ -45,9 +45,10 @@ def few_shot_split(
     """Draw train from the original training set ``examples``, and dev; the same seed draws the same.
 
     Classification is balanced by label: 32 in all for up to 5 labels (what does not divide goes to labels
-    drawn by the seed), 8 a label above, or the card's ``shots_per_label``. Other types draw 32. ``shots``
-    overrides this: a label for classification, in all for other types. Where there are fewer, all of them are
-    taken. Repeated examples count once.
+    drawn by the seed, of those that have so many), 8 a label above, or the card's ``shots_per_label``. Other
+    types draw 32. ``shots`` overrides this: a label for classification, in all for other types. Where there
+    are fewer, all of them are taken. Repeated examples count once: a text that stands there with two labels
+    has the first of them, and a remark says so.
 
     Dev has as many, drawn from ``dev_examples`` if there are any, else from what train does not need. It is
     left empty where ``select`` is false, or fewer than half as many are left.
@@ -59,12 +60,14 @@ def few_shot_split(
     rng = np.random.default_rng(seed)
     pools = _pools(card, examples)
     wanted: dict[str | None, int] = (
-        _label_shots(card, shots, rng) if card.type == "classification" else {None: shots or TOTAL_SHOTS}
+        _label_shots(card, pools, shots, rng)
+        if card.type == "classification"
+        else {None: shots or TOTAL_SHOTS}
     )
     _check(card, pools, wanted)
     train, left = _draw(pools, wanted, rng)
     train = _shuffled(train, rng)
-    remarks = _fewer(pools, wanted)
+    remarks = (*_at_odds(examples), *_fewer(pools, wanted))
     if not select:
         return FewShotSplit(train, [], remarks)
     if dev_examples:
@@ -101,13 +104,16 @@ def _pools(card: TaskCard, examples: Iterable[Example]) -> Pools:
     return pools
 
 
-def _label_shots(card: TaskCard, shots: int | None, rng: np.random.Generator) -> dict[str | None, int]:
+def _label_shots(
+    card: TaskCard, pools: Pools, shots: int | None, rng: np.random.Generator
+) -> dict[str | None, int]:
     labels = list(card.labels)
     each = shots or card.shots_per_label or (SHOTS_PER_MANY if len(labels) > MANY_LABELS else None)
     if each is not None:
         return dict.fromkeys(labels, each)
     base, left = divmod(TOTAL_SHOTS, len(labels))
-    lucky = set(rng.permutation(len(labels))[:left].tolist())
+    order = sorted(rng.permutation(len(labels)).tolist(), key=lambda i: len(pools[labels[i]]) <= base)
+    lucky = set(order[:left])
     return {label: base + (index in lucky) for index, label in enumerate(labels)}
 
 
@@ -120,7 +126,8 @@ def _check(card: TaskCard, pools: Pools, wanted: dict[str | None, int]) -> None:
     if short:
         each, ways = "", "add examples"
         if None not in pools:
-            each, ways = " of each label", "add examples, or take the label out of the card"
+            each = " of each label"
+            ways = "add examples, or take the label out of the card and its examples out of the data"
         raise UsageError(
             f"task '{card.task}' has too few different training examples: {_listed(short)}; "
             f"expected at least {MIN_SHOTS}{each}, better {max(wanted.values())}; {ways}"
@@ -146,6 +153,20 @@ def _fewer(pools: Pools, wanted: dict[str | None, int]) -> tuple[str, ...]:
         if len(pool) < wanted[label]
     ]
     return (f"train has fewer examples than asked for: {_listed(short)}",) if short else ()
+
+
+def _at_odds(examples: Iterable[Example]) -> tuple[str, ...]:
+    """Say which examples stand there again with another label."""
+    labels: dict[tuple[object, ...], dict[str | int | None, int]] = {}
+    for example in examples:
+        if example.label is not None:
+            labels.setdefault(_content(example), {}).setdefault(example.label, example.source_line)
+    found = [lines for lines in labels.values() if len(lines) > 1]
+    if not found:
+        return ()
+    of_first = ", ".join(f"{label} in line {line}" for label, line in found[0].items())
+    what = "1 example has" if len(found) == 1 else f"{len(found)} examples have"
+    return (f"{what} several labels in the training data, the first of which is taken: {of_first}",)
 
 
 def _listed(parts: Sequence[str]) -> str:

@@ -14,8 +14,8 @@ from mp2.errors import UsageError, shown
 from mp2.tasks.card_rules import TASK_NAME, TASK_NAME_RULE
 from mp2.tasks.faults import FirstFault
 from mp2.tasks.place import files_of
-from mp2.tasks.record import written
-from mp2.tasks.record_files import read_records
+from mp2.tasks.record import is_blank, written
+from mp2.tasks.record_files import TABLES, ending, read_records
 
 MAX_LABELS = 200  # more values than that are no set of labels
 
@@ -36,7 +36,10 @@ _OPTION_NAMES = ("options", "choices", "choice", "candidates")
 _ANSWER_NAMES = ("answers", "answer")
 _CONTEXT_NAMES = ("context", "passage", "content", "article", "text", "document")
 _QUESTION_NAMES = ("question", "query")
-_IGNORED = ("id", "idx", "index", "guid", "uid", "编号", "序号")
+_IGNORED = re.compile(r"(.*[_.])?(id|idx|index|guid|uid)|编号|序号", re.IGNORECASE)
+_FEW_VALUES = 1 / 3  # of the rows: a column of short texts that has no more is a category, no text
+_SHORT = 20  # characters
+_MAY_BE_EMPTY = 0.05  # of the rows of a column of texts
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def new_card(path: Path, task: str | None = None) -> NewCard:
     answers = _first(columns, _ANSWER_NAMES)
     if answers and (context := _first(columns, _CONTEXT_NAMES)) and not _first(columns, _LABEL_NAMES):
         return _extraction(name, columns, context, answers, rows)
-    return _classification(name, path, columns, rows)
+    return _classification(name, path, rows)
 
 
 def training_file(path: Path) -> Path:
@@ -131,22 +134,18 @@ def _extraction(
     return NewCard(task, _card(task, "extraction", template, "f1", {}, fields, extra), tuple(found))
 
 
-def _classification(task: str, path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> NewCard:
+def _classification(task: str, path: Path, rows: Sequence[dict[str, Any]]) -> NewCard:
+    rows = [_flat(row) for row in rows]
+    columns = list(rows[0])
     label = _label_column(path, columns, rows)
     counts = Counter(str(written(row[label])) for row in rows if row.get(label) not in (None, ""))
-    if path.suffix in (".csv", ".tsv") and label in counts and label.lower() not in _LABEL_NAMES:
+    if ending(path) in TABLES and label in counts and label.lower() not in _LABEL_NAMES:
         raise UsageError(
             f"{path}: the first line is an example ('{label}' is in later lines too), expected the names of "
             "the columns; put them above it, as in text,label"
         )
-    texts = [
-        column
-        for column in columns
-        if column != label
-        and column.lower() not in (*_IGNORED, *_LABEL_NAMES)
-        and all(isinstance(row.get(column), str) for row in rows)
-        and not all(re.fullmatch(r"\s*[\d.]*\s*", row[column]) for row in rows)  # numbers, or nothing
-    ]
+    others = [column for column in columns if column != label and column.lower() not in _LABEL_NAMES]
+    texts, left_out = _texts(others, rows)
     if not texts:
         raise UsageError(f"{path}: no column of texts beside '{label}'; expected at least one")
     keys = ["text"] if len(texts) == 1 else [f"text{i}" for i in range(1, len(texts) + 1)]
@@ -165,6 +164,9 @@ def _classification(task: str, path: Path, columns: Sequence[str], rows: Sequenc
         + ", ".join(f"'{column}'" for column in texts),
         *(f"  {value}: {counts[value]} examples" for value in order[:20]),
     ]
+    if left_out:
+        names = ", ".join(f"'{column}' ({why})" for column, why in left_out.items())
+        found.append(f"left out: {names}; what shall be read is named in template and [source.fields]")
     if numbers and (named := _names_of(label, columns, rows)):
         column, words = named[0], {value: named[1][value] for value in order}
         found.append(f"the labels are numbers: the words for them are those of '{column}'")
@@ -172,6 +174,46 @@ def _classification(task: str, path: Path, columns: Sequence[str], rows: Sequenc
         words = {value: f"类别{value}" for value in order}
         found.append("the labels are numbers: write in [labels] what each of them means")
     return NewCard(task, _card(task, "classification", template, "accuracy", words, fields), tuple(found))
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row whose objects are columns of their own: ``target.name``."""
+    flat: dict[str, Any] = {}
+    for column, value in row.items():
+        inner = value.items() if isinstance(value, dict) else ()
+        flat |= {f"{column}.{key}": part for key, part in inner} or {str(column): value}
+    return flat
+
+
+def _texts(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, str]]:
+    """Return the columns that have a text to read, and why others that have one are left out."""
+    texts, left_out = [], {}
+    for column in columns:
+        values = [_one_text(row.get(column)) for row in rows]
+        said = [value for value in values if value is not None and not is_blank(value)]
+        if all(re.fullmatch(r"\s*[\d.]*\s*", value) for value in said):  # numbers, or nothing
+            continue
+        n_empty = len(values) - len(said)
+        if _IGNORED.fullmatch(column):
+            left_out[column] = "a number or name of the example"
+        elif n_empty > _MAY_BE_EMPTY * len(rows):
+            left_out[column] = f"empty in {n_empty} of {len(rows)}"
+        elif len(set(said)) <= _FEW_VALUES * len(rows) and max(map(len, said)) <= _SHORT:
+            left_out[column] = f"{len(set(said))} values"
+        else:
+            texts.append(column)
+    usable = [column for column, why in left_out.items() if not _IGNORED.fullmatch(column)]
+    if not texts and usable:
+        texts = [max(usable, key=lambda column: sum(bool(_one_text(row.get(column))) for row in rows))]
+        del left_out[texts[0]]
+    return texts, left_out
+
+
+def _one_text(value: Any) -> str | None:
+    """Return a text, or a list of texts as one."""
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return " ".join(value)
+    return value if isinstance(value, str) else None
 
 
 def _names_of(

@@ -20,7 +20,7 @@ from pathlib import Path
 from mp2.environment import data_folder
 from mp2.errors import UsageError, shown
 from mp2.tasks.card import TaskCard
-from mp2.tasks.record_files import FORMATS
+from mp2.tasks.record_files import FORMATS, check_ending
 
 DEMO_DIR = Path(__file__).parent / "demo"
 HUB_PREFIX = "hub:"
@@ -111,9 +111,11 @@ def _no_folder(card: TaskCard, root: Path, given: str) -> str:
 def files_of(folder: Path) -> Files:
     """Return a folder's data files; raises ``UsageError`` where a split has two."""
     found: dict[str, Path] = {}
+    there = {path.name for path in folder.iterdir()}  # some file systems find train.csv as train.CSV, too
     for split, names in _NAMES.items():
         for name in names:
-            paths = [path for ending in FORMATS if (path := folder / (name + ending)).exists()]
+            files = [name + case(ending) for ending in FORMATS for case in (str.lower, str.upper)]
+            paths = [folder / file for file in files if file in there and (folder / file).exists()]
             if len(paths) > 1:
                 both = " and ".join(path.name for path in paths)
                 raise UsageError(
@@ -127,8 +129,7 @@ def files_of(folder: Path) -> Files:
 
 def _neighbours(train: Path, given: str) -> Files:
     """Return a training file with the dev and test files named like it."""
-    if train.suffix not in FORMATS:
-        raise UsageError(f"{given} {train}: expected a file that ends in {', '.join(FORMATS)}, or a folder")
+    check_ending(train, given)
     found = {"train": train}
     if "train" in train.stem:
         for split in ("dev", "test"):

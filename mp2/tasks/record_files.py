@@ -24,7 +24,9 @@ from mp2.tasks.encodings import not_utf8
 from mp2.tasks.faults import Faults
 from mp2.text_files import check_file
 
-FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+TABLES = (".csv", ".tsv")
+FORMATS = (".jsonl", ".json", *TABLES, ".parquet")
+WORKBOOKS = (".xlsx", ".xls", ".xlsm", ".ods", ".et")
 SEPARATORS = (",", ";", "\t")
 _LONGEST_NAMES = 65536  # characters in which a table's line of names ends
 Records = Iterator[tuple[int, Any]]
@@ -37,15 +39,34 @@ def read_records(path: Path, faults: Faults, *, to_label: bool = False) -> Recor
     With ``to_label`` tables keep their blank rows, and may have one column.
     """
     check_file(path)
-    if path.suffix == ".parquet":
+    if ending(path) == ".parquet":
         return _parquet(path, faults)
-    if path.suffix in (".csv", ".tsv"):
+    if ending(path) in TABLES:
         return _table(path, faults, to_label)
     if not is_lines(path):
         return _array(path, faults)
-    if path.suffix not in FORMATS:
-        raise UsageError(f"{path}: expected a file that ends in {', '.join(FORMATS)}")
+    check_ending(path)
     return _lines(path, faults)
+
+
+def ending(path: Path) -> str:
+    """Return how a file's name ends, in small letters: ``.csv`` of ``A.CSV``, too."""
+    return path.suffix.lower()
+
+
+def check_ending(path: Path, given: str = "") -> None:
+    """Raise ``UsageError`` for a file of no format that is read; ``given`` names the option before it."""
+    check_no_workbook(path, given)
+    if ending(path) not in FORMATS:
+        raise UsageError(f"{given} {path}: expected a file that ends in {', '.join(FORMATS)}".lstrip())
+
+
+def check_no_workbook(path: Path, given: str = "") -> None:
+    """Raise ``UsageError`` for a file of a spreadsheet program."""
+    if ending(path) in WORKBOOKS:
+        raise UsageError(
+            f"{given} {path} is a workbook, which is not read: save its sheet as CSV UTF-8".lstrip()
+        )
 
 
 def json_lines(lines: Iterable[bytes | str], path: str, faults: Faults, first: int = 1) -> Records:
@@ -65,8 +86,8 @@ def json_lines(lines: Iterable[bytes | str], path: str, faults: Faults, first: i
 
 def is_lines(path: Path) -> bool:
     """Tell whether a file is to be read line by line: no table, no JSON array."""
-    array = path.suffix == ".json" and _first_sign(path) == b"["
-    return not array and path.suffix not in (".csv", ".tsv", ".parquet")
+    array = ending(path) == ".json" and _first_sign(path) == b"["
+    return not array and ending(path) not in (*TABLES, ".parquet")
 
 
 def has_mark(path: Path) -> bool:
@@ -135,7 +156,7 @@ def _table(path: Path, faults: Faults, to_label: bool) -> Records:
     if text is None:
         return
     csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is shorter than an article
-    tsv = path.suffix == ".tsv"
+    tsv = ending(path) == ".tsv"
     separator, begin = ("\t", 0) if tsv else _separator(text)
     n_before = text.count("\n", 0, begin)
     cells = csv.reader(

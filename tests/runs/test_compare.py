@@ -91,6 +91,19 @@ def test_the_command_takes_runs_and_folders_of_runs_and_draws_them(
     assert lines == [line["dev_score"] for line in baselines]
 
 
+def test_without_a_dev_set_the_stages_are_drawn_on_test(
+    world: World, runs: list[dict[str, Any]], tmp_path: Path, lines: list[float]
+) -> None:
+    cut = tmp_path / "run"
+    shutil.copytree(runs[0]["run_dir"], cut)
+    kept = [x for x in (cut / "journal.jsonl").read_text("utf-8").splitlines() if '"split": "dev"' not in x]
+    (cut / "journal.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
+    assert not read_curve(cut).dev
+    done = mp2("compare", cut, "--picture", tmp_path / "p.png")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert lines == [line["test_score"] for line in runs[0]["baselines"].values()]
+
+
 def test_a_run_that_has_not_ended_is_drawn_as_far_as_it_came(
     runs: list[dict[str, Any]], tmp_path: Path
 ) -> None:

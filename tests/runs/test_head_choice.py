@@ -177,3 +177,27 @@ def test_a_run_that_goes_on_does_not_choose_again(tmp_path: Path, monkeypatch: p
     again = mp2_json("bbt", "--resume", run)
     assert again["head"] == whole["head"]
     assert (run / "prompt.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(("word", "why"), [("地" * 120, "does not fit 256 tokens"), ("龘", "cannot spell")])
+def test_ridge_reads_what_the_span_head_cannot(tmp_path: Path, word: str, why: str) -> None:
+    """And ``tasks check`` knows it; with ``--head span`` both refuse the task."""
+    own_tasks.write_tasks(tmp_path, seed=8)
+    card = tmp_path / "sentiments.toml"
+    lines = next(iter(sorted(tmp_path.glob("*.toml")))).read_text("utf-8").splitlines()
+    at = lines.index("[labels]")
+    task = json.loads(lines[0].partition("=")[2])
+    for i in range(at + 1, len(lines)):
+        lines[i] = f'{lines[i].partition("=")[0]}= "{word}{"天" * (i - at)}"'
+    card.write_text("\n".join(lines), encoding="utf-8")
+    where = ("--data", tmp_path / task, "--no-test")
+    done = mp2("tasks", "check", card, *where)
+    assert done.exit_code == 0, done.output
+    assert f"note: head ridge: span cannot read this task (task '{task}'" in done.output
+    assert why in done.output
+    budget = ("--iters", 2, "--router-iters", 1, "--threads", 1, "--no-baselines", "--out", tmp_path / "runs")
+    head = mp2_json("bbt", "--task", card, *where, *budget)["head"]
+    assert (head["kind"], why in head["reason"]) == ("ridge", True)
+    for command in (("tasks", "check", card), ("bbt", "--task", card, *budget)):
+        done = mp2(*command, *where, "--head", "span")
+        assert (done.exit_code, why in done.output) == (2, True)

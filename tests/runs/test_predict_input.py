@@ -102,6 +102,16 @@ def test_a_json_array_is_read_like_lines(runs: dict[str, Path], tmp_path: Path) 
     assert [json.loads(line)["id"] for line in found.splitlines()] == [1, 2, 3]
 
 
+def test_a_table_may_end_in_capitals_and_a_workbook_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    table = tmp_path / "A.CSV"
+    table.write_text("text,nr\n好,1\n", encoding="utf-8")
+    done = mp2("predict", "--run", runs["mood"], "--input", table)
+    assert (done.exit_code, done.stdout.splitlines()[0]) == (0, "text,nr,label,probability,reason")
+    book = table.rename(tmp_path / "a.xlsx")
+    done = mp2("predict", "--run", runs["mood"], "--input", book)
+    assert (done.exit_code, f"--input {book} is a workbook" in done.stderr) == (2, True)
+
+
 def test_parquet_is_read(runs: dict[str, Path], tmp_path: Path) -> None:
     parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     path = tmp_path / "a.parquet"

@@ -226,6 +226,19 @@ def test_a_folder_may_hold_the_files_itself(make_card: MakeCard, tmp_path: Path)
     assert len(load_examples(card, "train", tmp_path / "train.csv")) == 3
 
 
+def test_names_may_end_in_capitals_and_workbooks_are_called_that(make_card: MakeCard, tmp_path: Path) -> None:
+    card = make_card("classification")
+    train = file_of(tmp_path, "train.csv").rename(tmp_path / "train.CSV")
+    assert len(load_examples(card, "train", tmp_path)) == len(load_examples(card, "train", train)) == 3
+    assert (
+        mp2("tasks", "new", train, "--out", tmp_path / "card.toml").exit_code == 2
+    )  # three texts, no labels
+    book = train.rename(tmp_path / "train.xlsx")
+    for command in (("check", make_card("classification").path, "--data", book), ("new", book)):
+        done = mp2("tasks", *command)
+        assert (done.exit_code, "train.xlsx is a workbook" in done.output) == (2, True), done.output
+
+
 def test_a_training_file_brings_the_files_named_like_it(make_card: MakeCard, tmp_path: Path) -> None:
     train = file_of(tmp_path, "reviews-train.csv")
     file_of(tmp_path, "reviews-dev.csv")

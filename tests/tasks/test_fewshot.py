@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -40,6 +41,28 @@ def test_what_does_not_divide_goes_to_labels_drawn_by_the_seed() -> None:
     }
     assert len(lucky) > 5
     assert set().union(*lucky) == set(card.labels)
+
+
+def test_what_does_not_divide_goes_to_labels_that_have_so_many() -> None:
+    card = load_card("cmnli")  # three labels: 11, 11 and 10
+    for few in card.labels:
+        examples = [e for e in pool(card, 11) if e.label != few or e.source_line < 10]
+        for seed in range(6):
+            split = few_shot_split(card, examples, seed)
+            assert counts(split.train) == {label: 11 - (label == few) for label in card.labels}
+            assert not any("fewer examples" in remark for remark in split.remarks)
+
+
+def test_a_text_with_two_labels_has_the_first_and_a_remark_says_so() -> None:
+    card = load_card("chnsent")
+    examples = pool(card, 40)
+    again = replace(examples[3], label="1" if examples[3].label == "0" else "0", source_line=99)
+    split = few_shot_split(card, [*examples, again, replace(examples[5], source_line=100)], 1)
+    of_first = f"{examples[3].label} in line {examples[3].source_line}, {again.label} in line 99"
+    assert split.remarks == (
+        f"1 example has several labels in the training data, the first of which is taken: {of_first}",
+    )
+    assert again not in split.train + split.dev
 
 
 def test_more_than_five_labels_get_8_each(make_card: MakeCard) -> None:

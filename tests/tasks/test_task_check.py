@@ -100,8 +100,8 @@ def test_what_is_checked_is_what_the_runs_prompts_and_head_leave_room_for(user: 
     code, said = check("--prompts", "scratch-deep", "--head", "span")
     assert (code, "these prompts have no span head" in said) == (2, True)
     short = ("--max-tokens", "16")  # no room for the options, but for the text alone
-    assert check(*short)[0] == 2
-    assert check(*short, "--prompts", "scratch-deep")[0] == 0
+    assert check(*short, "--head", "span")[0] == 2
+    assert check(*short)[0] == check(*short, "--prompts", "scratch-deep")[0] == 0
     assert check(*short, "--head", "ridge")[0] == 0
 
 

@@ -75,6 +75,18 @@ class FewShotProblem:
         self.scorer = Scorer(forward)
 
     @property
+    def remarks(self) -> list[str]:
+        """What is not as asked for, or not as it should be, of the examples: said when a run begins."""
+        from mp2.tasks.fewshot import content
+
+        remarks = list(self.split.remarks)
+        if self.config.test:
+            seen = {content(example) for example in [*self.split.train, *self.split.dev]}
+            if n := sum(content(example) in seen for example in self.data.tests):
+                remarks.append(f"{n} of {self.n_test} test examples are also in train or dev")
+        return remarks
+
+    @property
     def space(self) -> Space:
         """What is searched: of deep prompts, those at layers that the head reads."""
         space, read = self.model.space(), self.head.head.layer

@@ -146,7 +146,7 @@ def opening_lines(problems: Sequence[FewShotProblem], agreements: Sequence[Agree
             line = agreement_line(problem.model.backend.precision, found, problem.n_train)
             lines.append(line if n_tasks == 1 else f"{problem.card.task}: {line}")
         of_task = [] if problem.card.task in said else problem.data.lines(problem.head.kind)
-        of_seed = [f"seed {problem.config.seed}: {remark}" for remark in problem.split.remarks]
+        of_seed = [f"seed {problem.config.seed}: {remark}" for remark in problem.remarks]
         which = "" if n_tasks == 1 else f"{problem.card.task}: "
         lines += [f"{which}{line}" for line in of_task + of_seed]
         said.add(problem.card.task)

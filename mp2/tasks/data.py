@@ -29,7 +29,7 @@ from mp2.tasks.example import Example
 from mp2.tasks.faults import Faults, FirstFault
 from mp2.tasks.place import Files, find_place
 from mp2.tasks.record import Columns, RecordParser, mapped
-from mp2.tasks.record_files import FORMATS, read_records
+from mp2.tasks.record_files import FORMATS, class_names, read_records
 
 
 def load_examples(
@@ -104,7 +104,7 @@ def read_examples(
     fields: Mapping[str, str] | None = None,
 ) -> Iterator[Example]:
     """Yield the good examples of a file, skipping blank lines; bad ones go to ``faults``."""
-    records = mapped(Columns(card, fields or {}), read_records(path, faults))
+    records = mapped(Columns(card, fields or {}, classes=class_names(path)), read_records(path, faults))
     yield from parse_records(card, records, str(path), faults)
 
 

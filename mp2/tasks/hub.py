@@ -95,10 +95,8 @@ def _load(place: DataSet) -> dict[str, Any]:
 
 
 def _mapped(card: TaskCard, rows: Any, fields: Mapping[str, str], *, hub: bool) -> Records:
-    label = fields.get("label", "label")
-    if hub and card.source is not None and "label" not in fields:
-        label = card.source.fields.get("label", "label")
     features = getattr(rows, "features", None) or {}
-    names = getattr(features.get(label), "names", None)
-    columns = Columns(card, fields, hub, None if names is None else tuple(names))
+    found = {name: getattr(kind, "names", None) for name, kind in features.items()}
+    classes = {name: tuple(names) for name, names in found.items() if names}
+    columns = Columns(card, fields, hub, classes)
     return mapped(columns, iter(enumerate(rows, 1)))

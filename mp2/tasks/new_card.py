@@ -15,7 +15,7 @@ from mp2.tasks.card_rules import TASK_NAME, TASK_NAME_RULE
 from mp2.tasks.faults import FirstFault
 from mp2.tasks.place import files_of
 from mp2.tasks.record import is_blank, written
-from mp2.tasks.record_files import TABLES, ending, read_records
+from mp2.tasks.record_files import TABLES, class_names, ending, read_records
 
 MAX_LABELS = 200  # more values than that are no set of labels
 
@@ -65,6 +65,10 @@ def new_card(path: Path, task: str | None = None) -> NewCard:
             "folder of one that is called train"
         )
     rows = [row for _, row in read_records(path, FirstFault()) if isinstance(row, dict)]
+    for column, names in class_names(path).items():
+        for row in rows:
+            if isinstance(number := row.get(column), int) and 0 <= number < len(names):
+                row[column] = names[number]
     if not rows:
         raise UsageError(f"{path} has no records; expected an object, or a row of a table, for each example")
     name = task or _task_name(path)

@@ -104,6 +104,8 @@ def _no_folder(card: TaskCard, root: Path, given: str) -> str:
             if tasks
             else "; it has no task folders"
         )
+    if any(root.glob("*.parquet")) or any(root.glob("data/*.parquet")):
+        hint += f"; a data set of the hub that was downloaded is read with {given} {HUB_PREFIX}{root}"
     folder = root / card.task
     return f"{given} {root} has no folder '{card.task}' (expected {folder}/train.jsonl){hint}"
 

@@ -26,13 +26,13 @@ MANY_LABELS = 20  # a message lists as many
 class Columns:
     """Maps records of files, or with ``hub`` those of the card's own source, to what the validator expects.
 
-    ``given`` are the user's names; ``class_names`` those of a hub column of class indices.
+    ``given`` are the user's names; ``classes`` the names of the classes of columns that have their numbers.
     """
 
     card: TaskCard
     given: Mapping[str, str] = field(default_factory=dict)
     hub: bool = False
-    class_names: Sequence[str] | None = None
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __call__(self, row: Any) -> Any:
         """Return the record of a row, its other names beside; what is no object stays as it is."""
@@ -50,7 +50,7 @@ class Columns:
             if isinstance(parts, list | tuple) and all(isinstance(part, str) for part in parts):
                 record[key] = self._join.join(parts)
         if self.card.type == "classification" and "label" in record:
-            record["label"] = self._label(record["label"])
+            record["label"] = self._label(record["label"], self.classes.get(self._name(row, "label"), ()))
         if self.card.type == "multiple_choice" and "options" in record:
             record["options"] = _listed(record["options"])
             if self._mapped(row, "label"):
@@ -66,11 +66,15 @@ class Columns:
             source and key in source.fields and key not in self.given and (self.hub or key not in row)
         )
 
-    def _value(self, row: Mapping[str, Any], key: str) -> Any:
-        name = self.given.get(key, key)
+    def _name(self, row: Mapping[str, Any], key: str) -> str:
+        """Return what a key is called in a row."""
         if self._mapped(row, key):
             assert self.card.source is not None
-            name = self.card.source.fields[key]
+            return self.card.source.fields[key]
+        return self.given.get(key, key)
+
+    def _value(self, row: Mapping[str, Any], key: str) -> Any:
+        name = self._name(row, key)
         if "," in name:
             return [_reach(row, part.strip()) for part in name.split(",")]
         return _reach(row, name)
@@ -79,15 +83,18 @@ class Columns:
     def _join(self) -> str:
         return self.card.source.join if self.card.source else " "
 
-    def _label(self, label: Any) -> Any:
+    def _label(self, label: Any, names: Sequence[str]) -> Any:
         """Return a raw label of the card; what is none is left for the validator to name.
 
-        Files may have the card's labels or the source's; the hub has the source's.
+        Files may have the card's labels or the source's; the hub has the source's. Of a class, ``names`` has
+        its name: the card may know it by its number, too.
         """
-        if self.class_names is not None and isinstance(label, int) and 0 <= label < len(self.class_names):
-            label = self.class_names[label]
-        label = written(label)
         mapped = self.card.source.labels if self.card.source else {}
+        if isinstance(label, int) and 0 <= label < len(names):
+            by_number = not self.hub and names[label] not in (*self.card.labels, *mapped)
+            if not by_number or written(label) not in (*self.card.labels, *mapped):
+                label = names[label]
+        label = written(label)
         if isinstance(label, str) and label in mapped and (self.hub or label not in self.card.labels):
             return mapped[label]
         if isinstance(label, str) and label not in self.card.labels and label.lower() in self.card.labels:

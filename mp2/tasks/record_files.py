@@ -69,6 +69,22 @@ def check_no_workbook(path: Path, given: str = "") -> None:
         )
 
 
+def class_names(path: Path) -> dict[str, tuple[str, ...]]:
+    """Return the names of the classes that columns of a parquet file have as numbers.
+
+    The library ``datasets`` writes them into the file's schema; other files have none.
+    """
+    if ending(path) != ".parquet":
+        return {}
+    try:
+        schema = importlib.import_module("pyarrow.parquet").read_schema(path)
+        features = parse_json((schema.metadata or {})[b"huggingface"].decode())["info"]["features"]
+        kinds = {name: kind for name, kind in features.items() if isinstance(kind, dict)}
+        return {name: tuple(k["names"]) for name, k in kinds.items() if k.get("_type") == "ClassLabel"}
+    except (ImportError, ValueError, OSError, LookupError, TypeError, AttributeError, JsonError):
+        return {}  # what is wrong with the file itself is said where it is read
+
+
 def json_lines(lines: Iterable[bytes | str], path: str, faults: Faults, first: int = 1) -> Records:
     """Yield the objects of JSON lines, skipping blank ones; ``first`` is the number of the first line."""
     for number, line in enumerate(lines, first):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mp2.prompts import load_prompts, save_prompts
 from mp2.runs import series
 from mp2.runs.config import BbtConfig
 from mp2.runs.frozen_model import FrozenModel
+from mp2.tasks import load_card
 
 
 def explain(*arguments: str) -> dict[str, Any]:
@@ -110,6 +112,21 @@ def test_a_run_says_first_what_it_runs_on(world: World, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, quiet)
     assert (done.exit_code, done.stderr) == (0, "")
     assert "mean of 2" in done.stdout
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_test_examples_that_are_also_in_train_are_said(world: World, tmp_path: Path, n: int) -> None:
+    data, name = tmp_path / "data", load_card(world.card).task
+    shutil.copytree(world.data / name, data / name)
+    lines = (data / name / "train.jsonl").read_text("utf-8").splitlines()
+    tests = [json.dumps(json.loads(line) | {"text": f"新{i}"}) for i, line in enumerate(lines[:5])]
+    (data / name / "dev.jsonl").unlink(missing_ok=True)
+    (data / name / "test.jsonl").write_text("\n".join([*lines[:n], *tests]) + "\n", encoding="utf-8")
+    (data / name / "train.jsonl").write_text("\n".join(lines[:64]) + "\n", encoding="utf-8")
+    words = [*STAGE_ONE, "--router-only", "--data", str(data), "--shots", "40", "--out", str(tmp_path)]
+    done = CliRunner().invoke(main, ["bbt", *world.options(), *words])
+    assert done.exit_code == 0, done.output
+    assert (f"{n} of {n + 5} test examples are also in train or dev" in done.stderr) == bool(n)
 
 
 def test_a_low_precision_says_what_it_costs_and_changes_nothing(

@@ -372,7 +372,9 @@ def test_a_folder_that_datasets_saved_is_loaded(
     assert len(load_examples(card, "train", tmp_path, fields={"text": "content", "label": "cat"})) == 3
 
 
-@pytest.mark.parametrize("how", ["saved", "saved, one split", "parquet files by path", "csv files by path"])
+@pytest.mark.parametrize(
+    "how", ["saved", "saved, one split", "parquet files by path", "csv files by path", "parquet"]
+)
 def test_what_the_library_itself_wrote_is_loaded_by_it(
     make_card: MakeCard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -387,7 +389,7 @@ def test_what_the_library_itself_wrote_is_loaded_by_it(
         datasets.DatasetDict(train=rows, validation=rows).save_to_disk(str(folder))
     elif how == "saved, one split":
         rows.save_to_disk(str(folder))
-    elif how == "parquet files by path":
+    elif "parquet" in how:
         rows.to_parquet(str(folder / "train.parquet"))
     else:
         rows.to_csv(str(folder / "train.csv"))
@@ -401,8 +403,20 @@ def test_what_the_library_itself_wrote_is_loaded_by_it(
     assert [e.label for e in examples] == (["0", "1", "2"] if "csv" in how else ["a", "b", "c"])
     if how == "saved":
         assert len(load_examples(card, "dev", data, fields=fields)) == 3
-    with pytest.raises(UsageError, match="has no test split"):
+    with pytest.raises(UsageError, match="has no test"):
         load_examples(card, "test", data, fields=fields)
+    if how == "parquet":  # without the library: the names stand in the file
+        numbered = make_card("classification", *NUMBERED)
+        assert [e.label for e in load_examples(numbered, "train", data, fields=fields)] == ["0", "1", "2"]
+        rows = datasets.Dataset.from_dict({"content": list("今天气好"), "cat": [0, 1] * 2}, features=kinds)
+        rows.to_parquet(str(folder / "train.parquet"))
+        done = mp2("tasks", "new", folder, "--out", tmp_path / "card.toml")
+        assert done.exit_code == 0, done.output
+        assert load_card(tmp_path / "card.toml").labels == {"a": "a", "b": "b"}
+        assert mp2("tasks", "check", tmp_path / "card.toml", "--data", folder, "--no-test").exit_code == 0
+        (folder / "train.parquet").rename(folder / "train-00000-of-00001.parquet")
+        with pytest.raises(UsageError, match=f"is read with --data hub:{folder}"):
+            load_examples(card, "train", folder)
 
 
 def test_without_the_library_a_set_names_what_to_install(

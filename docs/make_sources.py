@@ -19,9 +19,9 @@ The paper's tasks have the tracks `upstream`, `unseen_data` and `unseen_task`.
 
 def page() -> str:
     """The page's text."""
-    from mp2.tasks.sources_table import markdown
+    from mp2.tasks.show import sources_page
 
-    return HEAD + markdown()
+    return HEAD + sources_page()
 
 
 if __name__ == "__main__":

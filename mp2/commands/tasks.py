@@ -85,7 +85,10 @@ def tasks_check(card: str, as_json: bool, **typed: Any) -> None:
 @click.option("--name", help="The task's name.  [default: from the file's name]")
 @click.option("--out", type=PathName(as_path=True), help="The card.  [default: NAME.toml here]")
 def tasks_new(file: Path, name: str | None, out: Path | None) -> None:
-    """Write a task card from a data file (JSON lines, CSV, TSV, parquet) or its folder, to be edited."""
+    """Write a task card, to be edited, from a data file (JSON lines, CSV, TSV, parquet), its folder or a set.
+
+    A set is a folder that the library datasets saved, or hub:NAME.
+    """
     from mp2.files import write_text
     from mp2.tasks import has_split, load_card
     from mp2.tasks.new_card import new_card, test_file_beside, training_file
@@ -128,6 +131,6 @@ def tasks_fetch(names: tuple[str, ...], to: Path, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def tasks_sources(as_json: bool) -> None:
     """List where every card's data come from: source, format, licence, whether it was confirmed."""
-    from mp2.tasks.sources_table import markdown, source_rows
+    from mp2.tasks.show import source_rows, sources_page
 
-    click.echo(as_json_text(source_rows()) if as_json else markdown().rstrip())
+    click.echo(as_json_text(source_rows()) if as_json else sources_page().rstrip())

@@ -76,6 +76,14 @@ def set_splits(card: TaskCard, place: DataSet) -> dict[str, str]:
     }
 
 
+def training_rows(place: DataSet) -> tuple[list[dict[str, Any]], dict[str, tuple[str, ...]]]:
+    """Return the rows of a set's training split, and the names of classes that columns have as numbers."""
+    splits = _load(place)
+    if "train" not in splits:
+        raise UsageError(f"{place.name} has no train split; its splits: {', '.join(splits) or 'none'}")
+    return [dict(row) for row in splits["train"]], _classes(splits["train"])
+
+
 @cache
 def _load(place: DataSet) -> dict[str, Any]:
     """Return the set's splits by name."""
@@ -95,8 +103,12 @@ def _load(place: DataSet) -> dict[str, Any]:
 
 
 def _mapped(card: TaskCard, rows: Any, fields: Mapping[str, str], *, hub: bool) -> Records:
+    columns = Columns(card, fields, hub, _classes(rows))
+    return mapped(columns, iter(enumerate(rows, 1)))
+
+
+def _classes(rows: Any) -> dict[str, tuple[str, ...]]:
+    """Return the names of the classes of columns that have their numbers."""
     features = getattr(rows, "features", None) or {}
     found = {name: getattr(kind, "names", None) for name, kind in features.items()}
-    classes = {name: tuple(names) for name, names in found.items() if names}
-    columns = Columns(card, fields, hub, classes)
-    return mapped(columns, iter(enumerate(rows, 1)))
+    return {name: tuple(names) for name, names in found.items() if names}

@@ -13,7 +13,7 @@ from typing import Any
 from mp2.errors import UsageError, shown
 from mp2.tasks.card_rules import TASK_NAME, TASK_NAME_RULE
 from mp2.tasks.faults import FirstFault
-from mp2.tasks.place import files_of
+from mp2.tasks.place import data_set, files_of
 from mp2.tasks.record import is_blank, written
 from mp2.tasks.record_files import TABLES, class_names, ending, read_records
 
@@ -52,20 +52,27 @@ class NewCard:
 
 
 def new_card(path: Path, task: str | None = None) -> NewCard:
-    """Propose a card for a data file: its type, its columns, a template and, for classification, its labels.
+    """Propose a card for a data file or set: type, columns, a template and, for classification, the labels.
 
     Raises ``UsageError`` where no label, options or answers are found, or for a ``task`` that no card may be
     called; ``FormatError`` at a line that is bad.
     """
     if task is not None and not TASK_NAME.fullmatch(task):
         raise UsageError(f"--name is {shown(task)}, expected {TASK_NAME_RULE}")
-    if not path.is_file():
+    if place := data_set(path):
+        from mp2.tasks.hub import training_rows
+
+        rows, classes = training_rows(place)
+        path = Path(place.name)
+    elif path.is_file():
+        rows = [row for _, row in read_records(path, FirstFault()) if isinstance(row, dict)]
+        classes = class_names(path)
+    else:
         raise UsageError(
-            f"there is no file {path}; give a data file: .jsonl, .json, .csv, .tsv or .parquet, or the "
-            "folder of one that is called train"
+            f"there is no file {path}; give a data file: .jsonl, .json, .csv, .tsv or .parquet, the "
+            "folder of one that is called train, or hub:NAME for a set that datasets loads"
         )
-    rows = [row for _, row in read_records(path, FirstFault()) if isinstance(row, dict)]
-    for column, names in class_names(path).items():
+    for column, names in classes.items():
         for row in rows:
             if isinstance(number := row.get(column), int) and 0 <= number < len(names):
                 row[column] = names[number]

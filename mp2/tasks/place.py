@@ -64,23 +64,36 @@ def find_place(card: TaskCard, data: str | Path | None = None) -> Place | None:
         return files_of(demo) if is_demo else None
     given = "--data" if data is not None else "MP2_DATA"
     if str(root).startswith(HUB_PREFIX):
-        name, _, config = str(root).removeprefix(HUB_PREFIX).partition(":")
-        if not name:
-            raise UsageError(f"{given} {root}: expected hub:NAME or hub:NAME:CONFIG")
-        return DataSet(name, config or None)
+        return data_set(root, given)
     path = Path(root)
     if path.is_file():
         return _neighbours(path, given)
     if not path.is_dir():
         raise UsageError(f"{given}: there is no file or folder {root}")
     for folder in (path / card.task, path):
-        if any((folder / name).is_file() for name in _SAVED):
-            return DataSet(str(folder), saved=True)
+        if (saved := data_set(folder)) is not None:
+            return saved
         if folder.is_dir() and (folder != path or files_of(path).by_split):
             return files_of(folder)
         if is_demo:
             return files_of(demo)
     raise UsageError(_no_folder(card, path, given))
+
+
+def data_set(data: str | Path, given: str = "") -> DataSet | None:
+    """Return the set that ``hub:NAME`` or a folder of ``datasets`` is; None for anything else.
+
+    Raises ``UsageError`` for ``hub:`` without a name; ``given`` is the option that it was given with.
+    """
+    text = str(data)
+    if text.startswith(HUB_PREFIX):
+        name, _, config = text.removeprefix(HUB_PREFIX).partition(":")
+        if not name:
+            raise UsageError(f"{given} {text}: expected hub:NAME or hub:NAME:CONFIG".lstrip())
+        return DataSet(name, config or None)
+    if any((Path(data) / name).is_file() for name in _SAVED):
+        return DataSet(text, saved=True)
+    return None
 
 
 def tasks_in(data: str | Path | None = None) -> set[str]:

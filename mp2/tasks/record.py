@@ -214,6 +214,9 @@ class RecordParser:
         if not isinstance(label, str):
             self._report(f"got {shown(label)}, expected one of {self._known_labels()}", "label")
             return None
+        if not label:
+            self._report(f"empty; expected one of {self._known_labels()}", "label")
+            return None
         if label not in self._card.labels:
             self._report(f"unknown label {shown(label)}; the card knows {self._known_labels()}", "label")
             return None

@@ -1,4 +1,4 @@
-"""What ``mp2 tasks`` and ``mp2 tasks show`` show: the tasks; a task with an example and token lengths."""
+"""What ``mp2 tasks``, its ``show`` and ``sources`` show: tasks, one with an example, where data come from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mp2.errors import UsageError
-from mp2.tasks.card import TaskCard, list_cards, load_card
+from mp2.tasks.card import Source, TaskCard, list_cards, load_card
 from mp2.tasks.data import load_examples
 from mp2.tasks.example import Example
 from mp2.tasks.lengths import UNCUT
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PERCENTILES = (50, 90, 99, 100)
 N_MEASURED = 1000  # examples of the training data whose lengths are measured
+SOURCE_HEAD = ("task", "track", "source", "format", "licence", "confirmed", "tested with", "note")
 
 
 def task_rows() -> list[dict[str, Any]]:
@@ -176,3 +177,52 @@ def _gold(card: TaskCard, example: Example) -> str:
     if card.type == "multiple_choice":
         return example.options[int(example.label or 0)]
     return "; ".join(answer.text for answer in example.answers) or "(unanswerable)"
+
+
+def source_rows() -> list[dict[str, str]]:
+    """Return a record for each card of the package, in the order of SOURCE_HEAD."""
+    return [dict(zip(SOURCE_HEAD, _source_row(card), strict=True)) for card in list_cards()]
+
+
+def _source_row(card: TaskCard) -> tuple[str, ...]:
+    source = card.source
+    if card.task.startswith("demo_"):
+        return (card.task, "demo", "in the package", "JSON lines", "Apache-2.0", "yes", "itself", "")
+    if source is None:
+        return (card.task, card.track, "none", "-", "-", "-", "-", "")
+    where, form, tested = _source_kind(source)
+    confirmed = "yes" if source.confirmed else "no"
+    return (
+        card.task,
+        card.track,
+        where,
+        form,
+        source.licence or "not stated",
+        confirmed,
+        tested,
+        source.note,
+    )
+
+
+def _source_kind(source: Source) -> tuple[str, str, str]:
+    """Return where, in which format, and with what stand-in its way is tested offline."""
+    if source.hub:
+        name = source.hub + (f" ({source.config})" if source.config else "")
+        return f"hub: {name}", "rows of datasets", "a stand-in of the library"
+    if source.files:
+        address = next(iter(source.files.values())).split()[0]
+        ending = address.rpartition(".")[2]
+        form = {"lines": f"cells by {source.separator!r}", "squad": "SQuAD", "c3": "C3"}.get(
+            source.format, ending
+        )
+        packed = " in an archive" if "#" in address else ""
+        return address.split("#")[0], form + packed, "a local server"
+    return f"by hand: {source.page}" if source.page else "none found", "-", "the message"
+
+
+def sources_page() -> str:
+    """Return the sources as a page: docs/sources.md."""
+    rows = [tuple(row.values()) for row in source_rows()]
+    lines = ["| " + " | ".join(SOURCE_HEAD) + " |", "|" + " --- |" * len(SOURCE_HEAD)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"

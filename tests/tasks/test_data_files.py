@@ -405,6 +405,17 @@ def test_what_the_library_itself_wrote_is_loaded_by_it(
         assert len(load_examples(card, "dev", data, fields=fields)) == 3
     with pytest.raises(UsageError, match="has no test"):
         load_examples(card, "test", data, fields=fields)
+    if how != "csv files by path":
+        three = datasets.Dataset.from_dict(
+            {"content": list("今天气好我们"), "cat": [0, 1, 2] * 2}, features=kinds
+        )
+        monkeypatch.setattr("mp2.tasks.hub._load", lambda place: {"train": three})
+    if "saved" in how or how == "parquet files by path":
+        done = mp2("tasks", "new", data, "--out", tmp_path / "set.toml")
+        assert done.exit_code == 0, done.output
+        made = load_card(tmp_path / "set.toml")
+        assert (made.task, list(made.labels)) == ("fruits", ["a", "b", "c"])
+        assert f"mp2 tasks check {tmp_path / 'set.toml'} --data {data} --no-test" in done.output
     if how == "parquet":  # without the library: the names stand in the file
         numbered = make_card("classification", *NUMBERED)
         assert [e.label for e in load_examples(numbered, "train", data, fields=fields)] == ["0", "1", "2"]

@@ -13,6 +13,7 @@ gives it. Their sum is one linear map, so that answering costs what one regressi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,6 @@ from torch import Tensor
 
 from mp2.heads.head import States
 from mp2.heads.leave_one_out import centred, cross_entropy, dual, each_penalty, model_weights
-from mp2.heads.ngrams import LONGEST, NgramFeatures
 from mp2.tasks.calibration import fitted_temperature
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ Floats = NDArray[np.float64]
 SHARES = (0.0, 0.15, 0.5)
 """The shares of the states in the kernel that are averaged over; dev/log.md has what other shares gave."""
 LEAST_WEIGHT = 0.01  # regressions of less are left out
+LONGEST = 3  # tokens of an n-gram: 1, 2 and 3
+Ngram = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,3 +317,48 @@ def _primal(features: Tensor, weights: Tensor) -> tuple[Floats, Tensor]:
     scale = float((rows * rows).sum(1).mean())
     primal = rows.T @ weights * (1 / scale if scale else 0.0)
     return primal.numpy(), middle @ primal
+
+
+class NgramFeatures:
+    """TF-IDF of token n-grams: what a bag of words knows of a text, from the ids that the encoder reads.
+
+    Weights as in Salton and Buckley (1988), smoothed as scikit-learn does: idf = ln((1 + N) / (1 + df)) + 1
+    over the N training examples, rows of length 1. With a character vocabulary these are character n-grams.
+    """
+
+    def __init__(self, vocabulary: Sequence[Ngram], idf: Floats) -> None:
+        """Take n-grams in a fixed order and their ``idf`` [G]."""
+        self.vocabulary, self.idf = tuple(vocabulary), np.asarray(idf, dtype=np.float64)
+        self._index = {ngram: i for i, ngram in enumerate(self.vocabulary)}
+
+    @classmethod
+    def of(cls, texts: Sequence[Sequence[Sequence[int]]]) -> NgramFeatures:
+        """Learn from training ``texts``, each a list of fields, each field a list of token ids."""
+        n_texts_with: Counter[Ngram] = Counter()
+        for fields in texts:
+            n_texts_with.update({ngram for field in fields for ngram in _ngrams(field)})
+        vocabulary = sorted(n_texts_with)
+        df = np.array([n_texts_with[ngram] for ngram in vocabulary], dtype=np.float64)
+        return cls(vocabulary, np.log((1 + len(texts)) / (1 + df)) + 1)
+
+    def __call__(self, fields: Sequence[Sequence[int]]) -> Floats:
+        """Features of one text: [G] of its only field; of two fields |a - b| and a * b, [2 G]."""
+        rows = [self._row(field) for field in fields]
+        if len(rows) == 2:
+            a, b = rows
+            return np.concatenate([np.abs(a - b), a * b])
+        return np.asarray(sum(rows[1:], rows[0]))
+
+    def _row(self, field: Sequence[int]) -> Floats:
+        row = np.zeros(len(self.idf))
+        for ngram, count in Counter(_ngrams(field)).items():
+            i = self._index.get(ngram)
+            if i is not None:
+                row[i] = count * self.idf[i]
+        length = float(np.sqrt(row @ row))
+        return row / length if length else row
+
+
+def _ngrams(field: Sequence[int]) -> list[Ngram]:
+    ids = [int(i) for i in field]
+    return [tuple(ids[i : i + n]) for n in range(1, LONGEST + 1) for i in range(len(ids) - n + 1)]

@@ -46,7 +46,7 @@ class TaskView:
     card: TaskCard
     example: str
     gold: str | None
-    n_template_tokens: int
+    n_template_tokens: int | None  # None: a label word cannot be spelled
     token_percentiles: dict[str, int]
     n_measured: int
     notes: tuple[str, ...]
@@ -93,7 +93,8 @@ class TaskView:
         rows.append(("example", self.example))
         if self.gold is not None:
             rows.append(("answer", self.gold))
-        rows.append(("tokens", f"{self.n_template_tokens} for template and options"))
+        if self.n_template_tokens is not None:
+            rows.append(("tokens", f"{self.n_template_tokens} for template and options"))
         if self.token_percentiles:
             shown = ", ".join(f"{n} at {p}" for p, n in self.token_percentiles.items())
             rows.append(("", f"{shown} of {self.n_measured} training examples, uncut"))
@@ -124,15 +125,20 @@ def view_task(
         if data is not None:
             raise
         notes.append(str(error))
-    formatter = MrcFormatter(card, tokenizer, UNCUT)
-    percentiles = token_percentiles([formatter.training_input(e, 0).n_tokens for e in examples])
+    n_fixed, lengths = None, []
+    try:
+        formatter = MrcFormatter(card, tokenizer, UNCUT)
+        n_fixed = formatter.n_fixed_tokens
+        lengths = [formatter.training_input(e, 0).n_tokens for e in examples]
+    except UsageError as error:  # ridge needs no label words
+        notes.append(f"the span head cannot read it: {error}")
     return TaskView(
         card=card,
         example=filled_template(card, examples[0] if examples else _placeholder(card)),
         gold=_gold(card, examples[0]) if examples else None,
-        n_template_tokens=formatter.n_fixed_tokens,
-        token_percentiles=percentiles,
-        n_measured=len(examples),
+        n_template_tokens=n_fixed,
+        token_percentiles=token_percentiles(lengths),
+        n_measured=len(lengths),
         notes=tuple(notes),
     )
 

@@ -10,8 +10,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import Ridge
 
 from mp2.heads.leave_one_out import PENALTIES, TEMPERATURES
-from mp2.heads.ngrams import NgramFeatures
-from mp2.heads.ridge import LEAST_WEIGHT, SHARES, RidgeHead, RidgePart, RidgeSettings, pooled
+from mp2.heads.ridge import LEAST_WEIGHT, SHARES, NgramFeatures, RidgeHead, RidgePart, RidgeSettings, pooled
 from mp2.tasks import MrcInput
 
 PENALTY, WEIGHT = 0.3, 4.0

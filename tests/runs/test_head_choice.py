@@ -195,6 +195,8 @@ def test_ridge_reads_what_the_span_head_cannot(tmp_path: Path, word: str, why: s
     assert done.exit_code == 0, done.output
     assert f"note: head ridge: span cannot read this task (task '{task}'" in done.output
     assert why in done.output
+    done = mp2("tasks", "show", card, *where[:2])
+    assert (done.exit_code, "cannot spell" in done.output) == (0, "spell" in why)
     budget = ("--iters", 2, "--router-iters", 1, "--threads", 1, "--no-baselines", "--out", tmp_path / "runs")
     head = mp2_json("bbt", "--task", card, *where, *budget)["head"]
     assert (head["kind"], why in head["reason"]) == ("ridge", True)

@@ -43,8 +43,8 @@ from mp2.files import write_json
 from mp2.prompts import load_prompts
 
 TASKS = (
-    *("lcqmc", "bq", "ccpm", "cote_mfw", "amazon", "cmnli"),  # the quick ones first
-    *("chnsent", "c3", "cmrc2018", "iflytek", "thucnews", "tnews"),
+    *("lcqmc", "bq", "ccpm", "cote_mfw", "cote_bd", "amazon", "cmnli", "ocnli"),  # the quick ones first
+    *("chnsent", "c3", "drcd", "cmrc2018", "thucnews", "tnews"),
 )
 
 

@@ -49,7 +49,13 @@ def markdown(
     for row in rows:
         if "refused" in row:
             refused.setdefault((row["task"], row["refused"]), []).append(row["column"])
-    lines += [f"- {task} was not run by {', '.join(own)}: {why}" for (task, why), own in refused.items()]
+    same: dict[tuple[str, str], list[str]] = {}  # columns, reason -> tasks: what repeats is one line
+    for (task, why), own in refused.items():
+        same.setdefault((", ".join(own), why), []).append(task)
+    lines += [
+        f"- {', '.join(which)} {'was' if len(which) == 1 else 'were'} not run by {own}: {why}"
+        for (own, why), which in same.items()
+    ]
     return "\n".join(lines)
 
 

@@ -15,8 +15,10 @@ from tuning_world import World
 from benchmarks.paper import table3
 from benchmarks.paper.cells import Cell, cell_file, claim_folder, expected_s, run_cell, work_through
 from benchmarks.paper.methods import Lab, Settings, prompts_key, random_start
-from benchmarks.paper.published import TABLE3
+from benchmarks.paper.options import parser_of
+from benchmarks.paper.published import TABLE3, UNSEEN_DATA, UNSEEN_TASK
 from benchmarks.paper.state import missing_words
+from benchmarks.paper.table3 import TASKS
 from benchmarks.paper.table3_render import beside_paper, markdown
 from benchmarks.paper.table3_scores import answers, means, read_score, summarise
 from mp2.backbone import Backbone
@@ -126,8 +128,17 @@ def test_a_task_that_does_not_fit_is_a_result_and_a_wrong_name_is_an_error(
     table = markdown(rows, answers(rows), shown, [], "")
     assert "| mood | accuracy | not run | not run | not run |" in table
     assert "- mood was not run by untuned, deep router-only, deep: task 'mood' does not fit 12" in table
+    again = markdown([*rows, *({**row, "task": "voice"} for row in rows)], answers(rows), shown, [], "")
+    assert "- mood, voice were not run by untuned, deep router-only, deep: task 'mood' does not" in again
     with pytest.raises(UnknownNameError, match="no_such_task"):
         run_cell(lab, Cell("deep", "no_such_task", 8), {})
+
+
+def test_names_are_words_or_have_commas_and_table_3_has_all_tasks_of_the_papers() -> None:
+    words = ["--data", "d", "--tasks", "bq,c3", "tnews", "--methods", "deep,bbtv2"]
+    args = parser_of("table3", None).parse_args(words)
+    assert (args.tasks, args.methods) == (["bq", "c3", "tnews"], ["deep", "bbtv2"])
+    assert set(TASKS) == {*UNSEEN_DATA, *UNSEEN_TASK}
 
 
 def test_cells_of_other_settings_or_weights_are_not_mixed(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.command import one_line_errors
 from benchmarks.paper import figure3, figure4, steering, table5
 from benchmarks.paper.baselines import table as baselines_table
+from benchmarks.paper.cost import table as cost_of_cells
 from benchmarks.paper.heads import table as heads_table
 from benchmarks.paper.own_tasks import table as own_tasks_table
 from benchmarks.paper.router_tables import cost_table, quality_table
@@ -382,6 +383,14 @@ PAPER = [
         command="python -m benchmarks.paper table3 --data DIR --prompts FILE ...",
         text="Test score in per cent. First the paper's number, ours and the difference; then all columns.",
         table=lambda results: beside_paper(results[0]["rows"]) + "\n\n" + transfer(results),
+    ),
+    Section(
+        title="What Table 3 costs",
+        files=["table3_cost.json"],
+        command="python -m benchmarks.paper table3 --data DIR --prompts FILE ... --dry-run",
+        text="Core-hours of all cells, by arithmetic from short runs of each method on the tasks with the "
+        "fewest and the most tokens, one thread. A step is an evaluation of the few-shot set, or an epoch.",
+        table=lambda results: cost_of_cells(results[0]["rows"]),
     ),
     Section(
         title="Table 5: fast and slow learning",

@@ -38,7 +38,7 @@ paper() {
     echo "== $name: none of its prompts ($3) is in $prompts" >&2
     return
   fi
-  left=$(python -c "print(max(0.01, $minutes * $share / 100 - ($(date +%s) - $begun) / 60))")
+  left=$(python -c "print(f'{max(0.01, $minutes * $share / 100 - ($(date +%s) - $begun) / 60):.2f}')")
   echo "== $name: $left minutes" >&2
   if ! python -m benchmarks.paper "$name" --data "$data" --backbone "$backbone" --prompts "${found[@]}" "${options[@]}" \
     --work "$out/work/$name" --out "$out/$name.json" --budget-minutes "$left" "${@:4}" > "$out/$name.md.new"; then
@@ -52,7 +52,8 @@ seeds=${SEEDS:-8,13,21,42,100}
 first=${seeds%%,*}
 
 # 1. the claim, on all tasks: deep MP2, BBTv2 as published, and what needs no tuning
-paper table3 30 "$every" --seeds $first --methods majority simple deep bbtv2
+paper table3 30 "$every" --seeds $first --methods majority simple
+paper table3 30 "$every" --seeds $first --methods deep bbtv2
 # 2. the groups that routers make: seconds
 mapfile -t both < <(files shallow deep)
 [ ${#both[@]} = 0 ] || python -m benchmarks.paper figure5 --prompts "${both[@]}" --out "$out" > "$out/figure5.md" || status=1

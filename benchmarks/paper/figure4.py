@@ -38,6 +38,7 @@ from benchmarks.paper.options import (
     seeds_of,
     settings_of,
 )
+from benchmarks.paper.published import beside
 from benchmarks.paper.state import check_failed, failed_words, missing_words, too_early
 from benchmarks.paper.table3_scores import read_score
 from mp2.errors import UsageError
@@ -144,7 +145,8 @@ def table(rows: Sequence[dict[str, Any]], x_label: str) -> str:
     for method in METHODS:
         own = {row["x"]: row for row in rows if row["method"] == method}
         if own:
-            cells = ["" if x not in own else f"{own[x]['mean']:.1f} ± {own[x]['sd']:.1f}" for x in xs]
+            found = [own.get(x, {"mean": None, "sd": None, "n": 0}) for x in xs]
+            cells = [beside(None, one["mean"], one["sd"], one["n"])[1] for one in found]
             lines.append(f"| {NAMES[method]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -167,6 +169,8 @@ def run_a(words: Sequence[str] | None = None) -> None:
     ]
     if lab is not None:
         compute(args, lab, asked, until)
+    if args.dry_run:
+        return
     _write(args, asked, notes, until, "number of labels", lambda cell: int(cell["task"].rpartition("_")[2]))
 
 
@@ -187,6 +191,8 @@ def run_b(words: Sequence[str] | None = None) -> None:
     ]
     if lab is not None:
         compute(args, lab, asked, until)
+    if args.dry_run:
+        return
     _write(
         args,
         asked,

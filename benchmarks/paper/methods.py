@@ -91,6 +91,7 @@ class Settings:
     device: str = "cpu"
     precision: str = "fp32"
     training_precision: str = "fp32"
+    dev_every: int | None = None  # of black-box tuning; None: its own choice
 
 
 def kind_of(method: str) -> str:
@@ -213,6 +214,7 @@ class Lab:
             device=self.settings.device,
             precision=self.settings.precision,
             threads=1,
+            dev_every=self.settings.dev_every,
             baselines=False,
         )
         if method == "simple":

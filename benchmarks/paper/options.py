@@ -12,11 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.paper import cost
 from benchmarks.paper.cells import Cell, claim_folder, work_together, work_with_ray
 from benchmarks.paper.methods import METHODS, Lab, Settings
 from benchmarks.paper.state import scale_of
 from benchmarks.provenance import RESULTS, provenance
 from mp2.errors import UnknownNameError, UsageError
+from mp2.files import write_json
 from mp2.tasks import load_card
 
 NO_TIME = "no cell was begun within --budget-minutes: there is nothing to show yet"
@@ -63,6 +65,9 @@ def parser_of(name: str, about: str | None, **defaults: Any) -> argparse.Argumen
         "--budget-minutes",
         type=float,
         help="begin no cell that would end later",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="compute nothing: time short runs, print what all would cost"
     )
     parser.add_argument("--table", action="store_true", help="compute nothing: print what is there")
     parser.set_defaults(**defaults)
@@ -133,7 +138,7 @@ def choose_tasks(args: argparse.Namespace, tasks: Sequence[str]) -> list[str]:
 def compute(args: argparse.Namespace, lab: Lab, cells: Sequence[Cell], until: float = math.inf) -> None:
     """Compute what is missing of ``cells``; claims the lab's work folder for its settings and weights.
 
-    ``until``: see `deadline`.
+    ``until``: see `deadline`. With ``--dry-run`` only print what they would cost.
     """
     methods = list(dict.fromkeys(cell.method for cell in cells))
     for method in methods:
@@ -144,14 +149,28 @@ def compute(args: argparse.Namespace, lab: Lab, cells: Sequence[Cell], until: fl
     if args.ray and args.jobs > 1:
         raise UsageError("--jobs are processes of this machine, and --ray has its own: drop one of them")
     lab.check(methods)
+    if args.dry_run:
+        _print_cost(args, lab, cells)
+        return
     shared = asdict(lab.settings)
-    if shared["training_precision"] == "fp32":  # folders of before there was a choice do not name it
-        del shared["training_precision"]
+    for name, default in (("training_precision", "fp32"), ("dev_every", None)):
+        if shared[name] == default:  # folders of before there was a choice do not name it
+            del shared[name]
     claim_folder(lab.work, {**shared, "weights": lab.identity()})
     if args.ray:
         work_with_ray(lab, cells, provenance(), args.ray, say, until)
     else:
         work_together(lab, cells, provenance(), args.jobs, say, until)
+
+
+def _print_cost(args: argparse.Namespace, lab: Lab, cells: Sequence[Cell]) -> None:
+    """Print the table of costs and write it beside ``--out``, as ``NAME_cost.json``."""
+    rows, settings = cost.cost_rows(lab, cells, say), asdict(lab.settings)
+    settings |= {"backbone": Path(args.backbone).name, "prompts": [Path(p).name for p in args.prompts]}
+    found = {"provenance": provenance(), "settings": settings, "rows": rows}
+    part = "" if lab.work == args.work else f"_{lab.work.name}"  # of a table of several folders
+    write_json(args.out.with_name(f"{args.out.stem}{part}_cost.json"), found, indent=1)
+    print(scale_of(settings, seeds_of(args.seeds)), "", cost.table(rows), sep="\n")
 
 
 def deadline(args: argparse.Namespace) -> float:

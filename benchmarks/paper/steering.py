@@ -160,6 +160,8 @@ def run(words: Sequence[str] | None = None) -> None:
         args.backbone, work = backbone, args.work / str(tokens)
         asked[work] = [Cell(m, t, s) for s in seeds_of(args.seeds) for t in args.tasks for m in args.methods]
         compute(args, Lab(settings_of(args, [prompts]), args.data, work), asked[work], until)
+    if args.dry_run:
+        return
     rows = rows_of(args.work)
     if not rows and too_early(asked or {args.work: []}, [], until):
         say(NO_TIME)

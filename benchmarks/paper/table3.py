@@ -98,6 +98,8 @@ def run(words: Sequence[str] | None = None) -> None:
     ]
     if lab is not None:
         compute(args, lab, cells, until)
+    if args.dry_run:
+        return
     if not read_cells(args.work) and too_early({args.work: cells}, [], until):
         say(NO_TIME)
         return

@@ -32,7 +32,8 @@ def markdown(
         lines.append(f"| {task} | {about['metric']} | {' | '.join(_cell(rows, task, c) for c in columns)} |")
     for name, own in means(rows, upstream).items():
         about = f"mean of {len(own['tasks'])}" + ("" if name == "all" else f" {name}")
-        lines.append(f"| {about} | | {' | '.join(f'{own[c]:.1f}' for c in columns)} |")
+        texts = [f"{own[c]:.1f}" if c in own else "" for c in columns]
+        lines.append(f"| {about} | | {' | '.join(texts)} |")
     lines += ["", _footnote(rows, settings), "", code, ""]
     if upstream is None:
         lines.append("- which tasks the prompts were pre-trained on is not known: their files are gone")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from statistics import mean, stdev
 from typing import Any
@@ -219,11 +220,13 @@ def _differences(rows: Sequence[Row], first: str, second: str) -> dict[str, list
 
 
 def means(rows: Sequence[Row], upstream: Collection[str] | None) -> dict[str, dict[str, Any]]:
-    """Every column's mean over the tasks where all have scores, and over those in ``upstream`` and not.
+    """Columns' means over the tasks where all of them have scores, and over those in ``upstream`` and not.
 
-    ``upstream`` are the tasks that the prompts were pre-trained on; None: not known.
+    ``upstream`` are the tasks that the prompts were pre-trained on; None: not known. Columns with fewer than
+    half as many tasks as the fullest have no mean: one that was just begun would leave nothing of the others.
     """
-    columns = columns_of(rows)
+    scored = Counter(row["column"] for row in rows if "mean" in row)
+    columns = [c for c in columns_of(rows) if 2 * scored[c] >= max(scored.values(), default=0)]
     tasks = [
         task
         for task in dict.fromkeys(row["task"] for row in rows)

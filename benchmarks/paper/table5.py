@@ -106,10 +106,12 @@ def run(words: Sequence[str] | None = None) -> None:
             for kind, _ in files
         ]
     seeds = seeds_of(args.seeds)
-    parts = [[seed] for seed in seeds] if until < math.inf else [seeds]
+    parts = [[seed] for seed in seeds] if until < math.inf and not args.dry_run else [seeds]
     for part in parts:  # where time may end: both kinds of learning of one seed before the next
         for work, lab in labs.items():
             compute(args, lab, [cell for cell in asked[work] if cell.seed in part], until)
+    if args.dry_run:
+        return
     rows = rows_of(args.work)
     folders = [args.work / folder for folder in FOLDERS.values()]
     cells = {folder: found for folder in folders if (found := read_cells(folder))}

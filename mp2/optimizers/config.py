@@ -99,7 +99,7 @@ class SearchConfig:
         at_most=MAX_SEED,
         expected=f"0 to {MAX_SEED}",
     )
-    dev_every: int | None = None  # None: one round of layer visits (deep), 100 iterations (shallow)
+    dev_every: int | None = None  # None: in stage II a round of layers (deep), 100 iterations (shallow)
 
     def __post_init__(self) -> None:
         """Refuse values that no search can have."""

@@ -12,9 +12,10 @@ last generation of a stage is smaller when the budget asks for it: it may still 
 CMA-ES is not told of it. Dev evaluations are counted and timed apart.
 
 *Selection.* Dev is evaluated for the untuned prompt, after stage I, then once a round of layer visits
-(deep) or every 100 iterations (shallow) and at the end, whenever the incumbent has changed. The best dev
-score wins; ties go to the lower dev loss, then to the earlier checkpoint. So tuning never returns something
-that dev ranks below the untuned prompt. Without a dev set the lowest training loss wins, at the same places.
+(deep) or every 100 iterations (shallow) and at the end, whenever the incumbent has changed; with
+``dev_every`` so often, in stage I too (Figure 3). The best dev score wins; ties go to the lower dev loss,
+then to the earlier checkpoint. So tuning never returns something that dev ranks below the untuned prompt.
+Without a dev set the lowest training loss wins, at the same places.
 """
 
 from __future__ import annotations
@@ -261,6 +262,7 @@ class TwoStage:
     def _search_router(self, untuned: Routers, search: RouterSearch) -> Routers:
         """Stage I: the router [L', K] with the lowest training loss, the untuned one included."""
         best, best_loss = untuned, self._loss
+        last_dev = self._evaluations.iteration
         start = time.perf_counter()
         search.tell(untuned[None], np.array([best_loss]))
         while (left := self._stage1_iters - self._evaluations.iteration) > 0:
@@ -273,6 +275,11 @@ class TwoStage:
             if losses.min() < best_loss:
                 best, best_loss = routers[int(np.argmin(losses))], float(losses.min())
             self._observer.iteration(self._progress(1))
+            since, every = self._evaluations.iteration - last_dev, self._config.dev_every
+            if every and since >= every and self._evaluations.iteration < self._stage1_iters:
+                self._checkpoint("stage1", self._space.fuse(best), best)
+                last_dev = self._evaluations.iteration
+                start = time.perf_counter()
         return best
 
     def _search_layers(self, stage1: Checkpoint, seed: np.random.SeedSequence) -> None:

@@ -19,7 +19,8 @@ from transformers import BertForMaskedLM
 from benchmarks.paper import figure3, figure4
 from benchmarks.paper.__main__ import COMMANDS, run
 from benchmarks.paper.cells import Cell, cell_file
-from benchmarks.paper.methods import METHODS, Lab
+from benchmarks.paper.cost import Rates, cell_s
+from benchmarks.paper.methods import METHODS, Lab, Settings
 from benchmarks.paper.published import beside
 from mp2.backbone import Backbone, load_backbone
 from mp2.errors import MissingDependencyError, Mp2Error, UnknownNameError, UsageError
@@ -162,6 +163,46 @@ def test_the_page_says_its_scale_and_what_cannot_be_had(
         run([*words, "--budget-minutes", "0"])
 
 
+def test_a_dry_run_says_what_all_cells_would_cost_and_computes_none(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = ("majority", "simple", "prompt-tuning", "gradient", "deep", "bbtv2")
+    task = world / f"{TASK}.toml"
+    more = ("--tasks", task, "--methods", *methods, "--seeds", "8,13", "--dry-run")
+    words = [*command(world, "table3", tmp_path, *more, prompts=ALL), "--iters", "1000", "--epochs", "100"]
+    run(words)
+    rows = json.loads((tmp_path / "table3_cost.json").read_text("utf-8"))["rows"]
+    found = {row["method"]: row for row in rows}
+    assert {method: row["cells"] for method, row in found.items()} == dict.fromkeys(methods, 2)
+    assert {method: row["steps"] for method, row in found.items()} == {
+        **{"majority": 0, "simple": 0, "deep": 1000, "bbtv2": 1000},
+        **{"prompt-tuning": 200, "gradient": 100},  # two rates, one
+    }
+    deep = found["deep"]
+    assert deep["core_hours"] >= 0.9 * 2 * 1000 * min(deep["step_s"]) / 3600
+    assert not (tmp_path / "table3").exists() or not list((tmp_path / "table3").rglob("*.json"))
+    shown = capsys.readouterr().out
+    assert "| all | 12 |" in shown
+    assert "Scale: 1,000 iterations" in shown
+
+
+def test_costs_between_two_timed_tasks_are_on_a_line(world: Path) -> None:
+    files = tuple(str(world / f"{name}.safetensors") for name in ("deep", "shallow"))
+    settings = Settings(
+        backbone=str(world / "bert"), prompts=files, iters=1000, epochs=100, test_limit=50, max_tokens=48
+    )
+    lab = Lab(settings, world, world / "none")
+    low, high = Rates(1, 0.1, 1.0, 0.01), Rates(1, 0.3, 3.0, 0.03)
+    n_dev = 1000 / (20 * lab.backbone.config.n_layers) + 2
+    steps, seconds = cell_s(lab, "deep", low, high, 0.5, 50)
+    assert (steps, seconds) == (1000, pytest.approx(1000 * 0.2 + n_dev * 2 + 50 * 0.02))
+    low, high = (replace(rates, steps_an_epoch=4) for rates in (low, high))
+    steps, seconds = cell_s(lab, "model-tuning", low, high, 0.0, 50)
+    assert (steps, seconds) == (400, pytest.approx(400 * 0.1 + 42 * 1.0 + 50 * 0.01))
+    steps, seconds = cell_s(lab, "simple", Rates(1, 0.0, 0.0, 0.2), Rates(1, 0.0, 0.0, 0.2), 0.3, 50)
+    assert (steps, seconds) == (0, pytest.approx(10))
+
+
 def test_the_three_heads_differ_and_the_published_ones_read_label_words(table: Path) -> None:
     def loss(method: str) -> float:
         cell = json.loads(cell_file(table / "table3", Cell(method, TASK, 8)).read_text())
@@ -181,6 +222,7 @@ def test_figure3_has_both_paradigms_with_the_end_of_stage_one(world: Path, tmp_p
     assert [row["method"] for row in rows] == list(figure3.PARADIGMS)
     assert [row["stage1_ends"] for row in rows] == [2, 16]  # sixteen routers are all there are
     assert (tmp_path / "figure3.png").stat().st_size > 5000
+    assert rows[1]["at"] == [1, 16, 26]
 
 
 def test_a_seed_keeps_its_dev_score_until_the_next() -> None:

@@ -260,6 +260,17 @@ def test_means_are_given_apart_for_tasks_that_prompts_were_pretrained_on() -> No
     ]
 
 
+def test_a_column_that_was_just_begun_or_cannot_be_had_leaves_the_others_their_means() -> None:
+    cells = [cell(t, m, 8, 0.5) for t in "abcde" for m in ("majority", "bbtv2")]
+    cells.append(cell("a", "spot", 8, 0.9))
+    refused = {key: value for key, value in cell("a", "bbt", 8, 0).items() if key != "stages"}
+    cells.append(refused | {"refused": "no head"})
+    rows = summarise(cells)
+    assert means(rows, None) == {"all": {"tasks": list("abcde"), "majority": 50.0, "BBTv2": 50.0}}
+    shown = {"test_limit": 9, "backbone": "b", "iters": 1, "epochs": 1, "max_tokens": 2}
+    assert "| mean of 5 | | 50.0 |  |  | 50.0 |" in markdown(rows, answers(rows), shown, None, "")
+
+
 def test_results_say_which_code_made_them_and_what_the_prompts_were_pretrained_on(
     world: World, tmp_path: Path
 ) -> None:

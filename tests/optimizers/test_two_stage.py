@@ -82,11 +82,15 @@ class Killed(BaseException):
     """Nobody catches it."""
 
 
-@pytest.mark.parametrize("method", ["bits", "random", "nevergrad:DiscreteOnePlusOne"])
+@pytest.mark.parametrize(
+    ("method", "dev_every"),
+    [("bits", None), ("bits", 3), ("random", None), ("nevergrad:DiscreteOnePlusOne", None)],
+)
 def test_killed_at_every_journal_write_and_resumed_is_bit_identical(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, dev_every: int | None
 ) -> None:
-    settings = config(router=RouterConfig(method=method, iterations=14), iters=60)
+    router = RouterConfig(method=method, iterations=14)
+    settings = config(router=router, iters=60, dev_every=dev_every)
     whole = bits(tune(tmp_path / "whole.jsonl", settings))
     expected = without_times(tmp_path / "whole.jsonl")
     write = Journal._write
@@ -109,6 +113,18 @@ def test_killed_at_every_journal_write_and_resumed_is_bit_identical(
                 tune(path, settings)
         assert bits(tune(path, settings)) == whole, f"killed at write {n_writes}"
         assert without_times(path) == expected
+
+
+def test_dev_is_scored_within_stage_one_only_where_that_was_asked_for(tmp_path: Path) -> None:
+    router = RouterConfig(method="random", iterations=100)
+    plain, scored = (
+        tune(tmp_path / f"{every}.jsonl", config(router=router, iters=100, dev_every=every))
+        for every in (None, 20)
+    )
+    assert [iteration for iteration, _ in plain.dev_curve] == [1, 100]
+    assert [iteration for iteration, _ in scored.dev_curve] == [1, 21, 41, 61, 81, 100]  # populations of 20
+    assert scored.loss_curve == plain.loss_curve
+    assert scored.stage1.router.tobytes() == plain.stage1.router.tobytes()
 
 
 def test_killed_at_every_byte_of_the_journal_and_resumed_is_bit_identical(tmp_path: Path) -> None:

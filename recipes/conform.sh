@@ -3,7 +3,7 @@
 #   recipes/conform.sh BACKBONE PROMPTS_DIR DOWNSTREAM_DIR OUT_DIR MINUTES [OPTION ...]
 # PROMPTS_DIR: what recipes/prompts.sh made, in whole or in part (deep, shallow, spot, ppt, head, deep-one-rate, shallow-two-rates); what is
 # not there is left out. DOWNSTREAM_DIR: <task>/{train,test}.jsonl. OUT_DIR gets a JSON, a page (.md) and a picture a table or figure; each
-# page says at what scale its cells were run and which are missing. OPTIONs of all: --iters, --epochs, --tasks, --jobs, --max-tokens ...
+# page says at what scale its cells were run and which are missing. OPTIONs of all: --iters, --epochs, --jobs, --max-tokens ...
 # SEEDS in the environment: others than the paper's 8,13,21,42,100.
 # Started again with the same OPTIONs it goes on with what is missing. A cell that has begun is finished: the end may be one cell late.
 # A cell or a table that fails does not stop the others; the exit status is then 1.

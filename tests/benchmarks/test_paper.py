@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -215,6 +216,46 @@ def test_the_three_heads_differ_and_the_published_ones_read_label_words(table: P
     assert json.loads(config.read_text())["head"]["kind"] == "mlm"
 
 
+@pytest.mark.parametrize("method", ["deep", "bbtv2"])
+def test_a_cell_that_was_killed_goes_on_from_its_journal(
+    world: Path, table: Path, tmp_path: Path, method: str
+) -> None:
+    """Cut back to what a kill in the middle of the search leaves."""
+    task, work, own = world / f"{TASK}.toml", tmp_path / "table3", f"runs/{TASK}/{method}-seed8"
+    file = cell_file(work, Cell(method, TASK, 8))
+    whole = json.loads(cell_file(table / "table3", Cell(method, TASK, 8)).read_text("utf-8"))
+    shutil.copytree(table / "table3" / own, work / own)
+    (run_dir,) = (work / own).iterdir()
+    for name in ("result.json", "prompt.safetensors"):
+        (run_dir / name).unlink()
+    lines = (run_dir / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    kept = b"".join(lines[: len(lines) // 2])
+    (run_dir / "journal.jsonl").write_bytes(kept + lines[len(lines) // 2][:20])
+    run(command(world, "table3", tmp_path, "--tasks", task, "--methods", method, prompts=ALL))
+    assert json.loads(file.read_text("utf-8"))["stages"] == whole["stages"]
+    began = b"".join(lines[:2])  # a generation that was cut off is computed again, with times of its own
+    assert (run_dir / "journal.jsonl").read_bytes().startswith(began)
+    assert len(list(run_dir.parent.iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_several_processes_share_the_cells_and_one_prints_the_page(world: Path, tmp_path: Path) -> None:
+    task = world / f"{TASK}.toml"
+    words = command(world, "table3", tmp_path, "--tasks", task, "--methods", "majority", "simple")
+    words[words.index("8")] = "8,13,21"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.paper", *words, "--jobs", "2"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| task | metric |") == 1
+    assert done.stderr.count(f"{TASK} majority seed") == 3  # each by one of them
+    assert len(list((tmp_path / "table3" / "cells").glob("*.json"))) == 6
+
+
 def test_figure3_has_both_paradigms_with_the_end_of_stage_one(world: Path, tmp_path: Path) -> None:
     task = world / f"{TASK}.toml"
     run(command(world, "figure3", tmp_path, "--tasks", task, prompts=("shallow",)))
@@ -353,7 +394,8 @@ def test_a_ray_cluster_computes_the_same_cells(world: Path, table: Path, tmp_pat
 
 def test_ray_that_is_missing_is_said(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    words = command(world, "table3", tmp_path, "--methods", "majority", "--ray", "local")
+    task = world / f"{TASK}.toml"
+    words = command(world, "table3", tmp_path, "--tasks", task, "--methods", "majority", "--ray", "local")
     with pytest.raises(MissingDependencyError, match="pip install"):
         run(words)
     with pytest.raises(UsageError, match="--jobs are processes of this machine"):

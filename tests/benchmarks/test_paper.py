@@ -56,7 +56,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("paper")
     backbone = load_backbone(save_bert(root / "bert", BertForMaskedLM))
     own_tasks.write_tasks(root, seed=8)
-    shutil.copy(root / TASK / "train.jsonl", root / TASK / "dev.jsonl")
+    shutil.copy(root / TASK / "test.jsonl", root / TASK / "dev.jsonl")  # none of train
     soft = first_prompt(TUNE["prompt-tuning"], backbone, 3, 1)
     files = {
         "deep": pretrained(backbone, "deep"),

@@ -41,7 +41,7 @@ paper() {
   left=$(python -c "print(f'{max(0.01, $minutes * $share / 100 - ($(date +%s) - $begun) / 60):.2f}')")
   echo "== $name: $left minutes" >&2
   if ! python -m benchmarks.paper "$name" --data "$data" --backbone "$backbone" --prompts "${found[@]}" "${options[@]}" \
-    --work "$out/work/$name" --out "$out/$name.json" --budget-minutes "$left" "${@:4}" > "$out/$name.md.new"; then
+    --work "$out/cells/$name" --out "$out/$name.json" --budget-minutes "$left" "${@:4}" > "$out/$name.md.new"; then
     status=1
   fi
   if [ -s "$out/$name.md.new" ]; then mv "$out/$name.md.new" "$out/$name.md"; else rm -f "$out/$name.md.new"; fi

@@ -22,18 +22,8 @@ from matplotlib.figure import Figure
 from benchmarks.paper.cell_code import code_line, codes, made_by
 from benchmarks.paper.cells import Cell, read_cells
 from benchmarks.paper.methods import Lab
-from benchmarks.paper.options import (
-    NO_TIME,
-    choose,
-    compute,
-    deadline,
-    parser_of,
-    say,
-    scale_line,
-    seeds_of,
-    settings_of,
-)
-from benchmarks.paper.state import check_failed, failed_words, missing_words, too_early
+from benchmarks.paper.options import choose, compute, deadline, parser_of, seeds_of, settings_of
+from benchmarks.paper.state import check_failed, nothing_yet, state_of
 from mp2.files import whole_file, write_json
 
 TASKS = ("bq", "lcqmc")
@@ -140,15 +130,9 @@ def run(words: Sequence[str] | None = None) -> None:
         return
     cells = read_cells(args.work)
     rows = curves(cells)
-    if not rows and too_early({args.work: asked}, cells, until):
-        say(NO_TIME)
+    if not rows and nothing_yet({args.work: asked}, cells, until):
         return
-    state = [
-        scale_line(args.work, cells),
-        *notes,
-        *missing_words(args.work, asked),
-        *failed_words(args.work, asked),
-    ]
+    state = state_of(args.work, asked, notes)
     write_json(
         args.out, {"made_by": made_by(cells), "codes": codes(cells), "rows": rows, "state": state}, indent=1
     )

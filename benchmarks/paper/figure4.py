@@ -27,19 +27,9 @@ from matplotlib.figure import Figure
 from benchmarks.paper.cell_code import code_line, codes, made_by
 from benchmarks.paper.cells import Cell, read_cells
 from benchmarks.paper.methods import Lab
-from benchmarks.paper.options import (
-    NO_TIME,
-    choose,
-    compute,
-    deadline,
-    parser_of,
-    say,
-    scale_line,
-    seeds_of,
-    settings_of,
-)
+from benchmarks.paper.options import choose, compute, deadline, parser_of, seeds_of, settings_of
 from benchmarks.paper.published import beside
-from benchmarks.paper.state import check_failed, failed_words, missing_words, too_early
+from benchmarks.paper.state import check_failed, nothing_yet, state_of
 from benchmarks.paper.table3_scores import read_score
 from mp2.errors import UsageError
 from mp2.files import whole_file, write_json, write_text
@@ -208,15 +198,9 @@ def _write(
 ) -> None:
     cells = read_cells(args.work)
     rows = rows_of(cells, x_of)
-    if not rows and too_early({args.work: asked}, cells, until):
-        say(NO_TIME)
+    if not rows and nothing_yet({args.work: asked}, cells, until):
         return
-    state = [
-        scale_line(args.work, cells),
-        *notes,
-        *missing_words(args.work, asked),
-        *failed_words(args.work, asked),
-    ]
+    state = state_of(args.work, asked, notes)
     about = {"made_by": made_by(cells), "codes": codes(cells), "x": x_label}
     write_json(args.out, {**about, "rows": rows, "state": state}, indent=1)
     draw(rows, x_label, args.out.with_suffix(".png"))

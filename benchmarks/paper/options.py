@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,12 @@ from typing import Any
 from benchmarks.paper import cost
 from benchmarks.paper.cells import Cell, claim_folder, work_together, work_with_ray
 from benchmarks.paper.methods import METHODS, Lab, Settings
-from benchmarks.paper.state import scale_of
+from benchmarks.paper.state import say, scale_of
 from benchmarks.provenance import RESULTS, provenance
 from mp2.errors import UnknownNameError, UsageError
 from mp2.files import write_json
 from mp2.tasks import load_card
 
-NO_TIME = "no cell was begun within --budget-minutes: there is nothing to show yet"
 SEEDS = (8, 13, 21, 42, 100)
 
 
@@ -180,21 +177,3 @@ def deadline(args: argparse.Namespace) -> float:
     if not args.budget_minutes > 0:
         raise UsageError(f"--budget-minutes is {args.budget_minutes:g}, expected minutes above 0")
     return time.monotonic() + 60 * float(args.budget_minutes)
-
-
-def scale_line(work: Path, cells: Iterable[dict[str, Any]]) -> str:
-    """`scale_of` the finished ``cells`` of a work folder, whose settings stand in it."""
-    return scale_of(read_settings(work), [int(cell["seed"]) for cell in cells])
-
-
-def read_settings(work: Path) -> dict[str, Any]:
-    """What the cells of a work folder share, with names in place of this machine's folders."""
-    settings: dict[str, Any] = json.loads((work / "settings.json").read_text("utf-8"))
-    settings["backbone"] = Path(settings["backbone"]).name
-    settings["prompts"] = [Path(name).name for name in settings["prompts"]]
-    return settings
-
-
-def say(line: str) -> None:
-    """A line of progress."""
-    print(line, file=sys.stderr, flush=True)

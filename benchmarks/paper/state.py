@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.cells import Cell, cell_file, failures
+from benchmarks.paper.cells import Cell, cell_file, failures, read_cells
 from mp2.errors import Mp2Error, UsageError
 
 SCALE = (  # setting, what it is of, the paper's
@@ -26,6 +28,25 @@ def scale_of(settings: Mapping[str, Any], seeds: Sequence[int]) -> str:
         f"at most {settings['max_tokens']} tokens; backbone {Path(settings['backbone']).name} (paper: "
         "CPT-large, 24 layers x 1024)."
     )
+
+
+def read_settings(work: Path) -> dict[str, Any]:
+    """What the cells of a work folder share, with names in place of this machine's folders."""
+    settings: dict[str, Any] = json.loads((work / "settings.json").read_text("utf-8"))
+    settings["backbone"] = Path(settings["backbone"]).name
+    settings["prompts"] = [Path(name).name for name in settings["prompts"]]
+    return settings
+
+
+def state_of(work: Path, asked: Sequence[Cell], notes: Sequence[str] = ()) -> list[str]:
+    """Lines for the page of a work folder: its scale, ``notes``, which cells of ``asked`` are not there."""
+    scale = scale_of(read_settings(work), [int(cell["seed"]) for cell in read_cells(work)])
+    return [scale, *notes, *missing_words(work, asked), *failed_words(work, asked)]
+
+
+def say(line: str) -> None:
+    """A line of progress."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def missing_of(work: Path, cells: Sequence[Cell]) -> dict[str, dict[str, list[str]]]:
@@ -83,10 +104,12 @@ def check_failed(folders: Mapping[Path, Sequence[Cell]]) -> None:
         )
 
 
-def too_early(
+def nothing_yet(
     folders: Mapping[Path, Sequence[Cell]], cells: Sequence[Mapping[str, Any]], until: float
 ) -> bool:
-    """Tell whether a time limit ended before any of the cells that were asked for; nothing can be shown then.
+    """Say that a time limit ended before any of the cells that were asked for, and return True.
+
+    For commands that have nothing to show.
 
     ``cells`` are those that are finished, none of which has what is to be shown.
 
@@ -103,4 +126,5 @@ def too_early(
         raise UsageError(f"none of the {len(cells)} cells in {where} has scores on a dev set to draw")
     if until == math.inf:
         raise UsageError(f"there are no cells in {where} yet")
+    say("no cell was begun within --budget-minutes: there is nothing to show yet")
     return True

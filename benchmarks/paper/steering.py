@@ -21,18 +21,8 @@ from matplotlib.figure import Figure
 from benchmarks.paper.cell_code import code_line, codes, made_by
 from benchmarks.paper.cells import Cell, read_cells
 from benchmarks.paper.methods import Lab
-from benchmarks.paper.options import (
-    NO_TIME,
-    compute,
-    deadline,
-    parser_of,
-    read_settings,
-    say,
-    scale_line,
-    seeds_of,
-    settings_of,
-)
-from benchmarks.paper.state import check_failed, failed_words, missing_words, too_early
+from benchmarks.paper.options import compute, deadline, parser_of, seeds_of, settings_of
+from benchmarks.paper.state import check_failed, nothing_yet, read_settings, state_of
 from benchmarks.paper.table3_scores import answers, means, summarise
 from mp2.errors import UsageError
 from mp2.files import whole_file, write_json
@@ -163,14 +153,12 @@ def run(words: Sequence[str] | None = None) -> None:
     if args.dry_run:
         return
     rows = rows_of(args.work)
-    if not rows and too_early(asked or {args.work: []}, [], until):
-        say(NO_TIME)
+    if not rows and nothing_yet(asked or {args.work: []}, [], until):
         return
     state = []
     for tokens, folder in points_in(args.work):
-        own, cells = asked.get(folder, []), read_cells(folder)
-        words_of = [scale_line(folder, cells), *missing_words(folder, own), *failed_words(folder, own)]
-        state += [f"{tokens:,} tokens. {words_of[0]}", *words_of[1:]]
+        scale, *rest = state_of(folder, asked.get(folder, []))
+        state += [f"{tokens:,} tokens. {scale}", *rest]
     cells = [cell for _, folder in points_in(args.work) for cell in read_cells(folder)]
     about = {"made_by": made_by(cells), "codes": codes(cells)}
     write_json(args.out, {**about, "rows": rows, "state": state}, indent=1)

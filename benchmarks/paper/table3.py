@@ -23,19 +23,8 @@ from typing import Any
 from benchmarks.paper.cell_code import code_line, codes, made_by, mixed
 from benchmarks.paper.cells import Cell, read_cells
 from benchmarks.paper.methods import DEFAULT_METHODS, Lab
-from benchmarks.paper.options import (
-    NO_TIME,
-    choose,
-    compute,
-    deadline,
-    parser_of,
-    read_settings,
-    say,
-    scale_line,
-    seeds_of,
-    settings_of,
-)
-from benchmarks.paper.state import check_failed, failed_words, missing_words, too_early
+from benchmarks.paper.options import choose, compute, deadline, parser_of, seeds_of, settings_of
+from benchmarks.paper.state import check_failed, nothing_yet, read_settings, state_of
 from benchmarks.paper.table3_render import beside_paper, markdown
 from benchmarks.paper.table3_scores import answers, means, summarise
 from mp2.errors import UnknownNameError, UsageError
@@ -63,7 +52,7 @@ def write_results(work: Path, out: Path, asked: Sequence[Cell] = (), notes: Sequ
     found = answers(rows)
     summary = {"rows": rows, "answers": found, "core_minutes": round(sum(c["cpu_s"] for c in cells) / 60, 1)}
     code = {"made_by": made_by(cells), "mixed_code": mixed(cells), "codes": codes(cells)}
-    state = [scale_line(work, cells), *notes, *missing_words(work, asked), *failed_words(work, asked)]
+    state = state_of(work, asked, notes)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, {**code, "settings": settings, "means": means(rows, upstream), **summary, "state": state})
     return "\n".join([markdown(rows, found, settings, upstream, code_line(cells)), "", *state])
@@ -100,8 +89,7 @@ def run(words: Sequence[str] | None = None) -> None:
         compute(args, lab, cells, until)
     if args.dry_run:
         return
-    if not read_cells(args.work) and too_early({args.work: cells}, [], until):
-        say(NO_TIME)
+    if not read_cells(args.work) and nothing_yet({args.work: cells}, [], until):
         return
     print(write_results(args.work, args.out, cells, notes))
     print("", beside_paper(json.loads(args.out.read_text("utf-8"))["rows"]), sep="\n")

@@ -17,20 +17,16 @@ from typing import Any
 from benchmarks.paper.cell_code import code_line, codes, made_by
 from benchmarks.paper.cells import Cell, read_cells
 from benchmarks.paper.methods import Lab
-from benchmarks.paper.options import (
-    NO_TIME,
-    choose_tasks,
-    compute,
-    deadline,
-    parser_of,
-    read_settings,
-    say,
-    scale_line,
-    seeds_of,
-    settings_of,
-)
+from benchmarks.paper.options import choose_tasks, compute, deadline, parser_of, seeds_of, settings_of
 from benchmarks.paper.published import TABLE5, beside
-from benchmarks.paper.state import check_failed, failed_words, missing_words, too_early
+from benchmarks.paper.state import (
+    check_failed,
+    failed_words,
+    missing_words,
+    nothing_yet,
+    read_settings,
+    state_of,
+)
 from benchmarks.paper.table3_scores import summarise
 from mp2.errors import UsageError
 from mp2.files import write_json
@@ -115,12 +111,11 @@ def run(words: Sequence[str] | None = None) -> None:
     rows = rows_of(args.work)
     folders = [args.work / folder for folder in FOLDERS.values()]
     cells = {folder: found for folder in folders if (found := read_cells(folder))}
-    if not cells and too_early(asked or {args.work: []}, [], until):
-        say(NO_TIME)
+    if not cells and nothing_yet(asked or {args.work: []}, [], until):
         return
     every = [cell for own in cells.values() for cell in own]
     settings = read_settings(next(iter(cells)))
-    state = [scale_line(next(iter(cells)), every), *notes]
+    state = state_of(next(iter(cells)), (), notes)
     for learning, folder in FOLDERS.items():
         work = args.work / folder
         own = [*missing_words(work, asked.get(work, [])), *failed_words(work, asked.get(work, []))]

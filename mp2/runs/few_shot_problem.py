@@ -77,13 +77,12 @@ class FewShotProblem:
     @property
     def remarks(self) -> list[str]:
         """What is not as asked for, or not as it should be, of the examples: said when a run begins."""
-        from mp2.tasks.fewshot import content
+        from mp2.tasks.fewshot import n_also_in
 
         remarks = list(self.split.remarks)
-        if self.config.test:
-            seen = {content(example) for example in [*self.split.train, *self.split.dev]}
-            if n := sum(content(example) in seen for example in self.data.tests):
-                remarks.append(f"{n} of {self.n_test} test examples are also in train or dev")
+        tests = self.data.tests if self.config.test else []
+        if n := n_also_in([*self.split.train, *self.split.dev], tests):
+            remarks.append(f"{n} of {self.n_test} test examples are also in train or dev")
         return remarks
 
     @property

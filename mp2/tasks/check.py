@@ -17,7 +17,7 @@ from mp2.tasks.card import TaskCard, find_card, read_card
 from mp2.tasks.data import parse_records, read_examples, split_file
 from mp2.tasks.example import Example
 from mp2.tasks.faults import AllFaults, Fault, grouped
-from mp2.tasks.fewshot import content, few_shot_split
+from mp2.tasks.fewshot import few_shot_split, n_also_in
 from mp2.tasks.lengths import lengths, none_fits
 from mp2.tasks.place import DataSet, Files, find_place
 from mp2.tasks.record import MANY_LABELS, parse_fields
@@ -219,9 +219,8 @@ def _as_tuning_does(
         remarks += drawn.remarks
     except UsageError as error:
         faults.add(str(error), card.path)
-    seen = {content(example) for example in splits["train"]}
     for name in ("dev", "test"):
-        if n := sum(content(example) in seen for example in splits.get(name, ())):
+        if n := n_also_in(splits["train"], splits.get(name, ())):
             remarks.append(f"{n} of the {name} examples are also in train")
     return remarks
 

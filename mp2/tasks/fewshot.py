@@ -71,8 +71,8 @@ def few_shot_split(
     if not select:
         return FewShotSplit(train, [], remarks)
     if dev_examples:
-        taken = {content(example) for example in train}
-        dev_pools = _pools(card, [e for e in dev_examples if content(e) not in taken])
+        taken = {_content(example) for example in train}
+        dev_pools = _pools(card, [e for e in dev_examples if _content(e) not in taken])
         dev, _ = _draw(dev_pools, wanted, rng)
         if not dev:
             raise UsageError(
@@ -95,7 +95,7 @@ def few_shot_split(
 
 
 def _pools(card: TaskCard, examples: Iterable[Example]) -> Pools:
-    distinct = list({content(example): example for example in reversed(list(examples))}.values())[::-1]
+    distinct = list({_content(example): example for example in reversed(list(examples))}.values())[::-1]
     if card.type != "classification":
         return {None: distinct}
     pools: Pools = {label: [] for label in card.labels}
@@ -160,7 +160,7 @@ def _at_odds(examples: Iterable[Example]) -> tuple[str, ...]:
     labels: dict[tuple[object, ...], dict[str | int | None, int]] = {}
     for example in examples:
         if example.label is not None:
-            labels.setdefault(content(example), {}).setdefault(example.label, example.source_line)
+            labels.setdefault(_content(example), {}).setdefault(example.label, example.source_line)
     found = [lines for lines in labels.values() if len(lines) > 1]
     if not found:
         return ()
@@ -177,6 +177,12 @@ def _shuffled(examples: list[Example], rng: np.random.Generator) -> list[Example
     return [examples[i] for i in rng.permutation(len(examples))]
 
 
-def content(example: Example) -> tuple[object, ...]:
+def n_also_in(others: Iterable[Example], examples: Iterable[Example]) -> int:
+    """Return how many of ``examples`` are the same, but for the label, as one of ``others``."""
+    seen = {_content(example) for example in others}
+    return sum(_content(example) in seen for example in examples)
+
+
+def _content(example: Example) -> tuple[object, ...]:
     """Return what makes examples the same: everything but the label."""
     return (*example.fields.items(), example.options)

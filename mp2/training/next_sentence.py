@@ -177,8 +177,9 @@ class NextSentences(Sequence[MrcInput]):
                 break
             take(int(number))
         for _ in range(_TRIES * n_options):
-            if len(options) < n_options:
-                take(self._elsewhere(rng, which))
+            if len(options) == n_options:
+                break
+            take(self._elsewhere(rng, which))
         order = rng.permutation(len(options))
         return Example(
             fields={"text": text},

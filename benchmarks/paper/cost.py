@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.paper.cells import Cell, Show
-from benchmarks.paper.methods import OF_TUNE, Lab
+from benchmarks.paper.methods import OF_TUNE, UNTUNED, Lab
 from mp2.runs.series import one_blas_thread
 from mp2.tasks import MrcFormatter, few_shot_split, load_card, load_examples
 from mp2.training.methods import METHODS as TUNE
@@ -53,20 +53,21 @@ def tokens_of(lab: Lab, cell: Cell) -> tuple[int, int]:
     return n_tokens, len(load_examples(card, "test", lab.data, lab.settings.test_limit))
 
 
-def rates_of(lab: Lab, cell: Cell) -> Rates:
-    """From a short run of the cell, which is kept nowhere."""
+def rates_of(lab: Lab, cell: Cell, n_test: int) -> Rates:
+    """From a short run of the cell, kept nowhere; of `UNTUNED` from the whole, with ``n_test`` examples."""
     n_layers = lab.backbone.config.n_layers
     searches_routers = not cell.method.startswith("bbt") and not is_gradient(cell.method)
     iters = 41 if "shallow" in cell.method or cell.method.startswith("bbt-") or cell.method == "bbt" else 0
     iters = iters or 20 * n_layers + (100 if searches_routers else 1)  # a visit of each layer
     with TemporaryDirectory() as folder:
-        settings = replace(lab.settings, iters=iters, epochs=EPOCHS, test_limit=TESTS)
-        short = Lab(settings, lab.data, Path(folder))
+        short = replace(lab.settings, iters=iters, epochs=EPOCHS, test_limit=TESTS)
+        settings = lab.settings if cell.method in UNTUNED else short
+        own = Lab(settings, lab.data, Path(folder))
         started = time.perf_counter()
-        result = short.run(cell.method, cell.task, cell.seed, cell.shots)
+        result = own.run(cell.method, cell.task, cell.seed, cell.shots)
         wall = time.perf_counter() - started
-    if "seconds" not in result:  # majority, TF-IDF and probe
-        return Rates(1, 0.0, 0.0, wall / TESTS)
+    if cell.method in UNTUNED:
+        return Rates(1, 0.0, 0.0, wall / max(1, n_test))
     seconds, counts = result["seconds"], result["evaluations"]
     return Rates(
         result["iterations"] / EPOCHS if is_gradient(cell.method) else 1,
@@ -111,9 +112,9 @@ def cost_rows(lab: Lab, cells: Sequence[Cell], show: Show) -> list[dict[str, Any
                 rows.append({"method": method, "cells": 0})
                 continue
             ordered = sorted(own, key=lambda c: runs[c.task, c.shots][0])
-            low = rates_of(lab, ordered[0])
-            least, most = (runs[c.task, c.shots][0] for c in (ordered[0], ordered[-1]))
-            high = rates_of(lab, ordered[-1]) if most > least else low
+            (least, n_least), (most, n_most) = (runs[c.task, c.shots] for c in (ordered[0], ordered[-1]))
+            low = rates_of(lab, ordered[0], n_least)
+            high = rates_of(lab, ordered[-1], n_most) if most > least else low
             total = steps = 0.0
             for cell in own:
                 n_tokens, n_test = runs[cell.task, cell.shots]

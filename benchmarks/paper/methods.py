@@ -71,7 +71,8 @@ METHODS = (
 )
 OF_TUNE = ("model-tuning", "prompt-tuning", "p-tuning-v2", "spot", "ppt")
 PUBLISHED = ("bbt", "bbtv2")
-ALONE = ("majority", "simple", *PUBLISHED)  # what needs no prompt file
+UNTUNED = ("majority", "simple")  # no steps: what they take hardly depends on the test examples
+ALONE = (*UNTUNED, *PUBLISHED)  # what needs no prompt file
 PAPER_EPOCHS = 1000
 MOST = 0.5  # of a learning rate, however few the epochs
 SCRATCH_LR = 1e-3  # of prompt tuning, for as many; the paper's 2e-5 is for prompts that are nearly right
@@ -182,7 +183,7 @@ class Lab:
 
     def refusal(self, method: str, card: TaskCard) -> str | None:
         """Why the method cannot have this task, if it cannot."""
-        if method in ("majority", "simple"):
+        if method in UNTUNED:
             return None
         if method in PUBLISHED:
             if card.type == "extraction":

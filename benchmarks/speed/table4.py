@@ -56,6 +56,7 @@ from benchmarks.speed.suggestions import suggestion_cost
 from benchmarks.speed.table4_render import KINDS, PAPER, PUBLISHED, STATED, TASKS, WHOSE, table
 from mp2.backbone import Backbone, BackboneConfig, random_backbone
 from mp2.engine import Objective, Scorer, create_backend
+from mp2.errors import UsageError
 from mp2.heads import SpanHead
 from mp2.optimizers.router_search import stage_one_iterations
 from mp2.prompts import PromptSet, random_prompts
@@ -65,7 +66,7 @@ from mp2.runs.frozen_model import FrozenModel
 from mp2.runs.plan import iterations_of
 from mp2.runs.run import make_problem
 from mp2.runs.series import start_run
-from mp2.tasks import MrcInput
+from mp2.tasks import MrcInput, has_split, load_card
 
 PLAIN_EXAMPLES, RIVAL_EXAMPLES = 32, 8
 OUR_DEPTH = 6  # ours is timed at 1 and at so many layers; the others, which are slower, at 1 and 3
@@ -386,6 +387,9 @@ def run(words: Sequence[str] | None = None) -> None:
             "rivals",
         )
     }
+    for task in args.task:  # said now, not when the backbone is there
+        if not has_split(load_card(task), "train", args.data):
+            raise UsageError(f"--data {args.data} has no training examples of {task}")
     tag = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     args.work.mkdir(parents=True, exist_ok=True)
     files = {(k, t): args.work / f"{tag}-{k}-{t}.json" for k in args.kind for t in args.task}

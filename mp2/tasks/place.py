@@ -97,8 +97,13 @@ def data_set(data: str | Path, given: str = "") -> DataSet | None:
 
 
 def tasks_in(data: str | Path | None = None) -> set[str]:
-    """Return the names of the task folders with training data in the data folder (``data`` or MP2_DATA)."""
+    """Return the names of the task folders with training data in the data folder (``data`` or MP2_DATA).
+
+    Raises ``UsageError`` where ``data`` is no folder.
+    """
     root = data if data is not None else data_folder()
+    if data is not None and not Path(data).is_dir():
+        raise UsageError(f"--data: there is no folder {data}")
     if not root or not Path(root).is_dir():
         return set()
     return {
@@ -111,12 +116,8 @@ def _no_folder(card: TaskCard, root: Path, given: str) -> str:
     if deeper:
         hint = "; did you mean " + " or ".join(f"--data {p}" for p in deeper[:3]) + "?"
     else:
-        tasks = sorted(p.name for p in root.iterdir() if p.is_dir())
-        hint = (
-            f"; it has {len(tasks)} tasks: " + shown(", ".join(tasks), 200)
-            if tasks
-            else "; it has no task folders"
-        )
+        folders = sorted(p.name for p in root.iterdir() if p.is_dir())
+        hint = f"; its folders: {shown(', '.join(folders), 200)}" if folders else "; it has no folders"
     if any(root.glob("*.parquet")) or any(root.glob("data/*.parquet")):
         hint += f"; a data set of the hub that was downloaded is read with {given} {HUB_PREFIX}{root}"
     folder = root / card.task

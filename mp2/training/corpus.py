@@ -32,6 +32,8 @@ AGAIN = "take this file away, and it is made again"
 
 def corpus_files(folder: Path) -> list[Path]:
     """All ``*.txt`` and ``*.txt.xz`` files of a folder, in name order."""
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}, expected one of *.txt or *.txt.xz files")
     files = sorted(p for p in folder.glob("*") if p.name.endswith((".txt", ".txt.xz")) and p.is_file())
     if not files:
         raise UsageError(f"no *.txt or *.txt.xz files in {folder}, expected UTF-8 text, one paragraph a line")

@@ -20,7 +20,7 @@ from transformers import BertForMaskedLM
 from benchmarks.paper import figure3, figure4
 from benchmarks.paper.__main__ import COMMANDS, run
 from benchmarks.paper.cells import Cell, cell_file
-from benchmarks.paper.cost import Rates, cell_s
+from benchmarks.paper.cost import TESTS, Rates, cell_s, rates_of
 from benchmarks.paper.methods import METHODS, Lab, Settings
 from benchmarks.paper.published import beside
 from mp2.backbone import Backbone, load_backbone
@@ -202,6 +202,28 @@ def test_costs_between_two_timed_tasks_are_on_a_line(world: Path) -> None:
     assert (steps, seconds) == (400, pytest.approx(400 * 0.1 + 42 * 1.0 + 50 * 0.01))
     steps, seconds = cell_s(lab, "simple", Rates(1, 0.0, 0.0, 0.2), Rates(1, 0.0, 0.0, 0.2), 0.3, 50)
     assert (steps, seconds) == (0, pytest.approx(10))
+
+
+def test_what_has_no_steps_is_timed_whole_and_the_rest_on_few_test_examples(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {}
+
+    def run_of(lab: Lab, method: str, *_: Any) -> dict[str, Any]:
+        limits[method] = lab.settings.test_limit
+        parts = {"stage1": 1.0, "stage2": 1.0, "dev": 1.0, "test": 1.0}
+        counts = {"evaluations": {"dev": 1}, "examples": {"test": 1}}
+        return {} if method == "simple" else {"seconds": parts, "iterations": 1, **counts}
+
+    monkeypatch.setattr(Lab, "run", run_of)
+    files = (str(world / "deep.safetensors"),)
+    settings = Settings(
+        backbone=str(world / "bert"), prompts=files, iters=1000, epochs=100, test_limit=50, max_tokens=48
+    )
+    lab = Lab(settings, world, world / "none")
+    for method in ("simple", "deep"):
+        rates_of(lab, Cell(method, TASK, 8), 50)
+    assert limits == {"simple": 50, "deep": TESTS}
 
 
 def test_the_three_heads_differ_and_the_published_ones_read_label_words(table: Path) -> None:

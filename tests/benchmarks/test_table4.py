@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from benchmarks.speed.plain_loop import PlainLoop
 from benchmarks.speed.suggestions import suggestion_cost
 from mp2.backbone import Backbone, BackboneConfig, random_backbone
 from mp2.engine.cpu.backend import CpuBackend
+from mp2.errors import UsageError
 from mp2.prompts import random_prompts
 from mp2.runs.config import BbtConfig
 from mp2.runs.frozen_model import FrozenModel
@@ -26,6 +29,17 @@ def test_deep_and_shallow_minutes_of_the_paper_are_the_same_time_an_evaluation()
     }.items():
         found = [table4.paper(kind, task)["evaluation_ms"] for kind in ("shallow", "deep")]
         assert found == pytest.approx([shallow, deep], abs=0.6)
+
+
+def test_data_that_are_not_there_are_said_before_the_backbone_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table4, "make_backbone", lambda n_layers: pytest.fail("made"))
+    with pytest.raises(UsageError, match="nowhere"):
+        table4.run(["--data", str(tmp_path / "nowhere"), "--work", str(tmp_path / "work")])
+    (tmp_path / "bq").mkdir()
+    with pytest.raises(UsageError, match="bq"):
+        table4.run(["--data", str(tmp_path), "--task", "bq", "--work", str(tmp_path / "work")])
 
 
 def test_bayesian_optimisation_has_a_row_of_its_own() -> None:

@@ -318,6 +318,8 @@ def test_pretraining_finds_the_tasks_that_a_folder_has(tmp_path: Path) -> None:
     file_of(tmp_path, "fruit/train.csv")
     file_of(tmp_path, "other/test.jsonl")
     assert tasks_in(tmp_path) == {"fruit"}
+    with pytest.raises(UsageError, match=r"--data: there is no folder .*nowhere"):
+        tasks_in(tmp_path / "nowhere")
 
 
 class Set(dict[str, Any]):

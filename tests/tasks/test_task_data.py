@@ -259,7 +259,7 @@ def test_missing_folders_and_splits_say_what_is_there(
     (tmp_path / "fruit").rename(tmp_path / "deep" / "other")
     with pytest.raises(UsageError, match=rf"did you mean --data {re.escape(str(tmp_path / 'deep'))}\?"):
         load_examples(card, "train", tmp_path)
-    with pytest.raises(UsageError, match=r"has no folder 'tnews'.*it has 1 tasks: 'deep'"):
+    with pytest.raises(UsageError, match=r"has no folder 'tnews'.*its folders: 'deep'"):
         load_examples(load_card("tnews"), "train", tmp_path)
     with pytest.raises(UsageError, match="there is no file or folder /no/such"):
         load_examples(card, "train", "/no/such")

@@ -62,9 +62,12 @@ def test_the_defaults_of_the_command_are_those_of_the_python_api(
 def test_pretrain_backbone_says_what_is_wrong_with_its_input(
     backbone_options: list[object], tmp_path: Path
 ) -> None:
+    empty = mp2("pretrain-backbone", "--corpus", tmp_path, "--out", tmp_path / "o")
+    assert empty.exit_code == 2
+    assert f"no *.txt or *.txt.xz files in {tmp_path}" in empty.stderr
     empty = mp2("pretrain-backbone", "--corpus", tmp_path / "nowhere", "--out", tmp_path / "o")
     assert empty.exit_code == 2
-    assert f"no *.txt or *.txt.xz files in {tmp_path / 'nowhere'}" in empty.stderr
+    assert f"there is no folder {tmp_path / 'nowhere'}, expected" in empty.stderr
     long = mp2(*backbone_options, "--out", tmp_path / "o", "--length", 64)
     assert long.exit_code == 2
     assert "length is 64, expected at most 32 (max_positions)" in long.stderr

@@ -245,8 +245,8 @@ SECTIONS = [
         text="The whole graph of mini, rows x tokens of a batch; processor time of a forward on one thread, "
         "median of the rounds and their range. The last case has another shape in every batch, as a server "
         "has. As it comes, OpenVINO computes in bf16 where the processor has it, and says nothing: logits "
-        "are off by half a unit. In float32, which mp2 asks for, it is as fast as ONNX Runtime in the large "
-        "batch and slower in the others. `auto` does not take it.",
+        "are off by half a unit. In float32, which mp2 asks for, it is hardly faster than ONNX Runtime in the "
+        "large batch and slower in the others. `auto` does not take it.",
         table=openvino,
     ),
     Section(
@@ -300,8 +300,7 @@ SECTIONS = [
         "MKL_ENABLE_INSTRUCTIONS=AVX512 \\\n  python -m benchmarks.speed.throughput --data DIR --threads 1 "
         "--rounds 3 --shape 1024 --task lcqmc --engine torch:fp32 torch:int8 --name throughput_vnni",
         text="As above, with the libraries told to leave AMX alone; the share is of a float32 product, so "
-        "that int8 may exceed 100 %. Other work ran beside it, so that milliseconds are high; ratios are "
-        "taken within rounds.",
+        "that int8 may exceed 100 %.",
         table=throughput,
     ),
     Section(

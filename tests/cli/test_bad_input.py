@@ -231,7 +231,7 @@ CASES: dict[str, list[tuple[list[object], str]]] = {
         (["--resume", "ROOT/empty"], "drop '"),
     ],
     "pretrain-backbone": [
-        (["--corpus", "ROOT/nowhere"], "no *.txt or *.txt.xz files"),
+        (["--corpus", "ROOT/nowhere"], "there is no folder"),
         (["--corpus", "ROOT/folders"], "no *.txt or *.txt.xz files"),
         (["--layers", 0], "layers is 0, expected at least 1"),
         (["--hidden", 15], "hidden is 15, expected a multiple of the 2 heads"),

@@ -245,8 +245,8 @@ SECTIONS = [
         text="The whole graph of mini, rows x tokens of a batch; processor time of a forward on one thread, "
         "median of the rounds and their range. The last case has another shape in every batch, as a server "
         "has. As it comes, OpenVINO computes in bf16 where the processor has it, and says nothing: logits "
-        "are off by half a unit. In float32, which mp2 asks for, it is hardly faster than ONNX Runtime in the "
-        "large batch and slower in the others. `auto` does not take it.",
+        "are off by half a unit. In float32, which mp2 asks for, it is hardly faster than ONNX Runtime in "
+        "the large batch and slower in the others. `auto` does not take it.",
         table=openvino,
     ),
     Section(

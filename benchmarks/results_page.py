@@ -213,22 +213,6 @@ SECTIONS = [
         table=lambda results: baselines_table(results[0]["rows"]),
     ),
     Section(
-        title="Scores over the embedded backbone (mini)",
-        files=["transfer.json"],
-        command="python -m benchmarks.paper table3 --data DIR "
-        "--methods majority deep bbtv2-mp2-head shallow bbt-mp2-head gradient",
-        text="mini was itself trained on labelled tasks: with its span head, a prompt of zeros already "
-        "answers upstream kinds of tasks. Deep MP2 is not better than BBTv2 with the same head here.",
-        table=transfer,
-    ),
-    Section(
-        title="Simple baselines, same examples (mini)",
-        files=["baselines_mini.json"],
-        command="python -m benchmarks.paper.baselines --data DIR",
-        text="As above, with a probe of mini; the two embedded tasks as well.",
-        table=lambda results: baselines_table(results[0]["rows"]),
-    ),
-    Section(
         title="Serving: many tasks on one backbone",
         files=["serve_load.json"],
         command="python -m benchmarks.serve.load",
@@ -436,6 +420,7 @@ HEAD = """# Results
 Written by `python -m benchmarks.results_page` from `benchmarks/results`: do not edit. Nothing here was
 measured on a GPU. What the numbers mean, what was missed and what was tried: `dev/log.md`.
 """
+MINI_SINCE = "2026-11-29T11"  # the embedded backbone of before was another
 
 
 SHORT = {"cmrc2018": "cmrc", "cote_mfw": "cote", "thucnews": "thuc"}  # column heads of README's table
@@ -503,16 +488,18 @@ def readme(text: str) -> str:
     return text
 
 
-def made(result: Result) -> str:
-    """Date, commit and processor of the run that made a result."""
+def made(result: Result, about_mini: bool) -> str:
+    """Date, commit and processor of the run that made a result; which mini, where it is of before."""
     about = result.get("provenance")
     if about is None:  # cells of several runs
         codes = sorted(result["codes"])
         days = sorted(time[:10] for code in result["codes"].values() for time in code["time"])
-        return f"cells of commits {', '.join(codes)}; {days[0]} to {days[-1]}"
+        before = ", mini of before (docs/mini.md)" if about_mini and days[-1] < MINI_SINCE[:10] else ""
+        return f"cells of commits {', '.join(codes)}; {days[0]} to {days[-1]}{before}"
     dirty = " with changes" if about.get("dirty") else ""
     threads = f"{about['threads']} thread" + ("" if about["threads"] == 1 else "s")
-    return f"{about['time'][:10]}, commit {about['commit']}{dirty}, {about['cpu']}, {threads}"
+    before = ", mini of before (docs/mini.md)" if about_mini and about["time"] < MINI_SINCE else ""
+    return f"{about['time'][:10]}, commit {about['commit']}{dirty}, {about['cpu']}, {threads}{before}"
 
 
 def page() -> str:
@@ -520,7 +507,10 @@ def page() -> str:
     parts = [HEAD]
     for section in SECTIONS:
         results = [read(name) for name in section.files]
-        whence = "; ".join(dict.fromkeys(made(result) for result in results))
+        about_mini = re.search(
+            r"\bmini\b", f"{section.title} {section.text} {section.command} {section.files}"
+        )
+        whence = "; ".join(dict.fromkeys(made(result, bool(about_mini)) for result in results))
         files = ", ".join(f"`{name}`" for name in section.files)
         parts.append(
             f"## {section.title}\n\n{textwrap.fill(section.text, 110)}\n\n```\n{section.command}\n```\n\n"

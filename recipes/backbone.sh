@@ -44,7 +44,7 @@ ship() {
   if [ -f "$work/long/mlm_result.json" ]; then from=long rows=(--length 512 --batch-size 16); fi
   step=$(wc -l < "$work/$from/mlm_losses.jsonl")
   mp2 pretrain-backbone --corpus "$work/corpus" --out "$work/$name" --from "$work/$from" "${settings[@]}" \
-    "${rows[@]}" "${@:3}" --steps $((step + step / 10)) --decay-steps $((step / 10))
+    "${rows[@]}" --steps $((step + step / 10)) --decay-steps $((step / 10)) "${@:3}"
   python - "$work/$name" <<'PY'
 import sys
 

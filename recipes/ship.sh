@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Everything that ships, from plain text and upstream tasks to float16 files: the label-free backbone and every prompt over it.
+# The next embedded backbone, five times as many tokens as mini.sh, with every prompt over it: from plain text to float16 files.
 #   recipes/ship.sh CORPUS_DIR UPSTREAM_DIR WORK_DIR [SCALE]
 # CORPUS_DIR: *.txt.xz, one paragraph a line, a blank line after each document. UPSTREAM_DIR: <task>/{train,dev}.jsonl. SCALE divides
-# all steps (1: 40,000 of the backbone, 328 M tokens; 10,000 of MP2). One CPU core: days. Every step resumes: start it again.
+# all steps (1: 40,000 of the backbone, 328 M tokens; 10,000 of MP2). One CPU core: days; never yet run at 1. Every step resumes: start it again.
 # BACKBONE_OPTIONS, PRETRAIN_OPTIONS, MODULAR_OPTIONS, PROMPT_TOKENS and TASKS in the environment: see backbone.sh and prompts.sh.
 # The result, WORK_DIR/shipped: backbone/ goes to mp2/backbone/NAME, prompts/ to mp2/prompts/NAME. It may have 25 MB.
 set -euo pipefail

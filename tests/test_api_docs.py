@@ -20,8 +20,8 @@ def test_the_program_of_the_page_runs_in_an_empty_folder(
     names: dict[str, object] = {}
     exec(compile(program, "docs/api.md", "exec"), names)
     shown = capsys.readouterr().out
-    assert "'label': 'positive'" in shown
-    assert "router has shape (1, 4, 9), expected (..., 4, 8)" in shown
+    assert "'label': 'negative'" in shown
+    assert "router has shape (1, 6, 9), expected (..., 6, 8)" in shown
     (result_file,) = (tmp_path / "runs").glob("*/result.json")
     listed = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\|.*?\|", PAGE, re.MULTILINE))))
     assert listed == set(json.loads(result_file.read_text("utf-8")))

@@ -14,14 +14,15 @@ from warm_programs import run_script
 
 from mp2.backbone import BackboneConfig, load_backbone, random_backbone, save_backbone
 from mp2.prompts import load_prompts, random_prompts, save_prompts
-from mp2.tasks import load_card
 from mp2.training.config import PretrainConfig
 
 TINY = "--layers 2 --hidden 32 --heads 2 --batch-size 8 --vocab-size 400 --no-compile"
 
 
 @pytest.mark.slow
-def test_everything_that_ships_is_made_by_one_script(warm: dict[str, str], tmp_path: Path) -> None:
+def test_the_next_backbone_and_every_prompt_are_made_by_one_script(
+    warm: dict[str, str], tmp_path: Path
+) -> None:
     write_corpus(tmp_path / "corpus", 600, ["waimai", "bq"])
     write_upstream(tmp_path / "data", ["waimai", "bq", "cote_mfw", "ccpm"])
     given = [tmp_path / name for name in ("corpus", "data", "work")]
@@ -94,17 +95,57 @@ def test_tables_and_figures_over_what_prompts_there_are(warm: dict[str, str], tm
 
 
 @pytest.mark.slow
-def test_the_recipe_of_mini_makes_a_backbone_and_prompts(warm: dict[str, str], tmp_path: Path) -> None:
+def test_everything_that_ships_is_made_by_one_script(warm: dict[str, str], tmp_path: Path) -> None:
     script = (ROOT / "recipes" / "mini.sh").read_text("utf-8")
-    named = re.findall(r"^(?:joint|tasks)=\(([^)]*)\)", script, re.MULTILINE)
-    tasks = {task for words in named for task in words.split()}
-    assert len(tasks) > 15
-    write_corpus(tmp_path / "corpus", 200, sorted(tasks))
+    first, tasks = (set(x.split()) for x in re.findall(r"^(?:first|tasks)=\(([^)]*)\)", script, re.MULTILINE))
+    assert len(first) == 10
+    assert (
+        first
+        < tasks
+        == set(load_prompts("mini-deep").meta.tasks)
+        == set(load_prompts("mini-shallow").meta.tasks)
+    )
+    write_corpus(tmp_path / "corpus", 600, sorted(tasks))
     write_upstream(tmp_path / "data", sorted(tasks))
     given = [tmp_path / name for name in ("corpus", "data", "work")]
-    run_script(warm, ROOT / "recipes" / "mini.sh", *given, "1000", cwd=tmp_path)
-    backbone = load_backbone(tmp_path / "work" / "mini")
-    assert (backbone.config.n_layers, backbone.config.hidden) == (4, 128)
+    options = {
+        "BACKBONE_OPTIONS": TINY.replace("400", "1000"),
+        "PRETRAIN_OPTIONS": "--batch-size 4 --dev-limit 2",
+    }
+    words = [ROOT / "recipes" / "mini.sh", *given, "1000"]
+    run_script(warm, *words, cwd=tmp_path, **options)
+    work = tmp_path / "work"
+    backbone = load_backbone(work / "mini")
+    assert backbone.name == "mini"
+    assert backbone.mlm_head is not None
+    config = json.loads((work / "decayed" / "mlm_config.json").read_text())
+    assert (config["length"], config["steps"], config["decay_steps"]) == (128, 8, 2)
     for kind in ("deep", "shallow"):
-        prompts = load_prompts(tmp_path / "work" / "prompts" / f"{kind}.safetensors", backbone)
-        assert {load_card(task.removesuffix("_rotated")).task for task in prompts.meta.tasks} <= tasks
+        made, ships = (
+            load_prompts(work / "shipped" / f"{kind}.safetensors", backbone).meta,
+            load_prompts(f"mini-{kind}").meta,
+        )
+        for name in (
+            "kind",
+            "tasks",
+            "backbone",
+            "n_modules",
+            "prompt_tokens",
+            "intrinsic_dim",
+            "router_normalisation",
+        ):
+            assert getattr(made, name) == getattr(ships, name)
+        as_run = ships.provenance["config"]
+        assert {k for k in as_run if as_run[k] != made.provenance["config"][k]} <= {
+            *("steps", "batch_size", "dev_limit"),  # of this test
+            *("eval_every", "checkpoint_minutes"),  # change no weights
+        }
+    for name in ("spot", "ppt", "head"):
+        assert (
+            load_prompts(work / "prompts" / name / "prompts.safetensors", backbone).meta.provenance["method"]
+            == name
+        )
+    files = [*(work / "mini").iterdir(), *(work / "shipped").iterdir()]
+    before = {f: f.read_bytes() for f in files}
+    run_script(warm, *words, cwd=tmp_path, **options)  # started again: all is there
+    assert {f: f.read_bytes() for f in files} == before

@@ -38,8 +38,9 @@ SHAPES = {
     "cpt-large": Shape(24, 1024, 16, most_examples=4, pairs=True, routers=5),
 }
 MINI_PAPER = "mini-m50"  # the embedded backbone with as many prompt tokens as the paper's
-# Root mean squares of the embedded deep prompts (fused, and their projections). Freshly made projections are
-# 16 times smaller; a step of stage II would then change a loss by little more than float32 rounds it.
+# Root mean squares of trained deep prompts (fused, and their projections; the mini of before). Freshly made
+# projections are 16 times smaller; a step of stage II would then change a loss by little more than float32
+# rounds it.
 TRAINED_Z, TRAINED_PROJECTION = 0.14, 0.20
 
 

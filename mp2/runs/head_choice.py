@@ -6,10 +6,10 @@ the training examples before anything is tuned, the cross-entropy over the label
 
 - ridge's losses are those of predictions that leave each example out;
 - of pre-trained prompts the span head is given the best prompt known, the untuned one or that of any task it
-  was pre-trained on, and one temperature: its losses are not calibrated as ridge's are. It is taken unless
-  ridge is better by more than two standard errors of the mean difference: ridge's regressions were weighed by
-  these very losses, and tuning, which is still to come, moves the span head more. Where the span head cannot
-  read the task, its options taking all the room or a label word having no tokens, ridge is taken;
+  was pre-trained on, and one temperature: its losses are not calibrated as ridge's are. It is taken where it
+  is better by more than two standard errors of the mean difference: the best of many known prompts is good on
+  a few examples by chance, too. Else ridge is, as it is where the span head cannot read the task: where its
+  options take all the room, or a label word has no tokens;
 - where no prompts were pre-trained, label words and ridge are compared, and the lower loss is taken.
 """
 
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from mp2.tasks import Example, MrcInput, TaskCard
 
 
-N_ERRORS = 2  # standard errors by which ridge must be better than a span head
+N_ERRORS = 2  # standard errors by which a span head must be better than ridge
+N_TRIED, N_KEPT = 16, 4  # examples that every known prompt is tried on, prompts that are tried on more
+N_COMPARED = 64  # examples, up to twice as many, that a span head is compared with ridge on
 ASKED_FOR = "asked for"
 """The reason of a head that ``--head`` names."""
 
@@ -165,7 +167,7 @@ class HeadChooser:
         if self._card.type != "classification":
             return self._span("the head of the pre-trained prompts; ridge is for classification")
         try:
-            span, losses, n_known = self._best_known_span()
+            span, compared, losses, n_known = self._best_known_span()
         except UsageError as error:  # a label word that cannot be spelled, no room for the options
             try:
                 return self._ridge(f"the span head cannot read this task: {error}")[1]
@@ -175,15 +177,20 @@ class HeadChooser:
             others, ridge = self._ridge("")
         except UsageError as error:  # no room for the fields
             return replace(span, reason=f"ridge cannot read this task ({error})")
-        gain = losses - others
+        others = others[compared]
+        gain = losses - others  # of ridge
         margin = float(N_ERRORS * np.std(gain, ddof=1) / np.sqrt(len(gain)))
         loss, other = losses.mean(), others.mean()
         known = f"{loss:.3f} under the best of {n_known} known prompts"
-        if gain.mean() > margin:
-            return replace(ridge, reason=f"leave-one-out loss {other:.3f}, of the span head {known}")
-        reason = f"training loss {known}, of ridge {other:.3f}"
-        reason = f"{reason}: not better by two standard errors, {margin:.3f}"
-        return replace(span, reason=reason, compared=True)
+        if gain.mean() < -margin:
+            reason = (
+                f"training loss {known}, of ridge {other:.3f}: better by two standard errors, {margin:.3f}"
+            )
+            return replace(span, reason=reason, compared=True)
+        reason = f"leave-one-out loss {other:.3f}, of the span head {known}"
+        if gain.mean() < 0:
+            reason = f"{reason}: not better by two standard errors, {margin:.3f}"
+        return replace(ridge, reason=reason)
 
     def _ridge_or_mlm(self) -> HeadChoice:
         if self._card.type == "multiple_choice":
@@ -218,10 +225,11 @@ class HeadChooser:
         head = SpanHead(self._prompts.span_weight, self._prompts.span_bias)
         return HeadChoice("span", head, self._inputs("span"), reason)
 
-    def _best_known_span(self) -> tuple[HeadChoice, np.ndarray, int]:
-        """The span head, its losses [N] of the labels under the best prompt known, and of how many.
+    def _best_known_span(self) -> tuple[HeadChoice, slice, np.ndarray, int]:
+        """The span head, some examples, their losses under the best prompt known, and of how many prompts.
 
-        The losses are the cross-entropies over the options, with one temperature.
+        The losses are the cross-entropies over the options, with one temperature. All prompts are tried on
+        a few examples, and the best of them on those that are compared.
         """
         import torch
 
@@ -236,13 +244,22 @@ class HeadChooser:
             self._untuned(),
             *(self._prompts.fuse(router).detach().cpu().numpy() for router in routers),
         ]
-        found = []
-        for z in prompts:
-            outputs = scorer.outputs(z, choice.train_inputs).fetch()
-            scores = [choice.head.scores(*pair) for pair in zip(choice.train_inputs, outputs, strict=True)]
-            rows, gold = answer_rows(choice.train_inputs, scores)
-            found.append(cross_entropies(rows, gold, fitted_temperature(rows, gold)))
-        return choice, min(found, key=np.mean), len(prompts)
+
+        def losses(z: np.ndarray, inputs: list[MrcInput]) -> np.ndarray:
+            outputs = scorer.outputs(z, inputs).fetch()
+            scores = [choice.head.scores(*pair) for pair in zip(inputs, outputs, strict=True)]
+            rows, gold = answer_rows(inputs, scores)
+            return cross_entropies(rows, gold, fitted_temperature(rows, gold))
+
+        def every(k: int) -> list[MrcInput]:
+            return [replace(item, example=i) for i, item in enumerate(inputs[::k])]  # an input is an example
+
+        inputs = choice.train_inputs
+        few = every(max(1, len(inputs) // N_TRIED))
+        prompts.sort(key=lambda z: losses(z, few).mean())
+        step = max(1, len(inputs) // N_COMPARED)
+        found = [losses(z, every(step)) for z in prompts[:N_KEPT]]
+        return choice, slice(None, None, step), min(found, key=np.mean), len(prompts)
 
     def _mlm(self, reason: str) -> tuple[float, HeadChoice]:
         from mp2.engine import Objective

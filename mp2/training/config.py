@@ -284,7 +284,7 @@ class TuneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MlmConfig:
-    """How a backbone is trained; the defaults are the command line's, and step 1 of recipes/mini.sh."""
+    """How a backbone is trained; the defaults are the command line's."""
 
     n_layers: int = option(4, "Layers L.", flag="layers", at_least=1)
     hidden: int = option(128, "Hidden size H.", at_least=1)

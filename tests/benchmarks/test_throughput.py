@@ -53,10 +53,9 @@ def test_mini_is_timed_with_its_own_prompts_and_with_as_many_tokens_as_the_paper
     own, paper = make_prompts("mini", backbone), make_prompts("mini-m50", make_backbone("mini-m50"))
     assert (own.meta.prompt_tokens, own.meta.intrinsic_dim) == (16, 64)
     assert (paper.meta.prompt_tokens, paper.meta.intrinsic_dim) == (50, 300)
-    for prompts in (own, paper):  # random ones are of the trained ones' size
-        z = prompts.fuse(torch.ones(prompts.z.shape[:2], dtype=torch.bool))
-        assert float(z.pow(2).mean().sqrt()) == pytest.approx(TRAINED_Z, rel=0.05)
-        assert float(prompts.projection.pow(2).mean().sqrt()) == pytest.approx(TRAINED_PROJECTION, rel=0.01)
+    z = paper.fuse(torch.ones(paper.z.shape[:2], dtype=torch.bool))  # as large as trained ones were
+    assert float(z.pow(2).mean().sqrt()) == pytest.approx(TRAINED_Z, rel=0.05)
+    assert float(paper.projection.pow(2).mean().sqrt()) == pytest.approx(TRAINED_PROJECTION, rel=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +91,9 @@ def test_turns_alternate_and_each_precision_has_its_own_matrix_rate_beside_it(
     records = [{**comparison.round(number), "time": "now"} for number in (0, 1)]
     layer = ["plain", "A", "B", "C", "torch:fp32", "torch:int8"]
     later = [name for name in layer if name != "B"]  # which has the same cost at every layer
-    even = [*layer, *later * 3]
+    even = [*layer, *later * 5]
     even += ["plain", "rate cpu fp32", "torch:fp32 I", "rate cpu int8", "torch:int8 I"]
-    odd = [*layer[::-1], *later[::-1] * 3]
+    odd = [*layer[::-1], *later[::-1] * 5]
     odd += ["rate cpu int8", "torch:int8 I", "rate cpu fp32", "torch:fp32 I", "plain"]
     assert calls == even + odd
     assert [row["matrix_gflops"]["rounds"] for row in rows(records)] == [[2.0, 2.0], [3.0, 3.0]]
@@ -123,7 +122,7 @@ def test_pairs_of_visits_cost_what_all_layers_do_on_the_mean_and_reach_every_lay
 
 def test_populations_are_the_papers_first_steps_around_the_embedded_prompts(comparison: Comparison) -> None:
     found = np.stack([comparison.populations(number) - comparison.z[:, None] for number in range(5)])
-    assert found.std(axis=(0, 2, 3)) == pytest.approx([0.05, 0.01, 0.01, 0.01], rel=0.1)
+    assert found.std(axis=(0, 2, 3)) == pytest.approx([0.05] + [0.01] * 5, rel=0.1)
     assert np.unique(found).size > 0.99 * found.size  # every round and layer has its own
 
 
@@ -132,7 +131,7 @@ def test_int8_agrees_with_float32_on_every_layer(comparison: Comparison) -> None
     exact, low = rows(records)
     assert "spearman_min" not in exact
     assert low["agreement_with"] == "torch:fp32"
-    assert low["spearman_populations"] == 4
+    assert low["spearman_populations"] == 6
     assert low["spearman_min"] > 0.8
     for row in (exact, low):
         assert row["measured"] == ["0", "0"]

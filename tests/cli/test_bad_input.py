@@ -106,7 +106,7 @@ TUNING: list[tuple[list[object], str]] = [
     (["--backbone", "ROOT/empty"], "config.json: no such file"),
     (["--data", "ROOT/folder-in-place"], "train.jsonl is a folder, expected a file of data"),
     (["--prompts", "mini-dep"], "unknown prompts 'mini-dep'. Did you mean 'mini-deep'"),
-    (["--prompts", "mini-deep"], "these prompts are for a 4-layer backbone"),
+    (["--prompts", "mini-deep"], "these prompts are for a 6-layer backbone"),
     (["--prompts", "ROOT/noise.bin"], "noise.bin: not a safetensors file"),
     (["--prompts", "ROOT/tiny/model.safetensors"], "this is not a prompt file of mp2"),
     (["--shallow"], "drop --shallow"),
@@ -177,7 +177,7 @@ CASES: dict[str, list[tuple[list[object], str]]] = {
     "scratch": [
         (["--backbone", "mimi"], "unknown backbone 'mimi'"),
         (["--like", "mini-dep"], "Did you mean 'mini-deep'"),
-        (["--like", "mini-deep"], "these prompts are for a 4-layer backbone"),
+        (["--like", "mini-deep"], "these prompts are for a 6-layer backbone"),
         (["--seed", -1], "seed is -1"),
         (["--seed", HUGE], f"seed is {HUGE}"),
         (["--out", "ROOT/good.txt/x"], "good.txt is a file, expected a folder"),
@@ -187,7 +187,7 @@ CASES: dict[str, list[tuple[list[object], str]]] = {
         (["--backbone", "mimi"], "unknown backbone 'mimi'"),
         (
             ["--precision", "fp16", "--prompts", "mini-deep"],
-            "these prompts are for a 4-layer backbone",
+            "these prompts are for a 6-layer backbone",
         ),
         (["--prompts", "mini-deep"], "and --prompts are for --precision fp16"),
         (["--runtime", "onnx"], "unknown runtime 'onnx'. Did you mean 'onnxruntime'"),
@@ -207,7 +207,7 @@ CASES: dict[str, list[tuple[list[object], str]]] = {
         (["--data", "ROOT/no-test"], "has no"),
         (
             ["--init", "mini-deep"],
-            "--init prompts are for 4 layers of hidden size 128, backbone 'tiny' has 3",
+            "--init prompts are for 6 layers of hidden size 256, backbone 'tiny' has 3",
         ),
         (
             ["--init", "ROOT/deep.safetensors", "--modules", 5],

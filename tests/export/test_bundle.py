@@ -270,7 +270,7 @@ def test_the_manifest_has_interface_hashes_and_tasks(bundle: Path, runs: dict[st
             assert [x["shape"] for x in sides[side].values()] == [info.shape for info in infos]
     assert manifest["graphs"]["backbone.onnx"]["inputs"]["prompt_keys"] == {
         "dtype": "float32",
-        "shape": ["P", 4, 4, "m", 32],
+        "shape": ["P", 6, 4, "m", 64],
     }
 
 
@@ -340,7 +340,7 @@ def test_a_triton_repository_has_batch_first_inputs_and_shares_the_weights(
     found = dict(re.findall(r'name: "(\w+)" data_type: \w+ dims: (\[ [^]]* \])', config))
     assert found["prompt_length"] == "[ 1 ]"
     assert "dims: [ 1 ] reshape { shape: [ ] }" in config
-    assert found["prompt_keys"] == "[ 4, 4, -1, 32 ]"
+    assert found["prompt_keys"] == "[ 6, 4, -1, 64 ]"
     assert found["input_ids"] == found["start_logits"] == "[ -1 ]"
     assert set(inputs) <= set(found)
     assert all(shape[0] in ("N", "P") for shape in inputs.values())
@@ -360,7 +360,7 @@ def test_triton_reads_the_configuration(runs: dict[str, Path], tmp_path: Path) -
         assert config.backend == ("tensorrt" if folder.name.endswith("tensorrt") else "onnxruntime")
         assert config.HasField("dynamic_batching")
         shapes = {x.name: list(x.dims) for x in (*config.input, *config.output)}
-        assert shapes["pooled"] == [-1, 5, 128]
+        assert shapes["pooled"] == [-1, 7, 256]
     assert (tmp_path / "b" / "triton" / "backbone_tensorrt" / "1" / "model.plan").read_bytes() == b"a plan"
 
 

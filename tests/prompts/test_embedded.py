@@ -34,11 +34,11 @@ def test_both_stages_lower_the_loss_of_the_demo_task_and_the_prompt_predicts(tmp
     arguments = [
         "bbt",
         "--task",
-        "demo_sentiment",
-        "--head",
-        "span",
+        "demo_topic",
         "--iters",
-        "140",
+        "80",
+        "--router-iters",
+        "40",
         "--threads",
         "1",
         "--json",
@@ -48,13 +48,15 @@ def test_both_stages_lower_the_loss_of_the_demo_task_and_the_prompt_predicts(tmp
     result = json.loads(done.stdout)
     untuned, stage1 = (result["stages"][name] for name in ("untuned", "stage1"))
     # the untuned router is the first candidate: only less than its loss says that the search found something
-    assert stage1["train_loss"] < 0.5 * untuned["train_loss"]
+    assert stage1["train_loss"] < 0.9 * untuned["train_loss"]
     assert stage1["router"] != untuned["router"]
     assert result["best_train_loss"] < stage1["train_loss"]
-    assert result["iterations"] == 140
-    assert untuned["test_score"] < 0.5 < 0.6 < result["test_score"]  # 160 balanced examples: 0.5 is chance
+    assert result["iterations"] == 80
+    baselines = {name: found["test_score"] for name, found in result["baselines"].items()}
+    assert set(baselines) == {"majority", "tfidf", "probe"}
+    assert max(baselines.values()) < untuned["test_score"] < result["test_score"]
     text = tmp_path / "texts.txt"
-    text.write_text("味道很好，下次还来。\n", "utf-8")
+    text.write_text("球队在主场赢了比赛。\n", "utf-8")
     answer = runner.invoke(main, ["predict", "--run", result["run_dir"], "--input", str(text)])
     assert answer.exit_code == 0, answer.output
-    assert json.loads(answer.stdout)["label"] in ("negative", "positive")
+    assert json.loads(answer.stdout)["label"] == "sports"

@@ -124,11 +124,10 @@ def test_more_than_may_wait_is_refused_and_the_rest_is_served() -> None:
 
     async def many(batcher: Batcher) -> list[Any]:
         first = asyncio.create_task(ask(batcher, "t", 0))
-        await asyncio.sleep(0.05)
-        return [
-            await first,
-            *await asyncio.gather(*(ask(batcher, "t", k) for k in range(1, 8)), return_exceptions=True),
-        ]
+        while not forward.batches:  # being computed
+            await asyncio.sleep(0.01)
+        rest = await asyncio.gather(*(ask(batcher, "t", k) for k in range(1, 8)), return_exceptions=True)
+        return [await first, *rest]
 
     found = run(many, forward, max_wait_ms=0, queue=4)
     assert found[:5] == [0, 1, 2, 3, 4]

@@ -183,9 +183,11 @@ def test_a_run_takes_what_check_takes(root: Path, tmp_path: Path, task: str) -> 
     card = tmp_path / f"{task}.toml"
     assert mp2("tasks", "new", root / task, "--out", card).exit_code == 0
     words = ("--task", card, "--data", root / task, "--shots", 32 if task == "chid" else 2)
+    if task == "csldcp":  # 67 options take more
+        words += ("--max-tokens", 256)
     budget = ("--iters", 4, "--router-iters", 2, "--threads", 1, "--test-limit", 20, "--no-baselines")
     result = mp2_json("bbt", *words, *budget, "--out", tmp_path / "runs")
     assert result["test_score"] is not None
-    if task == "csldcp":  # 67 options take more than mini's 256 tokens
+    if task == "csldcp":
         assert result["head"]["kind"] == "ridge"
         assert "the span head cannot read this task: task 'csldcp' does not fit" in result["head"]["reason"]

@@ -284,7 +284,7 @@ def test_readme_and_docs_name_every_input_and_output(bundle: Path) -> None:
             for name, tensor in tensors.items():
                 row = re.search(rf"^\| `{name}` \| ([^|]*) \|", docs, re.MULTILINE)
                 assert row, f"{name} has no row in docs/engines.md"
-                sizes = {"L": 4, "h": 4, "d_h": 32, "H": 128, "L + 1": 5}
+                sizes = {"L": 6, "h": 4, "d_h": 64, "H": 256, "L + 1": 7}
                 parts = re.fullmatch(r"(\w+) \[(.*)\]", row[1])
                 assert parts, row[1]
                 shape = [sizes.get(x, int(x) if x.isdigit() else x) for x in parts[2].split(", ")]

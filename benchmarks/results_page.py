@@ -364,7 +364,8 @@ PAPER = [
         title="Table 3: every method",
         files=["table3.json"],
         command="python -m benchmarks.paper table3 --data DIR --prompts FILE ...",
-        text="Test score in per cent. First the paper's number, ours and the difference; then all columns.",
+        text="Test score in per cent. First the paper's number, ours and the difference; then all columns. "
+        "Where there is no spread it is one seed; empty cells were not run.",
         table=lambda results: beside_paper(results[0]["rows"]) + "\n\n" + transfer(results),
     ),
     Section(

@@ -1,6 +1,6 @@
-"""The page of results, docs/results.md, and README's two tables: from the files in benchmarks/results alone.
+"""docs/results.md, and the tables of README and of docs/mini.md: from the files in benchmarks/results alone.
 
-    python -m benchmarks.results_page            # writes both; no measurement is run
+    python -m benchmarks.results_page            # writes all; no measurement is run
 
 Each section is a table of one result file (or of files of one command), with the command that makes the file
 anew, and date, commit and processor of the run that made the present one. Files that are not in ``SECTIONS``
@@ -36,6 +36,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
 README = ROOT / "README.md"
+CARD = ROOT / "docs" / "mini.md"
 
 Result = dict[str, Any]
 SPEED = [
@@ -421,7 +422,12 @@ HEAD = """# Results
 Written by `python -m benchmarks.results_page` from `benchmarks/results`: do not edit. Nothing here was
 measured on a GPU. What the numbers mean, what was missed and what was tried: `dev/log.md`.
 """
-MINI_SINCE = "2026-11-29T11"  # the embedded backbone of before was another
+MINI_SINCE = "2026-11-29T11"  # when the embedded backbone became another
+OVER_MINI = (  # the files that are over the embedded backbone
+    *("cpu_settings_kernels", "cpu_settings_spin", "openvino", "own_tasks", "pretrain_speed", "python_share"),
+    *("router_search", "serve_load", "shared_layers", "table3", "table3_cost", "throughput_mini"),
+    *("throughput_mini-m50", "tensorrt_emulated_demo_sentiment"),
+)
 
 
 SHORT = {"cmrc2018": "cmrc", "cote_mfw": "cote", "thucnews": "thuc"}  # column heads of README's table
@@ -480,27 +486,54 @@ def readme_speed() -> str:
     return grid(heads, [row + [""] * (len(heads) - len(row)) for row in rows])
 
 
+def card_scores() -> str:
+    """The table of the embedded prompts' dev scores, as ``mp2 pretrain`` wrote them; their means last."""
+    deep, shallow = (
+        {task: [100 * scores[when] for when in ("before", "after")] for task, scores in read(name).items()}
+        for name in ("mini_deep.json", "mini_shallow.json")
+    )
+    assert list(deep) == list(shallow)
+    rows = [(task, [*deep[task], shallow[task][1]]) for task in deep]
+    means = [sum(column) / len(rows) for column in zip(*(scores for _, scores in rows), strict=True)]
+    lines = [(task, *(f"{x:.0f}" for x in scores)) for task, scores in rows]
+    return grid(
+        ["task", "deep, before:", "deep:", "shallow:"], [*lines, ("mean", *(f"{x:.1f}" for x in means))]
+    )
+
+
 def readme(text: str) -> str:
     """README with its two tables written anew, each below its mark."""
-    for name, table in (("scores", readme_scores()), ("speed", readme_speed())):
+    return with_tables(text, scores=readme_scores(), speed=readme_speed())
+
+
+def card(text: str) -> str:
+    """docs/mini.md with its table written anew."""
+    return with_tables(text, scores=card_scores())
+
+
+def with_tables(text: str, **tables: str) -> str:
+    """``text`` with each table in place of the one below the mark of its name."""
+    for name, table in tables.items():
         marks = re.compile(rf"(<!-- {name} -->\n)(?:\|.*\n)*")
         text, n = marks.subn(lambda m, table=table: f"{m[1]}{table}\n", text)
-        assert n == 1, f"README has {n} tables '{name}', expected one"
+        assert n == 1, f"there are {n} tables '{name}', expected one"
     return text
 
 
-def made(result: Result, about_mini: bool) -> str:
-    """Date, commit and processor of the run that made a result; which mini, where it is of before."""
+def made(name: str) -> str:
+    """Date, commit and processor of the run that made a result file; whether it is over an earlier mini."""
+    result = read(name)
     about = result.get("provenance")
     if about is None:  # cells of several runs
-        codes = sorted(result["codes"])
-        days = sorted(time[:10] for code in result["codes"].values() for time in code["time"])
-        before = ", mini of before (docs/mini.md)" if about_mini and days[-1] < MINI_SINCE[:10] else ""
-        return f"cells of commits {', '.join(codes)}; {days[0]} to {days[-1]}{before}"
-    dirty = " with changes" if about.get("dirty") else ""
-    threads = f"{about['threads']} thread" + ("" if about["threads"] == 1 else "s")
-    before = ", mini of before (docs/mini.md)" if about_mini and about["time"] < MINI_SINCE else ""
-    return f"{about['time'][:10]}, commit {about['commit']}{dirty}, {about['cpu']}, {threads}{before}"
+        times = sorted(time for code in result["codes"].values() for time in code["time"])
+        words = f"cells of commits {', '.join(sorted(result['codes']))}; {times[0][:10]} to {times[-1][:10]}"
+    else:
+        times = [about["time"]]
+        dirty = " with changes" if about.get("dirty") else ""
+        threads = f"{about['threads']} thread" + ("" if about["threads"] == 1 else "s")
+        words = f"{times[0][:10]}, commit {about['commit']}{dirty}, {about['cpu']}, {threads}"
+    earlier = name.removesuffix(".json") in OVER_MINI and times[-1] < MINI_SINCE
+    return f"{words}, [the mini of before](mini.md)" if earlier else words
 
 
 def page() -> str:
@@ -508,10 +541,7 @@ def page() -> str:
     parts = [HEAD]
     for section in SECTIONS:
         results = [read(name) for name in section.files]
-        about_mini = re.search(
-            r"\bmini\b", f"{section.title} {section.text} {section.command} {section.files}"
-        )
-        whence = "; ".join(dict.fromkeys(made(result, bool(about_mini)) for result in results))
+        whence = "; ".join(dict.fromkeys(made(name) for name in section.files))
         files = ", ".join(f"`{name}`" for name in section.files)
         parts.append(
             f"## {section.title}\n\n{textwrap.fill(section.text, 110)}\n\n```\n{section.command}\n```\n\n"
@@ -522,10 +552,11 @@ def page() -> str:
 
 @one_line_errors()
 def main() -> None:
-    """Write the page and README's tables."""
+    """Write the page, README's tables and the card's."""
     PAGE.write_text(page(), "utf-8")
-    README.write_text(readme(README.read_text("utf-8")), "utf-8")
-    print(PAGE.relative_to(ROOT), README.relative_to(ROOT))
+    for path, fresh in ((README, readme), (CARD, card)):
+        path.write_text(fresh(path.read_text("utf-8")), "utf-8")
+    print(*(path.relative_to(ROOT) for path in (PAGE, README, CARD)))
 
 
 if __name__ == "__main__":

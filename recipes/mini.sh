@@ -39,10 +39,10 @@ pre --deep "${shape[@]}" "${upstream[@]}" --out "$work/prompts/deep" --init "$wo
   --router-lr 0.03 --prompt-lr 2e-3
 pre --shallow "${shape[@]}" "${upstream[@]}" --out "$work/prompts/shallow" --steps "$(steps 8000)" --router-lr 0.05 --prompt-lr 5e-3
 
-# 3. what Table 3 compares them with: a span head alone, SPoT and PPT, in the paper's proportions to the shallow prompts' steps
-pre --method head "${upstream[@]}" --out "$work/prompts/head" --steps "$(steps 4000)" --prompt-lr 5e-3
-pre --method spot "${rows[@]}" "${upstream[@]}" --out "$work/prompts/spot" --steps "$(steps 5000)" --prompt-lr 5e-3
-pre --method ppt "${rows[@]}" --corpus "$work/corpus" --out "$work/prompts/ppt" --steps "$(steps 3000)"
+# 3. what Table 3 compares them with: SPoT and PPT, in the paper's proportions to the shallow prompts' steps, and a span head alone
+pre --method head "${upstream[@]}" --out "$work/prompts/head" --steps "$(steps 5200)" --prompt-lr 5e-3
+pre --method spot "${rows[@]}" "${upstream[@]}" --out "$work/prompts/spot" --steps "$(steps 5200)" --prompt-lr 5e-3
+pre --method ppt "${rows[@]}" --corpus "$work/corpus" --out "$work/prompts/ppt" --steps "$(steps 3200)"
 
 # 4. prompts as float16
 python - "$work" <<'PY'

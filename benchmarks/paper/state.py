@@ -30,9 +30,22 @@ def scale_of(settings: Mapping[str, Any], seeds: Sequence[int]) -> str:
     )
 
 
+def stored_settings(work: Path) -> dict[str, Any]:
+    """What the cells of a work folder share.
+
+    Raises:
+        UsageError: the folder has no settings.
+    """
+    try:
+        settings: dict[str, Any] = json.loads((work / "settings.json").read_text("utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"there is no settings.json in {work}, which has the cells' settings") from None
+    return settings
+
+
 def read_settings(work: Path) -> dict[str, Any]:
-    """What the cells of a work folder share, with names in place of this machine's folders."""
-    settings: dict[str, Any] = json.loads((work / "settings.json").read_text("utf-8"))
+    """`stored_settings` with names in place of this machine's folders."""
+    settings = stored_settings(work)
     settings["backbone"] = Path(settings["backbone"]).name
     settings["prompts"] = [Path(name).name for name in settings["prompts"]]
     return settings

@@ -24,7 +24,7 @@ from benchmarks.paper.cell_code import code_line, codes, made_by, mixed
 from benchmarks.paper.cells import Cell, read_cells
 from benchmarks.paper.methods import DEFAULT_METHODS, Lab
 from benchmarks.paper.options import choose, compute, deadline, parser_of, seeds_of, settings_of
-from benchmarks.paper.state import check_failed, nothing_yet, read_settings, state_of
+from benchmarks.paper.state import check_failed, nothing_yet, read_settings, state_of, stored_settings
 from benchmarks.paper.table3_render import beside_paper, markdown
 from benchmarks.paper.table3_scores import answers, means, summarise
 from mp2.errors import UnknownNameError, UsageError
@@ -46,7 +46,7 @@ def write_results(work: Path, out: Path, asked: Sequence[Cell] = (), notes: Sequ
     cells = read_cells(work)
     if not cells:
         raise UsageError(f"there are no cells in {work} yet")
-    upstream = upstream_tasks(json.loads((work / "settings.json").read_text("utf-8")))
+    upstream = upstream_tasks(stored_settings(work))
     settings = read_settings(work)
     rows = summarise(cells)
     found = answers(rows)

@@ -2,7 +2,7 @@
 
 ``span`` is the paper's and was trained with the prompts. ``mlm`` is the checkpoint's own head of masked
 language modelling. ``ridge`` is fitted in closed form to the few-shot examples. ``auto`` compares losses on
-the training examples before anything is tuned, the cross-entropy over the labels; dev and test have no say:
+the training examples before anything is tuned, the cross-entropy over the labels; dev and test have no say.
 
 - ridge's losses are those of predictions that leave each example out;
 - of pre-trained prompts the span head is given the best prompt known, the untuned one or that of any task it
@@ -167,7 +167,8 @@ class HeadChooser:
         if self._card.type != "classification":
             return self._span("the head of the pre-trained prompts; ridge is for classification")
         try:
-            span, compared, losses, n_known = self._best_known_span()
+            step = max(1, len(self._train) // N_COMPARED)
+            span, losses, n_known = self._best_known_span(step)
         except UsageError as error:  # a label word that cannot be spelled, no room for the options
             try:
                 return self._ridge(f"the span head cannot read this task: {error}")[1]
@@ -177,7 +178,7 @@ class HeadChooser:
             others, ridge = self._ridge("")
         except UsageError as error:  # no room for the fields
             return replace(span, reason=f"ridge cannot read this task ({error})")
-        others = others[compared]
+        others = others[::step]
         gain = losses - others  # of ridge
         margin = float(N_ERRORS * np.std(gain, ddof=1) / np.sqrt(len(gain)))
         loss, other = losses.mean(), others.mean()
@@ -225,8 +226,8 @@ class HeadChooser:
         head = SpanHead(self._prompts.span_weight, self._prompts.span_bias)
         return HeadChoice("span", head, self._inputs("span"), reason)
 
-    def _best_known_span(self) -> tuple[HeadChoice, slice, np.ndarray, int]:
-        """The span head, some examples, their losses under the best prompt known, and of how many prompts.
+    def _best_known_span(self, step: int) -> tuple[HeadChoice, np.ndarray, int]:
+        """The span head, its losses of every ``step``-th example under the best prompt known; of how many.
 
         The losses are the cross-entropies over the options, with one temperature. All prompts are tried on
         a few examples, and the best of them on those that are compared.
@@ -245,21 +246,17 @@ class HeadChooser:
             *(self._prompts.fuse(router).detach().cpu().numpy() for router in routers),
         ]
 
-        def losses(z: np.ndarray, inputs: list[MrcInput]) -> np.ndarray:
+        def losses(z: np.ndarray, step: int) -> np.ndarray:
+            inputs = [replace(item, example=i) for i, item in enumerate(choice.train_inputs[::step])]
             outputs = scorer.outputs(z, inputs).fetch()
             scores = [choice.head.scores(*pair) for pair in zip(inputs, outputs, strict=True)]
             rows, gold = answer_rows(inputs, scores)
             return cross_entropies(rows, gold, fitted_temperature(rows, gold))
 
-        def every(k: int) -> list[MrcInput]:
-            return [replace(item, example=i) for i, item in enumerate(inputs[::k])]  # an input is an example
-
-        inputs = choice.train_inputs
-        few = every(max(1, len(inputs) // N_TRIED))
+        few = max(1, len(choice.train_inputs) // N_TRIED)
         prompts.sort(key=lambda z: losses(z, few).mean())
-        step = max(1, len(inputs) // N_COMPARED)
-        found = [losses(z, every(step)) for z in prompts[:N_KEPT]]
-        return choice, slice(None, None, step), min(found, key=np.mean), len(prompts)
+        found = [losses(z, step) for z in prompts[:N_KEPT]]
+        return choice, min(found, key=np.mean), len(prompts)
 
     def _mlm(self, reason: str) -> tuple[float, HeadChoice]:
         from mp2.engine import Objective

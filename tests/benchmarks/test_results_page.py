@@ -5,16 +5,31 @@ from __future__ import annotations
 import re
 from statistics import median
 
-from benchmarks.results_page import PAGE, README, RESULTS, ROOT, SECTIONS, page, read, readme
+from benchmarks.results_page import (
+    CARD,
+    OVER_MINI,
+    PAGE,
+    README,
+    RESULTS,
+    ROOT,
+    SECTIONS,
+    card,
+    made,
+    page,
+    read,
+    readme,
+)
 
 
 def test_the_page_is_fresh() -> None:
     assert PAGE.read_text("utf-8") == page(), "run: python -m benchmarks.results_page"
 
 
-def test_the_tables_of_the_readme_are_fresh() -> None:
+def test_the_tables_of_the_readme_and_of_the_card_are_fresh() -> None:
     text = README.read_text("utf-8")
     assert text == readme(text), "run: python -m benchmarks.results_page"
+    text = CARD.read_text("utf-8")
+    assert text == card(text), "run: python -m benchmarks.results_page"
 
 
 def test_every_section_names_a_module_that_exists() -> None:
@@ -45,3 +60,10 @@ def test_what_serving_md_says_of_mixed_batches_is_what_was_measured() -> None:
         assert row["mixed"]["requests_per_s"]["min"] > row[other]["requests_per_s"]["max"]
         if other == "a process a task":
             assert 0.4 < row["mixed"]["cpu_ms"]["median"] / row[other]["cpu_ms"]["median"] < 0.6
+
+
+def test_results_over_an_earlier_embedded_backbone_say_so() -> None:
+    assert "mini of before" in made("router_search.json")
+    for name in ("own_tasks.json", "table3.json", "figure5.json", "throughput_1024.json"):
+        assert "mini of before" not in made(name)
+    assert all((RESULTS / f"{name}.json").is_file() for name in OVER_MINI)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from mp2.errors import UsageError
 from mp2.runs.config import BbtConfig
 from mp2.runs.few_shot_problem import FewShotProblem
 from mp2.runs.frozen_model import FrozenModel, load_model, resolve_paths
-from mp2.runs.head_choice import HeadChoice, HeadChooser, possible_heads
+from mp2.runs.head_choice import N_COMPARED, HeadChoice, HeadChooser, possible_heads
 from mp2.tasks import load_card
 
 SHORT = ("--threads", "1", "--iters", "60", "--router-iters", "20", "--max-tokens", "96")
@@ -88,12 +89,44 @@ def test_the_margin_is_two_standard_errors_of_the_mean_difference(
     ridge = HeadChoice("ridge", None, [], "")  # type: ignore[arg-type]
     assert np.isnan(gain) or np.std(differences, ddof=1) / np.sqrt(n) == pytest.approx(0.1)
     losses = np.linspace(1, 2, n)
-    monkeypatch.setattr(
-        HeadChooser, "_best_known_span", lambda self: (span, slice(None), losses + differences, 3)
-    )
+    monkeypatch.setattr(HeadChooser, "_best_known_span", lambda self, step: (span, losses + differences, 3))
     monkeypatch.setattr(HeadChooser, "_ridge", lambda self, reason: (losses, ridge))
     chooser = HeadChooser(load_card("demo_topic"), model.backend, model.prompts, None, [], "states")  # type: ignore[arg-type]
     assert chooser.choose("auto").kind == kind
+
+
+def test_of_many_examples_some_are_compared_and_the_same_ones_of_both_heads(
+    model: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, asked = 2 * N_COMPARED, []
+    ridge_losses = np.tile(
+        [1.0, 9.0], N_COMPARED
+    )  # of all examples; of every second one the span head's are less
+    span = HeadChoice("span", None, [], "")  # type: ignore[arg-type]
+
+    def best_known(self: HeadChooser, step: int) -> tuple[HeadChoice, np.ndarray, int]:
+        asked.append(step)
+        return span, np.linspace(1.5, 1.6, n // step), 3
+
+    monkeypatch.setattr(HeadChooser, "_best_known_span", best_known)
+    monkeypatch.setattr(
+        HeadChooser, "_ridge", lambda self, reason: (ridge_losses, replace(span, kind="ridge"))
+    )
+    train: Any = [None] * n
+    chooser = HeadChooser(load_card("demo_topic"), model.backend, model.prompts, None, train, "states")  # type: ignore[arg-type]
+    assert chooser.choose("auto").kind == "ridge"
+    assert asked == [2]
+
+
+def test_losses_of_a_step_are_those_of_its_examples(model: FrozenModel) -> None:
+    found = problem(model, head="span", max_tokens=60)
+    formatter, train = found.data.formatter, found.split.train
+
+    def losses(train: list[Any], step: int) -> np.ndarray:
+        chooser = HeadChooser(found.card, model.backend, model.prompts, formatter, train, "states")
+        return chooser._best_known_span(step)[1]
+
+    assert losses(train, 4) == pytest.approx(losses(train[::4], 1), abs=1e-5)
 
 
 def test_losses_of_the_best_known_prompt_are_those_of_the_labels(model: FrozenModel) -> None:
@@ -101,8 +134,7 @@ def test_losses_of_the_best_known_prompt_are_those_of_the_labels(model: FrozenMo
     chooser = HeadChooser(
         found.card, model.backend, model.prompts, found.data.formatter, found.split.train, "states"
     )
-    _, compared, losses, n_known = chooser._best_known_span()
-    assert compared == slice(None, None, 1)
+    _, losses, n_known = chooser._best_known_span(1)
     assert losses.shape == (found.n_train,)
     means = []
     for router in [torch.ones_like(model.prompts.routers[0]), *(model.prompts.routers > 0).float()]:
@@ -134,7 +166,7 @@ def test_the_heads_that_are_checked_are_those_that_auto_compares(
     def made(kind: str, found: Any) -> Any:
         return lambda self, *reason: asked.append(kind) or found
 
-    monkeypatch.setattr(HeadChooser, "_best_known_span", made("span", (choice, slice(None), losses, 1)))
+    monkeypatch.setattr(HeadChooser, "_best_known_span", made("span", (choice, losses, 1)))
     monkeypatch.setattr(HeadChooser, "_span", made("span", choice))
     monkeypatch.setattr(HeadChooser, "_ridge", made("ridge", (losses, choice)))
     monkeypatch.setattr(HeadChooser, "_mlm", made("mlm", (1.0, choice)))
